@@ -1,0 +1,54 @@
+"""Mixture-of-Adapters for frozen vision transformers (arXiv 2310.11031): the public names.
+
+Exports are resolved on first use, so that reading a configuration does not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moa.config import MoAConfig
+    from moa.errors import AdapterError, MoAConfigError, NoMatchingModuleError
+    from moa.injection import InjectReport, inject
+    from moa.layer import MoALinear, aux_loss, routing_stats, set_routing_position
+    from moa.state import adapter_state_dict, base_hash, load_adapter, save_adapter
+
+_OWNERS = {
+    "AdapterError": "errors",
+    "InjectReport": "injection",
+    "MoAConfig": "config",
+    "MoAConfigError": "errors",
+    "MoALinear": "layer",
+    "NoMatchingModuleError": "errors",
+    "adapter_state_dict": "state",
+    "aux_loss": "layer",
+    "base_hash": "state",
+    "inject": "injection",
+    "load_adapter": "state",
+    "routing_stats": "layer",
+    "save_adapter": "state",
+    "set_routing_position": "layer",
+}
+
+__all__ = [
+    "AdapterError",
+    "InjectReport",
+    "MoAConfig",
+    "MoAConfigError",
+    "MoALinear",
+    "NoMatchingModuleError",
+    "adapter_state_dict",
+    "aux_loss",
+    "base_hash",
+    "inject",
+    "load_adapter",
+    "routing_stats",
+    "save_adapter",
+    "set_routing_position",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OWNERS:
+        raise AttributeError(f"module 'moa' has no attribute {name!r}")
+    return getattr(import_module(f"moa.{_OWNERS[name]}"), name)

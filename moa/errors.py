@@ -1,0 +1,13 @@
+"""The errors of this package; each message names the setting, its value and the remedy."""
+
+
+class MoAConfigError(ValueError):
+    """A setting of `MoAConfig` is out of range or does not fit the model."""
+
+
+class NoMatchingModuleError(MoAConfigError):
+    """`targets` and `blocks` together match no linear layer of the model."""
+
+
+class AdapterError(RuntimeError):
+    """An adapter folder is damaged, incomplete, or belongs to another base model."""
