@@ -1,0 +1,139 @@
+"""The files of a shard set: names, the table's row, and how `index.json` is read and checked.
+
+`index.json` names the domains and classes in order and every shard with its size and sha256. One
+`.npy` table per domain holds a row per sample, row i being the sample of ImageFolder rank i.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shards.errors import DamagedDataError, DataConfigError
+
+FORMAT_VERSION = 1
+INDEX_NAME = "index.json"
+TABLE_DTYPE = np.dtype(
+    [
+        ("shard", "<u4"),  # number of the shard in index.json
+        ("offset", "<u8"),  # first byte of the image in the shard
+        ("size", "<u4"),  # bytes of the image
+        ("label", "<u4"),
+        ("rank", "<u4"),  # place in the domain's sorted file list; equals the row number
+        ("crc32", "<u4"),  # of the image bytes
+    ]
+)
+REMEDY = "restore the file, or delete the folder and make the shard set again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardInfo:
+    """One tar file: name, number of samples, size in bytes, sha256 of its bytes."""
+
+    file: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainInfo:
+    """One domain: its name, the prefix of its keys, and its table of samples."""
+
+    name: str
+    key_prefix: str
+    table: str
+    samples: int
+    sha256: str
+
+
+def file_sha256(path: Path) -> str:
+    """Hash a file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its sha256 as 64 hexadecimal digits.
+    """
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def key_prefixes(domains: Sequence[str]) -> list[str]:
+    """Turn domain names into key and file name prefixes.
+
+    Args:
+        domains: Domain names in order, any characters.
+
+    Returns:
+        As many different strings of ASCII letters, digits, `_` and `-`.
+    """
+    prefixes: list[str] = []
+    for env, name in enumerate(domains):
+        prefix = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:48]
+        taken = {earlier.lower() for earlier in prefixes}  # some file systems ignore case
+        prefixes.append(prefix if prefix.lower() not in taken else f"{prefix}_env{env}")
+    return prefixes
+
+
+def sample_key(prefix: str, rank: int) -> str:
+    """Build the key of a sample.
+
+    Args:
+        prefix: Key prefix of the domain.
+        rank: Place in the domain's sorted file list.
+
+    Returns:
+        A key without dots.
+    """
+    return f"{prefix}-{rank:07d}"
+
+
+def no_index(root: Path, error: OSError) -> str:
+    """Phrase the absence of a shard set together with the command that makes one."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        what = f"holds no {INDEX_NAME}" if root.is_dir() else "does not exist"
+    else:
+        what = f"cannot be read ({error.strerror})"
+    return (
+        f"shard set {str(root)!r} (data.root): the folder {what}; make a shard set with "
+        f"`python -m shards.writer --dataset folder --root IMAGE_FOLDER --out {root}`"
+    )
+
+
+def parse_index(path: Path, data: bytes) -> dict[str, Any]:
+    """Parse index.json and check its format version."""
+    try:
+        content = json.loads(data)
+        version = content["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedDataError(f"{path}: not a shard index ({error}); {REMEDY}") from error
+    if version != FORMAT_VERSION:
+        raise DataConfigError(
+            f"{path}: format version {version!r}, but this program reads version "
+            f"{FORMAT_VERSION}; make the shard set again, or use the version that wrote it"
+        )
+    assert isinstance(content, dict)
+    return content
+
+
+def load_table(root: Path, info: DomainInfo) -> npt.NDArray[np.void]:
+    """Map a domain's table into memory after checking its hash."""
+    path = root / info.table
+    try:
+        if file_sha256(path) != info.sha256:
+            raise DamagedDataError(f"{path}: sha256 differs from {INDEX_NAME}; {REMEDY}")
+        table = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DamagedDataError(f"{path}: cannot be read ({error}); {REMEDY}") from error
+    if table.dtype != TABLE_DTYPE or len(table) != info.samples:
+        raise DamagedDataError(f"{path}: not the table {INDEX_NAME} describes; {REMEDY}")
+    assert isinstance(table, np.ndarray)
+    return table

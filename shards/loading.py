@@ -1,0 +1,172 @@
+"""What the loaders share: the batch they yield, one image's way to a tensor, and clean errors."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from shards.errors import DamagedDataError, DataConfigError
+from shards.transforms import ImageTransform
+
+
+class Batch(NamedTuple):
+    """A (micro-)batch of one rank."""
+
+    images: torch.Tensor
+    """float32 [b, 3, H, W], normalised."""
+    labels: torch.Tensor
+    """int64 [b], class numbers."""
+    domains: torch.Tensor
+    """int64 [b], domain numbers in the dataset's order."""
+    first_slot: int
+    """Place of the first image in the global batch, or in the evaluated split."""
+    substituted: int
+    """How many images could not be decoded and were replaced."""
+
+
+class LoadedImage(NamedTuple):
+    """One image on its way into a batch."""
+
+    image: torch.Tensor
+    label: int
+    env: int
+    substituted: bool
+
+
+class BatchSource(Protocol):
+    """A numbered list of batches, each of which can be built on its own, in any process."""
+
+    def __len__(self) -> int:
+        """Count the batches."""
+
+    def build(self, number: int) -> Batch:
+        """Build one batch."""
+
+
+def stack(items: Sequence[LoadedImage], first_slot: int) -> Batch:
+    """Make a batch of images of equal size.
+
+    Args:
+        items: The images, at least one.
+        first_slot: Place of the first one.
+
+    Returns:
+        The batch.
+    """
+    return Batch(
+        images=torch.stack([item.image for item in items]),
+        labels=torch.tensor([item.label for item in items], dtype=torch.int64),
+        domains=torch.tensor([item.env for item in items], dtype=torch.int64),
+        first_slot=first_slot,
+        substituted=sum(item.substituted for item in items),
+    )
+
+
+def seeded(transform: ImageTransform, pixels: torch.Tensor, seed: int) -> torch.Tensor:
+    """Apply a transform with random numbers that depend on `seed` alone.
+
+    Args:
+        transform: The transform; it must draw from torch's default generator only.
+        pixels: uint8 tensor [3, h, w].
+        seed: A number in [0, 2**64).
+
+    Returns:
+        What the transform makes of the image.
+    """
+    torch.default_generator.manual_seed(seed)  # 100 times faster than torch.manual_seed
+    return transform(pixels)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Restore torch's random state afterwards, and compute in one thread meanwhile.
+
+    The loader may run in the training process, whose random numbers belong to the model. One
+    thread, since the sum over an image, and so its contrast jitter, can depend on their number.
+
+    Yields:
+        Nothing.
+    """
+    state = torch.default_generator.get_state()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.default_generator.set_state(state)
+
+
+class BatchLoader(DataLoader[Batch]):
+    """A torch loader over a `BatchSource`, in order.
+
+    It draws nothing from torch's random state, and an error in a loader process arrives as it was
+    raised, not wrapped in a traceback.
+
+    Args:
+        source: The batches.
+        workers: Loader processes; 0 loads in this process.
+        pin_memory: Put batches into page-locked memory, for faster copies to a GPU.
+    """
+
+    def __init__(self, source: BatchSource, *, workers: int, pin_memory: bool = False) -> None:
+        if workers < 0:
+            raise DataConfigError(f"data.workers = {workers}: must be 0 or more")
+        super().__init__(
+            _BatchDataset(source),  # type: ignore[arg-type]  # its errors are raised in __iter__
+            batch_size=None,
+            sampler=range(len(source)),
+            num_workers=workers,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),
+        )
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        """Yield the batches in order.
+
+        Raises:
+            DamagedDataError: If stored data is not what the index promises.
+            OSError: If the storage fails.
+        """
+        for batch in super().__iter__():
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+
+
+class _BatchDataset(Dataset["Batch | Exception"]):
+    """Hands batches, or what went wrong, to the loader."""
+
+    def __init__(self, source: BatchSource) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, number: int) -> Batch | Exception:
+        try:
+            with undisturbed():
+                return self.source.build(number)
+        except (DamagedDataError, OSError) as error:
+            return error
+
+
+def rank_range(total: int, rank: int, world_size: int) -> range:
+    """Give the contiguous part of 0..total-1 that belongs to a rank.
+
+    Args:
+        total: How many items there are.
+        rank: Number of this process.
+        world_size: Number of processes; need not divide `total`.
+
+    Returns:
+        The rank's numbers; the parts of all ranks are disjoint and cover everything.
+
+    Raises:
+        DataConfigError: If the rank is not in the world.
+    """
+    if not 0 <= rank < world_size:
+        raise DataConfigError(f"rank = {rank}: must lie in [0, {world_size}), the world size")
+    return range(rank * total // world_size, (rank + 1) * total // world_size)

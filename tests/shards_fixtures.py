@@ -1,0 +1,71 @@
+"""Small image folders and shard sets for the tests of `shards`."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from shards.datasets import dataset_spec
+from shards.index import ShardIndex
+from shards.transforms import train_transform
+from shards.writer import write_shards
+
+FOLDER = dataset_spec("folder")
+DATA_CONFIG = {
+    "input_size": (3, 24, 24),
+    "mean": (0.5, 0.4, 0.3),
+    "std": (0.2, 0.3, 0.4),
+    "interpolation": "bicubic",
+}
+
+
+def image_bytes(seed: int, kind: str = "PNG", size: tuple[int, int] = (20, 16)) -> bytes:
+    """A random image file."""
+    pixels = np.random.RandomState(seed).randint(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    with io.BytesIO() as stream:
+        Image.fromarray(pixels).save(stream, kind)
+        return stream.getvalue()
+
+
+def make_folder(
+    root: Path,
+    domains: tuple[str, ...] = ("art", "photo", "sketch"),
+    classes: tuple[str, ...] = ("cat", "dog"),
+    per_class: int = 9,
+) -> Path:
+    """An image folder; domain number d has d more images in its first class than the others."""
+    seed = 0
+    for d, domain in enumerate(domains):
+        for c, name in enumerate(classes):
+            folder = root / domain / name
+            folder.mkdir(parents=True)
+            for number in range(per_class + (d if c == 0 else 0)):
+                kind, suffix = (("PNG", "png"), ("JPEG", "jpg"))[number % 2]
+                (folder / f"im{number:03d}.{suffix}").write_bytes(image_bytes(seed, kind))
+                seed += 1
+    return root
+
+
+def make_set(folder: Path, shard_size: int = 8, **options: object) -> ShardIndex:
+    """A shard set of such a folder."""
+    make_folder(folder / "images", **options)  # type: ignore[arg-type]
+    return write_shards(folder / "images", folder / "shards", FOLDER, shard_size=shard_size)
+
+
+def small_train_transform():
+    """The training chain at 24 x 24."""
+    return train_transform(DATA_CONFIG, "domainbed")
+
+
+def pixels_only(image: torch.Tensor) -> torch.Tensor:
+    """A transform without random numbers and without a resize."""
+    return image.float()
+
+
+def damage(path: Path, offset: int) -> None:
+    """Flip one byte of a file."""
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 0x20
+    path.write_bytes(bytes(data))

@@ -1,0 +1,174 @@
+"""`RunConfig`: every setting of a run, in sections; checked as a whole before any work.
+
+Imports neither torch nor deepspeed, so that `--help` answers at once.
+"""
+
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from moa.config import MoAConfig
+from shards.config import DataConfig
+from trainer.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+"""Folder that holds `trainer/`, `ds_configs/` and the other top-level folders."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The frozen backbone."""
+
+    backbone: str = "vit_embedded.glyphs"
+    """timm name, architecture.tag; vit_embedded is the small one shipped with the trainer"""
+    weights: str = "pretrained"
+    """pretrained (timm's own for the tag), random, or the path of a safetensors file"""
+    grad_checkpointing: bool = False
+    """recompute activations in backward: less memory, about a third more time"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer; its engine settings stay in the DeepSpeed JSON."""
+
+    name: Literal["adam", "adamw"] = "adam"
+    """torch's Adam, or AdamW with decoupled weight decay"""
+    lr: float = 5e-5
+    """constant learning rate"""
+    weight_decay: float = 0.0
+    """weight decay"""
+    eps: float = 1e-8
+    """Adam's denominator offset"""
+    clip: float = 0.0
+    """largest global gradient norm; 0 turns clipping off"""
+
+    def problems(self) -> list[str]:
+        """Every range problem, one line each."""
+        found = []
+        for name in ("lr", "eps"):
+            if not 0 < getattr(self, name) < float("inf"):
+                found.append(f"optim.{name}: {getattr(self, name)}; must be a finite number > 0")
+        for name in ("weight_decay", "clip"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                found.append(f"optim.{name}: {getattr(self, name)}; must be a finite number >= 0")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long and on what batches; sizes are those of the global batch, over all processes."""
+
+    steps: int = 5001
+    """optimizer steps; as in DomainBed, k * eval_every + 1 ends on an evaluation"""
+    batch_per_domain: int = 32
+    """images of each source domain in the global batch"""
+    eval_every: int = 300
+    """evaluate after steps 0, eval_every, 2 eval_every ... and after the last"""
+    eval_batch: int = 128
+    """images per process in an evaluation batch"""
+    accumulation: int = 1
+    """micro-batches that each process accumulates per step; bounds memory, not the result"""
+    seed: int = 0
+    """seed of initialisation, order, augmentation and gate noise"""
+    trial_seed: int = 0
+    """seed of the 80/20 split of every domain, DomainBed's trial seed"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto is bf16 on a GPU and fp32 on a CPU; fills the auto entries of the DeepSpeed JSON"""
+
+    def problems(self) -> list[str]:
+        """Every range problem, one line each."""
+        low = {
+            "steps": 1, "batch_per_domain": 1, "eval_every": 1, "eval_batch": 1, "accumulation": 1,
+            "seed": 0, "trial_seed": 0,
+        }  # fmt: skip
+        return [
+            f"train.{name}: {getattr(self, name)}; must be a whole number >= {least}"
+            for name, least in low.items()
+            if getattr(self, name) < least
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Checkpoints of adapters and their optimizer state."""
+
+    every: int = 100
+    """steps between checkpoints; the last step always writes one"""
+    keep: int = 2
+    """newest checkpoints kept"""
+
+    def problems(self) -> list[str]:
+        """Every range problem, one line each."""
+        return [
+            f"checkpoint.{name}: {getattr(self, name)}; must be a whole number >= 1"
+            for name in ("every", "keep")
+            if getattr(self, name) < 1
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A complete run."""
+
+    ds_config: str = "ds_configs/zero2.json"
+    """DeepSpeed JSON; its "auto" entries are filled from this configuration"""
+    output_dir: str | None = None
+    """run folder; default outputs/DATASET-HELD_OUT-METHOD-seedS-trialT"""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """auto continues the run in output_dir if there is one, never refuses to, must insists"""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moa: MoAConfig = field(default_factory=MoAConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def check(self) -> None:
+        """Raises `ConfigError` with every problem of every section, one a line."""
+        found: list[str] = []
+        for section in (self.data, self.moa, self.optim, self.train, self.checkpoint):
+            found += section.problems()
+        if not self.ds_config_path().is_file():
+            legal = ", ".join(
+                sorted(f"ds_configs/{p.name}" for p in ROOT.glob("ds_configs/*.json"))
+            )
+            found.append(f"ds_config: no file {self.ds_config!r}; shipped are {legal}")
+        if found:
+            raise ConfigError("\n".join(found))
+
+    def ds_config_path(self) -> Path:
+        """The DeepSpeed JSON: as given, else relative to the folder that holds `trainer/`."""
+        given = Path(self.ds_config)
+        return given if given.is_file() else ROOT / given
+
+    def run_folder(self, held_out: str) -> Path:
+        """The run folder, with the default name filled in."""
+        if self.output_dir:
+            return Path(self.output_dir)
+        train = self.train
+        name = f"{self.data.dataset}-{held_out}-{self.moa.method}"
+        return Path("outputs") / f"{name}-seed{train.seed}-trial{train.trial_seed}"
+
+
+def flat_fields(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted names and values of a dataclass and its sections, such as `moa.ranks`."""
+    flat: dict[str, Any] = {}
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if is_dataclass(value):
+            flat |= flat_fields(value, f"{prefix}{entry.name}.")
+        else:
+            flat[prefix + entry.name] = value
+    return flat
+
+
+def as_plain(config: RunConfig) -> dict[str, Any]:
+    """Nested dictionary of plain types (tuples become lists), as written to `config.yaml`."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    nested: dict[str, Any] = plain(asdict(config))
+    return nested

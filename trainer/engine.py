@@ -1,0 +1,249 @@
+"""The DeepSpeed engine: process group, optimizer, initialisation, collectives, shutdown."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as differentiable
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_optimizer_state,
+)
+from torch import Tensor, nn
+
+from trainer.checkpoint import Checkpoint
+from trainer.config import OptimConfig
+from trainer.errors import CheckpointError, TrainingInvalidError
+from trainer.world import World, export_world
+
+T = TypeVar("T")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+}
+
+
+def device_of(world: World) -> torch.device:
+    """The device this process computes on."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", world.local_rank % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def start(world: World) -> None:
+    """Joins the process group: NCCL on GPUs, gloo on CPUs.
+
+    On CPUs the cores are shared out among the processes of the host, unless OMP_NUM_THREADS says
+    otherwise: processes that each take every core only get into each other's way.
+    """
+    device = device_of(world)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif world.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // world.local_size))
+    # DeepSpeed compiles small C++ ops at first use and looks for `ninja` on PATH, where an
+    # environment that was not activated does not have it.
+    os.environ["PATH"] = os.pathsep.join(
+        [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+    )
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    export_world(world)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False
+    )
+
+
+def stop() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Waits for all ranks."""
+    dist.barrier()
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """The sum of `value` over all ranks, without gradient."""
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def differentiable_sum(value: Tensor) -> Tensor:
+    """The sum over all ranks; in backward every rank receives the sum of all ranks' gradients.
+
+    A loss f(sum) computed alike on R ranks thus gives each rank R times the gradient of its part,
+    which the engine's division by R turns into the gradient of f for the global batch.
+    """
+    if dist.get_world_size() == 1:
+        return value
+    result: Tensor = differentiable.all_reduce(value)  # type: ignore[no-untyped-call]
+    return result
+
+
+def from_main(value: T) -> T:
+    """The main rank's `value` (any picklable object), on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+class Engine:
+    """A model under DeepSpeed ZeRO with the optimizer of `OptimConfig`.
+
+    Args:
+        model: the injected model; its trainable parameters are optimised, the rest is frozen.
+        config: the optimizer's settings.
+        ds_json: complete DeepSpeed configuration (`trainer.ds_json.resolve`).
+        world: this process.
+
+    Attributes:
+        module: the model, on the device and in the engine's precision.
+        device: where it computes.
+        dtype: the dtype of weights and inputs.
+        trainables: name -> parameter, in the model's order.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: OptimConfig, ds_json: dict[str, Any], world: World
+    ) -> None:
+        self.module, self.device = model.to(device_of(world)), device_of(world)
+        self.trainables = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        groups = parameter_groups(self.trainables)
+        optimizer = OPTIMIZERS[config.name](
+            groups, lr=config.lr, eps=config.eps, weight_decay=config.weight_decay
+        )
+        self.ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_json)
+        self.dtype = next(model.parameters()).dtype
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Class scores [B, C] of images [B, 3, H, W]."""
+        scores: Tensor = self.ds(images)
+        return scores
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of one micro-batch; gradients are averaged over ranks and micro-batches."""
+        self.ds.backward(loss)
+
+    def step(self) -> None:
+        """Ends a micro-batch; after the last of a step, clips and updates."""
+        self.ds.step()
+
+    def grad_norm(self) -> float:
+        """Norm of the global gradient of the last update, before clipping."""
+        return float(self.ds.get_global_grad_norm() or 0.0)
+
+    def learning_rate(self) -> float:
+        """The rate of the last update."""
+        return float(self.ds.get_lr()[0])
+
+    @contextmanager
+    def checks_gradients(self) -> Iterator[None]:
+        """Within the block every trainable parameter must receive a gradient.
+
+        A tensor outside the graph would never train, in silence (a frozen input under reentrant
+        checkpointing does this), or hang other ranks.
+
+        Raises:
+            TrainingInvalidError: names the parameters that received none.
+        """
+        missing = set(self.trainables)
+
+        def noter(name: str) -> Callable[[Tensor], None]:
+            return lambda _: missing.discard(name)
+
+        hooks = [
+            p.register_hook(noter(name))  # type: ignore[no-untyped-call]
+            for name, p in self.trainables.items()
+        ]
+        yield
+        for hook in hooks:
+            hook.remove()
+        if missing:
+            raise TrainingInvalidError(
+                f"no gradient reached {', '.join(sorted(missing)[:5])} ({len(missing)} of "
+                f"{len(self.trainables)} trainable tensors) in the first step; these would never "
+                "train"
+            )
+
+    def masters(self) -> dict[str, Tensor]:
+        """fp32 values of all trainables, on the CPU of every rank; a collective."""
+        return {n: _on_cpu(safe_get_full_fp32_param(p)) for n, p in self.trainables.items()}
+
+    def moments(self) -> dict[str, Tensor]:
+        """Adam's moments as `name|exp_avg` and `name|exp_avg_sq`, like `masters`; a collective."""
+        self._link_optimizer_state()
+        return {
+            f"{name}|{moment}": _on_cpu(safe_get_full_optimizer_state(parameter, moment))
+            for name, parameter in self.trainables.items()
+            for moment in MOMENTS
+        }
+
+    def restore_optimizer(self, checkpoint: Checkpoint) -> None:
+        """Gives Adam its moments and step count back; weights were restored before."""
+        optimizer, step = self.ds.optimizer, checkpoint.state["step"]
+        partitions = getattr(optimizer, "single_partition_of_fp32_groups", None)
+        if partitions is None:  # DeepSpeed's bf16 optimizer (ZeRO-1 with fp32 accumulation)
+            partitions = optimizer.fp32_groups_flat_partition
+        for flat in partitions:
+            # Adam makes its state at its first step; the setters below need it now.
+            self.ds.basic_optimizer.state[flat] = {
+                "step": torch.tensor(float(step)),
+                **{moment: torch.zeros_like(flat) for moment in MOMENTS},
+            }
+        self._link_optimizer_state()
+        for name, parameter in self.trainables.items():
+            for moment in MOMENTS:
+                value = checkpoint.moments[f"{name}|{moment}"].to(self.device)
+                safe_set_full_optimizer_state(parameter, value, moment)
+        self.ds.global_steps = step
+
+    def _link_optimizer_state(self) -> None:
+        """Connects parameters with their optimizer state anew.
+
+        DeepSpeed does it once, after the first group's first step, and so misses state that came
+        to be in another way.
+        """
+        self.ds.optimizer._hp_optimizer_states_linked = False
+        self.ds.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def restore_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Copies fp32 values into a model, before an engine makes its masters from them.
+
+    Raises:
+        CheckpointError: names or shapes differ.
+    """
+    trainables = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    wanted = {(name, tuple(p.shape)) for name, p in trainables.items()}
+    given = {(name, tuple(t.shape)) for name, t in checkpoint.masters.items()}
+    if wanted != given:
+        raise CheckpointError(
+            f"{checkpoint.folder}: does not fit the model at {sorted(wanted ^ given)[0]}"
+        )
+    with torch.no_grad():
+        for name, parameter in trainables.items():
+            parameter.copy_(checkpoint.masters[name])
+
+
+def _on_cpu(value: Tensor | None) -> Tensor:
+    assert value is not None, "a trainable parameter has no fp32 state under the engine"
+    return value.detach().float().cpu().clone()
+
+
+def parameter_groups(trainables: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """The optimizer's groups, each with the `name` that DeepSpeed asks for."""
+    return [{"params": list(trainables.values()), "name": "trainables"}]

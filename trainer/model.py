@@ -1,0 +1,100 @@
+"""The model of a run: a timm backbone with its weights, adapters injected, a fresh head."""
+
+import difflib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import timm.data
+import torch
+from torch import nn
+
+import moa
+import trainer.vit_embedded  # noqa: F401  (registers the embedded backbone with timm)
+from trainer.config import ModelConfig
+from trainer.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A model before injection, and what identifies it.
+
+    Attributes:
+        model: timm model with a fresh classifier.
+        name: timm name `architecture.tag`.
+        data_config: the model's own `input_size`, `mean`, `std`, `interpolation`.
+        sha256: `moa.base_hash` of the model.
+    """
+
+    model: nn.Module
+    name: str
+    data_config: dict[str, Any]
+    sha256: str
+
+
+def check_backbone(config: ModelConfig) -> str:
+    """The full timm name `architecture.tag`, without building anything.
+
+    Raises:
+        ConfigError: unknown architecture or tag, or a weights file that does not exist.
+    """
+    architecture, _, tag = config.backbone.partition(".")
+    if not timm.is_model(architecture):
+        close = difflib.get_close_matches(architecture, timm.list_models(), 3)
+        hint = f"; close are {', '.join(close)}" if close else "; see timm.list_models('vit_*')"
+        raise ConfigError(f"model.backbone: timm has no model {architecture!r}{hint}")
+    tags = [n.partition(".")[2] for n in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        close = difflib.get_close_matches(tag, tags, 1)
+        hint = f"; did you mean {architecture}.{close[0]}?" if close else ""
+        raise ConfigError(
+            f"model.backbone: {architecture} has no weights tagged {tag!r}; legal are "
+            f"{', '.join(tags) or 'none'}{hint}"
+        )
+    if config.weights not in ("pretrained", "random") and not Path(config.weights).is_file():
+        raise ConfigError(
+            f"model.weights: no file {config.weights!r}; legal are pretrained, random, or the path "
+            "of a safetensors file"
+        )
+    full = timm.get_pretrained_cfg(config.backbone)
+    default_tag = tag or (full.tag if full is not None and full.tag else "")
+    return f"{architecture}.{default_tag}".removesuffix(".")
+
+
+def create_backbone(config: ModelConfig, num_classes: int, seed: int) -> Backbone:
+    """Builds the timm model on the CPU; the head, and random weights, follow from `seed`.
+
+    Raises:
+        ConfigError: the name is unknown, or the weights cannot be had.
+    """
+    name = check_backbone(config)
+    overlay = {} if config.weights in ("pretrained", "random") else {"file": config.weights}
+    torch.manual_seed(seed)
+    try:
+        model = timm.create_model(
+            config.backbone,
+            pretrained=config.weights != "random",
+            pretrained_cfg_overlay=overlay,
+            num_classes=num_classes,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ConfigError(_no_weights(config, name, reason)) from error
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    data_config = timm.data.resolve_model_data_config(model)
+    kept = {key: data_config[key] for key in ("input_size", "mean", "std", "interpolation")}
+    logging.getLogger(__name__).debug("created %s", name)
+    return Backbone(model, name, kept, moa.base_hash(model))
+
+
+def _no_weights(config: ModelConfig, name: str, reason: str) -> str:
+    if config.weights == "pretrained":
+        return (
+            f"model.weights: the pretrained weights of {name} cannot be had ({reason}). Without a "
+            "network, download them elsewhere and give --model.weights FILE.safetensors, or copy "
+            "the hub's cache and set HF_HOME; --model.weights random trains from scratch"
+        )
+    return f"model.weights: {config.weights!r} does not fit {name} ({reason})"

@@ -1,0 +1,14 @@
+"""Entry point: `deepspeed trainer/run.py --ds_config ds_configs/zero2.json [--section.field X]`.
+
+Started by path, Python puts `trainer/` first on the import path; the repository belongs there.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from trainer.session import main  # noqa: E402  (needs the repaired path)
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,103 @@
+"""One run from command line to closing table, and how it ends: lines for the user, an exit code."""
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from trainer.commandline import parse
+from trainer.config import RunConfig
+from trainer.errors import FINISHED, exit_code
+from trainer.world import World, world_from_environment
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from trainer.build import Parts
+    from trainer.run_folder import RunFolder
+
+OTHERS_WAIT = 10.0
+"""Seconds that other ranks leave the main rank to report an error that all of them met; a launcher
+that sees it end takes them down meanwhile."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line; returns the exit code.
+
+    Errors that are the user's to mend become plain lines on stderr, once for all ranks.
+    """
+    world = world_from_environment()
+    try:
+        run(parse(argv), world)
+    except Exception as error:
+        code = exit_code(error)
+        if code is None:
+            raise
+        report_error(error, world)
+        return code
+    return FINISHED
+
+
+def report_error(error: Exception, world: World) -> None:
+    """Prints the lines of `error` on stderr; ranks but the main one wait first, and sign."""
+    prefix = "error: "
+    if not world.is_main:
+        time.sleep(OTHERS_WAIT)
+        prefix = f"error (rank {world.rank}): "
+    for line in str(error).splitlines():
+        sys.stderr.write(f"{prefix}{line}\n")
+    sys.stderr.flush()
+
+
+def run(config: RunConfig, world: World) -> None:
+    """Trains as configured, or shows the result of a run that is already finished.
+
+    Whatever can be wrong with the configuration is found before the process group starts.
+    """
+    # Heavy imports come after the command line has proved legal.
+    from trainer import monitor
+    from trainer.build import build
+    from trainer.resume import Start, find_start
+    from trainer.run_folder import RunFolder
+
+    console = monitor.terminal()
+    parts = build(config, world)
+    folder, start = RunFolder(parts.config.run_folder(parts.held_out_name)), Start()
+    if world.is_main:
+        folder.claim()
+        monitor.set_up_logging(folder.log, console)
+        start = find_start(folder, parts)
+
+    from trainer import engine  # imports deepspeed, which takes seconds
+    from trainer.loop import train
+
+    engine.start(world)
+    start = engine.from_main(start)
+    if not start.finished:
+        train(parts, world, folder, start, console)
+    if world.is_main:
+        show_result(parts, folder, console)
+        folder.release()
+    engine.stop()
+
+
+def show_result(parts: "Parts", folder: "RunFolder", console: "Console") -> None:
+    """Prints the closing table of a finished run, and where to look further."""
+    from moa.state import WEIGHTS_FILE
+    from trainer.report import closing_table
+    from trainer.run_folder import read_rows
+
+    rows, report = read_rows(folder.results), parts.report
+    adapter = (folder.adapter / WEIGHTS_FILE).stat().st_size
+    facts = {
+        "method": parts.config.moa.method,
+        "trainable / total parameters": f"{report.trainable:,} / {report.total:,}",
+        "of which head": f"{report.head:,}",
+        "adapter file": f"{adapter / 2**20:.2f} MiB",
+        "training speed": f"{rows[-1]['moa/images_per_second']:.0f} images/s",
+    }
+    console.print(closing_table(rows, parts.index.domains, parts.held_out, facts))
+    console.print(f"run folder: {folder.path}", soft_wrap=True, highlight=False)
+    console.print(
+        f"curves: tensorboard --logdir {folder.tensorboard}", soft_wrap=True, highlight=False
+    )

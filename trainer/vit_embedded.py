@@ -1,0 +1,107 @@
+"""The embedded backbone: a small timm vision transformer whose weights ship with the package.
+
+Importing this module registers ``vit_embedded`` (tag ``glyphs``) in timm's model registry, so
+``timm.create_model("vit_embedded", pretrained=True, num_classes=10)`` works without a network.
+The model is timm's own ``VisionTransformer``; only its size and its weights are particular.
+"""
+
+from pathlib import Path
+from typing import Any, cast
+
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from timm.models.vision_transformer import VisionTransformer
+
+__all__ = ["GLYPH_CLASSES", "IMAGE_SIZE", "WEIGHTS_PATH", "vit_embedded"]
+
+WEIGHTS_PATH = Path(__file__).resolve().parent / "weights" / "vit_embedded.safetensors"
+"""The shipped weights, written by ``python -m trainer.pretrain_embedded``."""
+
+IMAGE_SIZE = 32
+"""Height and width of the input in pixels."""
+
+# The label space of the shipped head. Characters that differ only by size or position share a
+# class: size and position are augmented away during pretraining, so nothing could tell them apart.
+GLYPH_CLASSES: tuple[str, ...] = (
+    *("0Oo", "1", "2", "3", "4", "5", "6", "7", "8", "9"),
+    *("A", "B", "Cc", "D", "E", "F", "G", "H", "Il", "J", "Kk", "L", "M", "N", "Pp", "Q", "R"),
+    *("Ss", "T", "Uu", "Vv", "Ww", "Xx", "Y", "Zz"),
+    *("a", "b", "d", "e", "f", "g", "h", "i", "j", "m", "n", "q", "r", "t", "y"),
+)
+"""One string per class, listing the characters that belong to it."""
+
+_MODEL_ARGS: dict[str, Any] = {
+    "img_size": IMAGE_SIZE,
+    "patch_size": 8,
+    "embed_dim": 128,
+    "depth": 6,
+    "num_heads": 4,
+}
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vit_embedded.glyphs": {
+            "file": str(WEIGHTS_PATH),
+            "num_classes": len(GLYPH_CLASSES),
+            "label_names": GLYPH_CLASSES,
+            "input_size": (3, IMAGE_SIZE, IMAGE_SIZE),
+            "fixed_input_size": True,
+            "pool_size": None,
+            "crop_pct": 1.0,
+            "interpolation": "bicubic",
+            "mean": (0.5, 0.5, 0.5),
+            "std": (0.5, 0.5, 0.5),
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+            "license": "apache-2.0",
+        }
+    }
+)
+
+
+def _require_weights(kwargs: dict[str, Any]) -> None:
+    """Raise a useful error when the file that timm is about to read is not there."""
+    cfg = resolve_pretrained_cfg(
+        "vit_embedded", kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")
+    )
+    if cfg.state_dict or not cfg.file or Path(cfg.file).is_file():
+        return
+    raise FileNotFoundError(
+        f"the weights of vit_embedded are missing: {cfg.file}. Make them with "
+        f"`python -m trainer.pretrain_embedded --out {Path(cfg.file).parent}` "
+        "or build the model with pretrained=False."
+    )
+
+
+@register_model  # type: ignore[untyped-decorator]  # timm is opaque to mypy
+def vit_embedded(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """Build the embedded backbone: 32x32 input, patch 8, width 128, depth 6, class-token pooling.
+
+    Args:
+        pretrained: Load the shipped glyph weights. The head is loaded too, unless ``num_classes``
+            differs from the number of glyph classes; then it starts afresh.
+        **kwargs: Passed to timm, for instance ``num_classes`` or ``drop_path_rate``.
+
+    Returns:
+        A model that maps images ``(batch, 3, 32, 32)`` to logits ``(batch, num_classes)``, or to
+        features ``(batch, 128)`` when ``num_classes`` is 0.
+
+    Raises:
+        FileNotFoundError: The weights are asked for and their file does not exist.
+    """
+    if pretrained:
+        _require_weights(kwargs)
+    return cast(
+        VisionTransformer,
+        build_model_with_cfg(
+            VisionTransformer,
+            "vit_embedded",
+            pretrained,
+            feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+            **(_MODEL_ARGS | kwargs),
+        ),
+    )
