@@ -64,7 +64,7 @@ def random_words(key: int, counters: UInt64Array) -> UInt64Array:
     return splitmix64(counters ^ salt).reshape(counters.shape)
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=64)
 def permutation(key: int, n: int) -> Int64Array:
     """Shuffle 0..n-1 by sorting random words.
 

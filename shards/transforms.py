@@ -25,6 +25,7 @@ _JPEG_MAGIC = b"\xff\xd8\xff"
 _CROP_SCALE = (0.7, 1.0)  # DomainBed's training augmentation, like the jitter and grey rates below
 _JITTER = 0.3
 _GREY = 0.1
+_TO_LEVEL = 255.999 / 255  # then cut off: torchvision's way from [0, 1] to grey levels
 _SECTORS = torch.tensor([5.0, 3.0, 1.0])[:, None, None]  # where R, G, B fall off in the hue circle
 _INTERPOLATIONS = {
     "nearest": InterpolationMode.NEAREST,
@@ -139,7 +140,7 @@ def shift_hue(image: torch.Tensor, shift: float) -> torch.Tensor:
     hue = chroma_channel * 2 + distance + shift * 6
     sector = (hue[None] + _SECTORS).remainder(6)
     ramp = torch.minimum(sector, 4 - sector).clamp(0, 1)
-    shifted: torch.Tensor = (value - chroma * ramp).round().clamp(0, 255).to(torch.uint8)
+    shifted: torch.Tensor = ((value - chroma * ramp) * _TO_LEVEL).to(torch.uint8)
     return shifted
 
 

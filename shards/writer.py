@@ -55,14 +55,10 @@ def write_shards(
         DamagedDataError: If an image cannot be read, or `out` holds a damaged copy of this set.
         OutputError: If `out` cannot be written, is in use, or holds something else.
     """
-    if shard_size < 1:
-        raise DataConfigError(f"--shard-size {shard_size}: must be 1 or more")
-    if out.resolve().is_relative_to(root.resolve()):
-        raise DataConfigError(f"--out {out}: must not lie inside --root {root}")
+    _check_settings(root, out, shard_size)
     listing = list_images(root, spec, exclude)
-    if exclude:
-        level = logging.INFO if listing.excluded == len(set(exclude)) else logging.WARNING
-        log.log(level, "excluded %d of %d listed paths", listing.excluded, len(set(exclude)))
+    if listing.excluded < len(set(exclude)):
+        log.warning("only %d of %d excluded paths exist", listing.excluded, len(set(exclude)))
     source = source_sha256(listing, spec.name, shard_size)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -76,9 +72,16 @@ def write_shards(
     except filelock.Timeout as error:
         raise OutputError(f"--out {out}: another writer is at work there") from error
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise OutputError(f"--out {out}: cannot be written ({reason})") from error
+        raise OutputError(f"--out {out}: cannot be written ({error.strerror or error})") from error
     return ShardIndex.load(out)
+
+
+def _check_settings(root: Path, out: Path, shard_size: int) -> None:
+    """Raise on settings that cannot work, before anything is listed."""
+    if shard_size < 1:
+        raise DataConfigError(f"--shard-size {shard_size}: must be 1 or more")
+    if out.resolve().is_relative_to(root.resolve()):
+        raise DataConfigError(f"--out {out}: must not lie inside --root {root}")
 
 
 def _is_done(out: Path, source: str) -> bool:

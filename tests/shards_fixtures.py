@@ -9,6 +9,7 @@ from PIL import Image
 
 from shards.datasets import dataset_spec
 from shards.index import ShardIndex
+from shards.stream import DomainStream
 from shards.transforms import train_transform
 from shards.writer import write_shards
 
@@ -69,3 +70,44 @@ def damage(path: Path, offset: int) -> None:
     data = bytearray(path.read_bytes())
     data[offset] ^= 0x20
     path.write_bytes(bytes(data))
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    """All files of a folder."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def stream_of(index: ShardIndex, **changes: object) -> DomainStream:
+    settings: dict[str, object] = {
+        "sources": [0, 1, 3],
+        "batch_per_domain": 4,
+        "seed": 5,
+        "trial_seed": 1,
+        "transform": small_train_transform(),
+        **changes,
+    }
+    return DomainStream(index, **settings)  # type: ignore[arg-type]
+
+
+def collect(stream: DomainStream, start: int, stop: int, world: int = 1, **options: int):
+    """Global batches: the ranks' micro-batches put together; checks first_slot on the way."""
+    ranks = [list(stream.loader(start, stop, rank, world, **options)) for rank in range(world)]
+    pieces = options.get("accumulation", 1)
+    batches = []
+    for step in range(stop - start):
+        parts = [part for rank in ranks for part in rank[step * pieces : (step + 1) * pieces]]
+        slot = 0
+        for part in parts:
+            assert part.first_slot == slot
+            slot += len(part.labels)
+        assert slot == stream.global_batch
+        batches.append(
+            tuple(torch.cat([getattr(part, name) for part in parts]) for name in part._fields[:3])
+        )
+    return batches
+
+
+def assert_equal(left: list, right: list) -> None:
+    assert len(left) == len(right)
+    for one, other in zip(left, right, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

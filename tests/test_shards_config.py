@@ -8,7 +8,7 @@ from shards.config import DataConfig
 from shards.datasets import dataset_spec
 from shards.errors import DataConfigError
 
-PACKAGE = Path(shards.__file__).parent
+PACKAGE = Path(__file__).resolve().parents[1] / "shards"
 
 
 def test_defaults_are_legal() -> None:

@@ -165,14 +165,16 @@ def test_jitter_equals_torchvision_step_by_step() -> None:
                 lambda x, f: functional.adjust_saturation(x, f),
                 lambda x, f: functional.adjust_hue(x, f - 1),
             ][step](reference, factor)
-        assert (result.int() - reference.int()).abs().max() <= 3
+        difference = (result.int() - reference.int()).abs().float()
+        assert difference.mean() < 0.1
+        assert difference.max() <= 6  # one level of hue, stretched by later contrast
     assert len(orders) > 5
 
 
 def test_bad_settings_name_what_is_legal() -> None:
-    with pytest.raises(DataConfigError, match="augment = 'auto': must be domainbed, no_flip or"):
+    with pytest.raises(DataConfigError, match=r"augment = 'auto': must be domainbed, no_flip or"):
         train_transform(DATA_CONFIG, "auto")  # type: ignore[arg-type]
-    with pytest.raises(DataConfigError, match="interpolation = 'lanczos' .* nearest, bilinear"):
+    with pytest.raises(DataConfigError, match=r"interpolation = 'lanczos' .* nearest, bilinear"):
         eval_transform({**DATA_CONFIG, "interpolation": "lanczos"})
 
 

@@ -62,11 +62,14 @@ def _render(font_path: Path, characters: Iterable[str]) -> Tensor:
 
 def _distance(mask: Tensor) -> Tensor:
     """Euclidean distance in pixels from every pixel to the nearest true one, ``(G, H, W)``."""
-    side = torch.arange(mask.shape[-1], dtype=torch.float32)
-    squares = (side[:, None] - side[None, :]).square()
     squared = torch.where(mask, 0.0, 1e6)
     for _ in range(2):  # one axis at a time: the square of the distance is separable
-        squared = (squared[:, :, None, :] + squares).amin(-1).transpose(1, 2)
+        nearest = squared.clone()
+        for shift in range(1, mask.shape[-1]):
+            right, left = nearest[..., shift:], nearest[..., :-shift]
+            torch.minimum(right, squared[..., :-shift] + shift**2, out=right)
+            torch.minimum(left, squared[..., shift:] + shift**2, out=left)
+        squared = nearest.transpose(1, 2).contiguous()
     return squared.sqrt()
 
 
@@ -75,8 +78,7 @@ def _signed_distance(mask: Tensor) -> Tensor:
 
     One glyph size is the longest side of the glyph's bounding box.
     """
-    pieces = [_distance(~part) - _distance(part) for part in torch.split(mask, 8)]
-    signed = torch.cat(pieces) / (_BOX * _RENDER)
+    signed = (_distance(~mask) - _distance(mask)) / (_BOX * _RENDER)
     return F.avg_pool2d(signed[:, None], _RENDER // _BANK)[:, 0]
 
 
@@ -100,7 +102,7 @@ class GlyphBank:
         characters = "".join(classes)
         masks = [_render(folder / f"{font}.ttf", characters) for font in fonts]
         labels = [index for index, group in enumerate(classes) for _ in group]
-        self.fields = _signed_distance(torch.cat(masks))
+        self.fields = torch.cat([_signed_distance(mask) for mask in masks])
         self.labels = torch.tensor(labels).repeat(len(masks))
         self.weights = 1.0 / torch.bincount(self.labels).float()[self.labels]
 

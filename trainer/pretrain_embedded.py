@@ -236,6 +236,7 @@ def save(config: PretrainConfig, result: PretrainResult, folder: Path) -> Path:
         tensors, f"{weights}.tmp", metadata={"format": "pt", "classes": " ".join(GLYPH_CLASSES)}
     )
     Path(f"{card}.tmp").write_text(model_card(config, result), encoding="utf-8")
+    Path(f"{weights}.tmp").chmod(0o644)  # safetensors makes it private to its owner
     for path in (weights, card):
         os.replace(f"{path}.tmp", path)
     return weights
