@@ -1,7 +1,7 @@
 """`MoAConfig`: what is adapted and how. Imports nothing heavy, so `--help` stays fast."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from moa.errors import MoAConfigError
@@ -54,12 +54,20 @@ class MoAConfig:
     lora and kadaptation all"""
 
     def __post_init__(self) -> None:
-        """Replaces what was left open by the method's defaults, and lists by tuples."""
-        ranks, targets, blocks = _DEFAULTS.get(self.method, ((), (), "all"))
-        for name, default in (("ranks", ranks), ("targets", targets), ("blocks", blocks)):
+        """Turns lists, as YAML and JSON give them, into tuples."""
+        for name in ("ranks", "targets", "blocks"):
             value = getattr(self, name)
-            value = default if value is None else value
             object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
+
+    def resolved(self) -> "MoAConfig":
+        """The same configuration with the method's defaults where something was left open."""
+        ranks, targets, blocks = _DEFAULTS.get(self.method, ((), (), "all"))
+        return replace(
+            self,
+            ranks=ranks if self.ranks is None else self.ranks,
+            targets=targets if self.targets is None else self.targets,
+            blocks=blocks if self.blocks is None else self.blocks,
+        )
 
     @property
     def adapts(self) -> bool:
@@ -80,8 +88,8 @@ class MoAConfig:
         """Every range problem of this configuration, one line each, empty if it is legal."""
         if not self.adapts:
             return []
-        found = []
-        ranks, top_k = self.ranks or (), self.top_k
+        found, whole = [], self.resolved()
+        ranks, top_k = whole.ranks or (), self.top_k
         if not ranks or any(r < 1 for r in ranks):
             found.append(f"moa.ranks: {list(ranks)}; give one or more whole numbers >= 1")
         if self.routed and len(ranks) == 1:
@@ -102,9 +110,9 @@ class MoAConfig:
         for name in ("gate_noise", "aux_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 found.append(f"moa.{name}: {getattr(self, name)}; must be a finite number >= 0")
-        if not self.targets:
+        if not whole.targets:
             found.append("moa.targets: []; name at least one linear layer, such as [attn.qkv]")
-        if isinstance(self.blocks, str) and not _BLOCKS.fullmatch(self.blocks):
+        if isinstance(whole.blocks, str) and not _BLOCKS.fullmatch(whole.blocks):
             found.append(
                 f"moa.blocks: {self.blocks!r}; legal are all, every_K, last_K (K >= 1), or a list "
                 "of block numbers"

@@ -45,6 +45,7 @@ def inject(model: nn.Module, config: MoAConfig) -> InjectReport:
         NoMatchingModuleError: `targets` in `blocks` match no linear layer.
     """
     config.check()
+    config = config.resolved()
     paths = matching_layers(model, config) if config.adapts else []
     bases = {path: model.get_submodule(path) for path in paths}
     if config.kronecker:

@@ -56,6 +56,7 @@ class MoALinear(nn.Module):
     ) -> None:
         super().__init__()
         config.check()
+        config = config.resolved()
         if not config.adapts or not config.ranks:
             raise MoAConfigError(f"moa.method: {config.method!r} does not wrap layers")
         self.base = base.requires_grad_(False)

@@ -103,7 +103,7 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], info: AdapterInfo
         "format_version": FORMAT_VERSION,
         "base_model_name_or_path": info.base_model,
         "base_sha256": info.base_sha256,
-        "moa_config": asdict(info.moa),
+        "moa_config": asdict(info.moa.resolved()),
         "classes": list(info.classes),
         "data_config": dict(info.data_config),
         "results": dict(info.results),
@@ -243,7 +243,7 @@ tags: [domain-generalization, mixture-of-adapters]
 ---
 # {info.moa.method} adapter for {info.base_model}
 
-{len(info.classes)} classes; ranks {list(info.moa.ranks or ())}. Base weights (SHA-256)
+{len(info.classes)} classes; ranks {list(info.moa.resolved().ranks or ())}. Base weights (SHA-256)
 `{info.base_sha256}`.
 
 ```python

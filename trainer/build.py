@@ -55,7 +55,7 @@ def build(config: RunConfig, world: World) -> Parts:
     """
     check_backbone(config.model)
     index = open_shards(config.data)
-    config, held_out = _resolve_held_out(config, index)
+    config, held_out = _resolve(config, index)
     settings = config.train
     backbone = create_backbone(config.model, len(index.classes), settings.seed)
     report = moa.inject(backbone.model, config.moa)
@@ -81,7 +81,8 @@ def build(config: RunConfig, world: World) -> Parts:
     return Parts(config, index, held_out, backbone.model, report, stream, resolved, info)
 
 
-def _resolve_held_out(config: RunConfig, index: ShardIndex) -> tuple[RunConfig, int]:
+def _resolve(config: RunConfig, index: ShardIndex) -> tuple[RunConfig, int]:
+    """Fills in the held-out domain and the method's defaults; also that domain's number."""
     name = config.data.held_out or index.domains[-1]
     number = index.domain_number(name)
     if len(index.domains) < 2:
@@ -89,4 +90,5 @@ def _resolve_held_out(config: RunConfig, index: ShardIndex) -> tuple[RunConfig, 
             f"data.held_out: {name!r} is the only domain of {index.root}; training needs at least "
             "one more"
         )
-    return replace(config, data=replace(config.data, held_out=name)), number
+    data = replace(config.data, held_out=name)
+    return replace(config, data=data, moa=config.moa.resolved()), number

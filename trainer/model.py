@@ -1,11 +1,11 @@
 """The model of a run: a timm backbone with its weights, adapters injected, a fresh head."""
 
 import difflib
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import timm
 import timm.data
 import torch
@@ -42,7 +42,8 @@ def check_backbone(config: ModelConfig) -> str:
     """
     architecture, _, tag = config.backbone.partition(".")
     if not timm.is_model(architecture):
-        close = difflib.get_close_matches(architecture, timm.list_models(), 3)
+        transformers = ["vit_embedded", *timm.list_models(["vit_*", "eva*", "deit*"])]
+        close = difflib.get_close_matches(architecture, transformers, 3)
         hint = f"; close are {', '.join(close)}" if close else "; see timm.list_models('vit_*')"
         raise ConfigError(f"model.backbone: timm has no model {architecture!r}{hint}")
     tags = [n.partition(".")[2] for n in timm.list_pretrained(f"{architecture}.*")]
@@ -71,6 +72,8 @@ def create_backbone(config: ModelConfig, num_classes: int, seed: int) -> Backbon
     """
     name = check_backbone(config)
     overlay = {} if config.weights in ("pretrained", "random") else {"file": config.weights}
+    # The hub client reports each of its retries; the error below says it once.
+    huggingface_hub.utils.logging.set_verbosity_error()
     torch.manual_seed(seed)
     try:
         model = timm.create_model(
@@ -86,7 +89,6 @@ def create_backbone(config: ModelConfig, num_classes: int, seed: int) -> Backbon
         model.set_grad_checkpointing(True)
     data_config = timm.data.resolve_model_data_config(model)
     kept = {key: data_config[key] for key in ("input_size", "mean", "std", "interpolation")}
-    logging.getLogger(__name__).debug("created %s", name)
     return Backbone(model, name, kept, moa.base_hash(model))
 
 

@@ -1,0 +1,145 @@
+"""Mistakes of the user: one clear line with the remedy, the right exit code, no traceback."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from trainer_fixtures import arguments, environment, launch
+
+from trainer.session import main
+
+BAD_SETTINGS = [
+    ("data.root", "/no/such/folder", 2, ["/no/such/folder", "shards.writer"]),
+    ("data.held_out", "rotatd", 2, ["'rotatd'", "plain, inverted", "'rotated'"]),
+    ("model.backbone", "vit_embeded", 2, ["'vit_embeded'", "vit_embedded"]),
+    ("model.backbone", "vit_base_patch16_clip_224.laion2c", 2, ["laion2c", "laion2b"]),
+    ("model.weights", "nowhere.safetensors", 2, ["nowhere.safetensors", "pretrained, random"]),
+    ("moa.targets", "[attn.q]", 2, ["'attn.q'", "attn.qkv"]),
+    ("moa.kron_dim", "48", 2, ["48", "128", "blocks.0.attn.qkv", "64"]),
+    ("moa.blocks", "[7]", 2, ["[7]", "0 to 5"]),
+    ("train.batch_per_domain", "0", 2, ["train.batch_per_domain", "0", ">= 1"]),
+    ("train.accumulation", "3", 2, ["3", "20", "legal"]),
+    ("train.step", "3", 2, ["train.step", "'train.steps'"]),
+    ("optim.lr", "fast", 2, ["optim.lr", "'fast'", "number"]),
+    ("resume", "must", 2, ["must", "--output_dir"]),
+    ("recipe", "embeded", 2, ["'embeded'", "'embedded'"]),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "code", "words"), BAD_SETTINGS, ids=lambda v: str(v)[:30])
+def test_bad_setting(
+    key: str, value: str, code: int, words: list[str], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert main([*arguments(tmp_path / "run"), f"--{key}={value}"]) == code
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert error.startswith("error: ")
+    for word in words:
+        assert word in error
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_all_problems_are_reported_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--moa.methd=lora", "--optim.lr=x", "stray", "--train.steps"]) == 2
+    error = capsys.readouterr().err
+    for word in ("'moa.method'", "optim.lr", "stray", "--train.steps: no value"):
+        assert word in error
+    assert main(["--moa.top_k=9", "--train.steps=0", "--data.workers=-1", "--optim.eps=0"]) == 2
+    error = capsys.readouterr().err
+    for word in ("moa.top_k", "train.steps", "data.workers", "optim.eps"):
+        assert word in error
+
+
+def test_unwritable_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(arguments(tmp_path / "file" / "run")) == 73
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert "--output_dir" in error
+
+
+def test_ds_config_that_contradicts_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"train_batch_size": 7, "zero_optimization": {"stage": 2}}))
+    assert main([*arguments(tmp_path / "run"), f"--ds_config={path}"]) == 2
+    error = capsys.readouterr().err
+    assert "train_batch_size is 7" in error
+    assert "20" in error
+    path.write_text("{")
+    assert main([*arguments(tmp_path / "run"), f"--ds_config={path}"]) == 2
+    assert "not JSON" in capsys.readouterr().err
+
+
+def test_weights_without_a_network(tmp_path: Path) -> None:
+    """The hub client is told to be offline, as it is on many compute nodes."""
+    result = launch(
+        *arguments(tmp_path / "run", model__backbone="vit_tiny_patch16_224", moa__method="linear"),
+        HF_HUB_OFFLINE="1",
+        HF_HOME=str(tmp_path / "hub"),
+    )
+    assert result.returncode == 2
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    assert len(lines) == 1
+    for word in ("vit_tiny_patch16_224", "--model.weights", "HF_HOME"):
+        assert word in lines[0]
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "word"),
+    [({"data__held_out": "sketch"}, 2, "'sketch'"), ({}, 73, "--output_dir")],
+    ids=["domain", "output"],
+)
+def test_deepspeed_launcher_passes_the_exit_code_on(
+    change: dict[str, str], code: int, word: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    output = tmp_path / ("run" if change else "file/run")
+    result = launch(*arguments(output, **change), processes=2)
+    assert result.returncode == code, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    assert len(lines) == 1
+    assert word in lines[0]
+    assert "Traceback" not in result.stderr
+
+
+def test_class_lists_that_differ_between_domains(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for domain, names in (("photo", ("cat", "dog")), ("sketch", ("cat", "dogg"))):
+        for name in names:
+            folder = tmp_path / "images" / domain / name
+            folder.mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(folder / "1.png")
+    result = subprocess.run(
+        [sys.executable, "-m", "shards.writer", "--dataset", "folder",
+         "--root", str(tmp_path / "images"), "--out", str(tmp_path / "shards")],
+        capture_output=True, text=True, env=environment(), check=False,
+    )  # fmt: skip
+    assert result.returncode in (2, 65)
+    for word in ("dog", "sketch"):
+        assert word in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "shards" / "index.json").exists()
+
+
+def test_changed_setting_on_resume_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    result = launch(*arguments(output, train__steps="2", moa__method="linear"))
+    assert result.returncode == 0, result.stderr
+    changed = arguments(output, train__steps="3", moa__method="linear", optim__lr="0.5")
+    assert main(changed) == 2
+    error = capsys.readouterr().err
+    assert "optim.lr" in error
+    assert "0.002" in error
+    assert "0.5" in error
+    assert (
+        main([*arguments(output, train__steps="2", moa__method="linear"), "--resume=never"]) == 73
+    )

@@ -1,0 +1,278 @@
+"""The main job from end to end, through the real engine: few launches, many checks each."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trainer_fixtures import arguments, environment, kill_after_step, launch, rows
+
+import moa
+import trainer.vit_embedded  # noqa: F401  (registers the embedded backbone)
+from shards import DataConfig, DomainStream, open_shards
+
+DOMAINS = ["plain", "inverted", "outline", "coarse", "textured", "rotated"]
+LOSSES = ("loss", "ce", "aux_loss", "grad_norm")
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Run folder and console output of the short run in one plain process."""
+    output = tmp_path_factory.mktemp("one") / "run"
+    result = launch(*arguments(output))
+    assert result.returncode == 0, result.stderr
+    return output, result.stdout
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folder of the same run under the deepspeed launcher with two processes."""
+    output = tmp_path_factory.mktemp("two") / "run"
+    result = launch(*arguments(output), processes=2)
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+def accuracies(folder: Path) -> list[dict[str, float]]:
+    return [
+        {k: v for k, v in row.items() if k.endswith("_acc")}
+        for row in rows(folder / "results.jsonl")
+    ]  # type: ignore[misc]
+
+
+def test_metrics_have_one_row_per_step_in_the_streams_order(one_process: tuple[Path, str]) -> None:
+    folder, _ = one_process
+    metrics = rows(folder / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == list(range(13))
+    stream = DomainStream(
+        open_shards(DataConfig()), sources=range(5), batch_per_domain=4, seed=3, trial_seed=0,
+        transform=lambda x: x,
+    )  # fmt: skip
+    assert [row["batch_digest"] for row in metrics] == [stream.batch_digest(s) for s in range(13)]
+    assert all(row["aux_loss"] > 0 and row["lr"] == 2e-3 for row in metrics)
+    assert all(row["loss"] == pytest.approx(row["ce"] + row["aux_loss"]) for row in metrics)
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+
+
+def test_run_folder_is_complete(one_process: tuple[Path, str]) -> None:
+    folder, _ = one_process
+    assert (folder / "done").exists()
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["data"]["held_out"] == "rotated"
+    assert config["moa"]["ranks"] == [1, 2, 4, 8]
+    resolved = json.loads((folder / "ds_config.json").read_text())
+    assert resolved["train_batch_size"] == 20
+    assert resolved["gradient_clipping"] == 0.5
+    assert "auto" not in json.dumps(resolved)
+    assert json.loads((folder / "environment.json").read_text())["packages"]["torch"]
+    assert (folder / "log.txt").stat().st_size > 0
+    newest = (folder / "checkpoints" / "latest").read_text().strip()
+    kept = sorted(p.name for p in (folder / "checkpoints").glob("step-*"))
+    assert kept == ["step-00000012", "step-00000013"]
+    assert newest == kept[-1]
+
+
+def test_results_rows_are_what_domainbed_reads(one_process: tuple[Path, str]) -> None:
+    folder, _ = one_process
+    results = rows(folder / "results.jsonl")
+    assert [row["step"] for row in results] == [0, 6, 12]
+    for row in results:
+        for env in range(6):
+            for split in ("in", "out"):
+                assert 0 <= row[f"env{env}_{split}_acc"] <= 1  # type: ignore[operator]
+        assert row["args"]["test_envs"] == [5]  # type: ignore[index]
+        assert {"dataset", "algorithm", "trial_seed", "seed", "hparams_seed", "holdout_fraction",
+                "output_dir"} <= set(row["args"])  # type: ignore[call-overload]  # fmt: skip
+        assert row["epoch"] == pytest.approx(row["step"] * 4 / 240, rel=0.01)  # type: ignore[operator]
+
+
+def test_closing_table_tells_what_is_asked_for(one_process: tuple[Path, str]) -> None:
+    folder, console = one_process
+    best = max(
+        rows(folder / "results.jsonl"),
+        key=lambda row: sum(row[f"env{i}_out_acc"] for i in range(5)),  # type: ignore[misc]
+    )
+    for word in ("held-out accuracy, rotated", "trainable / total", "adapter file", "images/s"):
+        assert word in console
+    assert f"{100 * best['env5_in_acc']:.1f}" in console  # type: ignore[operator]
+    assert "tensorboard --logdir" in console
+    assert "\x1b[" not in console, "no colours or cursor movements outside a terminal"
+    assert sum(line.startswith("step ") for line in console.splitlines()) >= 10
+
+
+def test_two_processes_train_the_same_model(
+    one_process: tuple[Path, str], two_processes: Path
+) -> None:
+    one, two = rows(one_process[0] / "metrics.jsonl"), rows(two_processes / "metrics.jsonl")
+    assert [row["batch_digest"] for row in one] == [row["batch_digest"] for row in two]
+    for a, b in zip(one, two, strict=True):
+        for name in LOSSES:
+            assert a[name] == pytest.approx(b[name], rel=1e-5), (name, a["step"])
+    first = moa.state.read_adapter(one_process[0] / "adapter-last")[1]
+    second = moa.state.read_adapter(two_processes / "adapter-last")[1]
+    assert first.keys() == second.keys()
+    # Adam turns rounding of a near-zero gradient into a step of up to lr, so values are compared
+    # against the distance training has moved them (about 13 steps of 2e-3).
+    for name, tensor in first.items():
+        assert (tensor - second[name]).abs().max() < 13 * 2e-3 * 0.05, name
+    assert accuracies(one_process[0])[0] == pytest.approx(accuracies(two_processes)[0], abs=0.01)
+
+
+def test_zero1_gives_the_same_losses(one_process: tuple[Path, str], tmp_path: Path) -> None:
+    result = launch(*arguments(tmp_path / "run"), "--ds_config=ds_configs/zero1.json")
+    assert result.returncode == 0, result.stderr
+    for a, b in zip(
+        rows(one_process[0] / "metrics.jsonl"),
+        rows(tmp_path / "run" / "metrics.jsonl"),
+        strict=True,
+    ):
+        for name in LOSSES:
+            assert a[name] == pytest.approx(b[name], rel=1e-5), (name, a["step"])
+
+
+def test_accumulation_keeps_data_and_cross_entropy(
+    one_process: tuple[Path, str], tmp_path: Path
+) -> None:
+    """Only the balance loss, which is not linear, depends on the micro-batch."""
+    output = tmp_path / "run"
+    changes = {"train__accumulation": "5", "moa__aux_weight": "0", "train__steps": "4"}
+    result = launch(*arguments(output, **changes))
+    assert result.returncode == 0, result.stderr
+    changes["train__accumulation"] = "1"
+    plain = launch(*arguments(tmp_path / "plain", **changes))
+    assert plain.returncode == 0, plain.stderr
+    for a, b in zip(
+        rows(output / "metrics.jsonl"), rows(tmp_path / "plain" / "metrics.jsonl"), strict=True
+    ):
+        assert a["batch_digest"] == b["batch_digest"]
+        assert a["ce"] == pytest.approx(b["ce"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+
+
+def test_killed_run_resumes_to_the_same_numbers(
+    one_process: tuple[Path, str], tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    kill_after_step(arguments(output), output / "metrics.jsonl", 9)
+    assert not (output / "done").exists()
+    result = launch(*arguments(output), "--resume=auto")
+    assert result.returncode == 0, result.stderr
+    assert "resumed after step 7" in result.stdout
+    whole = one_process[0]
+    assert rows(output / "metrics.jsonl") == rows(whole / "metrics.jsonl")
+    assert accuracies(output) == accuracies(whole)
+    for name in ("adapter", "adapter-last"):
+        expected = moa.state.read_adapter(whole / name)[1]
+        found = moa.state.read_adapter(output / name)[1]
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_finished_run_is_shown_not_repeated(one_process: tuple[Path, str], tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(one_process[0], output)
+    before = (output / "metrics.jsonl").read_bytes()
+    again = launch(*arguments(output))
+    assert again.returncode == 0, again.stderr
+    assert "held-out accuracy, rotated" in again.stdout
+    assert (output / "metrics.jsonl").read_bytes() == before
+
+
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(
+    one_process: tuple[Path, str], tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(one_process[0], output)
+    damaged = output / "checkpoints" / "step-00000013" / "optimizer.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    result = launch(*arguments(output))
+    assert result.returncode == 0, result.stderr
+    assert "damaged checkpoint" in result.stdout
+    assert "resumed after step 11" in result.stdout
+    assert rows(output / "metrics.jsonl") == rows(one_process[0] / "metrics.jsonl")
+
+
+def test_checkpoint_and_adapter_hold_no_frozen_tensor(one_process: tuple[Path, str]) -> None:
+    folder, _ = one_process
+    model = timm.create_model("vit_embedded.glyphs", num_classes=10)
+    moa.inject(model, moa.MoAConfig(method="moa_kron"))
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert frozen
+    for name in ("adapter", "adapter-last", "checkpoints/step-00000013"):
+        with safe_open(folder / name / "adapter_model.safetensors", "pt") as file:
+            assert set(file.keys()) == trainable
+    with safe_open(folder / "checkpoints/step-00000013/optimizer.safetensors", "pt") as file:
+        assert {key.split("|")[0] for key in file.keys()} == trainable
+    size = sum(p.stat().st_size for p in (folder / "checkpoints/step-00000013").iterdir())
+    assert size < 3.2 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_adapter_gives_the_same_accuracies_in_a_new_process(
+    one_process: tuple[Path, str],
+) -> None:
+    folder, _ = one_process
+    result = subprocess.run(
+        [sys.executable, "-m", "trainer.evaluate", "--adapter", str(folder / "adapter"), "--json"],
+        capture_output=True, text=True, env=environment(), cwd=folder, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert found == {k: v for k, v in config["results"].items() if k.endswith("_acc")}
+    assert found in accuracies(folder)
+
+
+def test_tensorboard_has_the_contracts_curves(one_process: tuple[Path, str]) -> None:
+    folder, _ = one_process
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    wanted = {f"train/{name}" for name in ("loss", "ce", "aux_loss", "lr", "grad_norm")}
+    wanted |= {f"eval/{domain}/{split}_acc" for domain in DOMAINS for split in ("in", "out")}
+    wanted |= {"select/training_domain_validation/target_acc", "router/dead_experts"}
+    wanted |= {f"router/blocks.{b}.attn.qkv/load_{e}" for b in (0, 2, 4) for e in range(4)}
+    wanted |= {f"perf/{name}" for name in ("img_s", "step_ms", "data_wait_ms")}
+    assert wanted <= tags
+    curve = events.Scalars("train/loss")
+    assert [event.step for event in curve] == list(range(13))
+    loads = [events.Scalars(f"router/blocks.0.attn.qkv/load_{e}")[-1].value for e in range(4)]
+    assert sum(loads) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("method", ["full", "linear", "lora", "kadaptation", "moa_lora"])
+def test_every_method_trains(method: str, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    result = launch(*arguments(output, moa__method=method, train__steps="3"))
+    assert result.returncode == 0, result.stderr
+    metrics = rows(output / "metrics.jsonl")
+    assert len(metrics) == 3
+    assert (method == "moa_lora") == (metrics[0]["aux_loss"] > 0)  # type: ignore[operator]
+
+
+def test_losses_equal_the_stored_curve(one_process: tuple[Path, str]) -> None:
+    """A change of these numbers is a change of the method: update the file and say why."""
+    golden = json.loads((Path(__file__).parent / "golden" / "short_run.json").read_text())
+    losses = [row["loss"] for row in rows(one_process[0] / "metrics.jsonl")]
+    assert losses == pytest.approx(golden["losses"], rel=2e-3)
+
+
+def test_second_run_on_one_folder_is_refused(one_process: tuple[Path, str], tmp_path: Path) -> None:
+    from trainer.run_folder import RunFolder
+
+    folder = RunFolder(tmp_path / "run")
+    folder.claim()
+    result = launch(*arguments(tmp_path / "run"))
+    folder.release()
+    assert result.returncode == 73
+    assert f"pid {os.getpid()}" in result.stderr
+    assert "Traceback" not in result.stderr
