@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from moa.errors import MoAConfigError
 
@@ -86,9 +86,15 @@ class MoAConfig:
 
     def problems(self) -> list[str]:
         """Every range problem of this configuration, one line each, empty if it is legal."""
+        legal = {"method": get_args(Method), "router": ("cosine",)}
+        found = [
+            f"moa.{name}: {getattr(self, name)!r}; legal are {', '.join(values)}"
+            for name, values in legal.items()
+            if getattr(self, name) not in values
+        ]
         if not self.adapts:
-            return []
-        found, whole = [], self.resolved()
+            return found
+        whole = self.resolved()
         ranks, top_k = whole.ranks or (), self.top_k
         if not ranks or any(r < 1 for r in ranks):
             found.append(f"moa.ranks: {list(ranks)}; give one or more whole numbers >= 1")

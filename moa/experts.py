@@ -111,7 +111,7 @@ def kronecker_delta(
     left = torch.cat([e.left for e in experts], dim=2)  # [P, D/P, R]
     right = torch.cat([e.right for e in experts], dim=1)  # [P, R, O/P]
     dim = left.shape[0]
-    mixed = torch.einsum("pa,nad->pnd", rule.left, x.view(x.shape[0], dim, -1))
+    mixed = torch.einsum("pa,nad->pnd", rule.left, x.view(x.shape[0], dim, left.shape[1]))
     z = _gate_columns(mixed @ left, gates, [e.left.shape[2] for e in experts])  # [P, N, R]
     y = torch.einsum("pb,pno->nbo", rule.right, z @ right)  # [N, P, O/P]
-    return y.reshape(x.shape[0], -1)
+    return y.flatten(1)

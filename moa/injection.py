@@ -46,6 +46,10 @@ def inject(model: nn.Module, config: MoAConfig) -> InjectReport:
     """
     config.check()
     config = config.resolved()
+    head = classifier(model)
+    for path, module in model.named_modules():
+        if isinstance(module, MoALinear):
+            raise MoAConfigError(f"{path} already carries adapters: inject into a fresh model")
     paths = matching_layers(model, config) if config.adapts else []
     bases = {path: model.get_submodule(path) for path in paths}
     if config.kronecker:
@@ -64,7 +68,7 @@ def inject(model: nn.Module, config: MoAConfig) -> InjectReport:
         layer.train(base.training)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, layer)
-    classifier(model).requires_grad_(True)
+    head.requires_grad_(True)
     return _report(model, paths)
 
 
@@ -73,8 +77,6 @@ def matching_layers(model: nn.Module, config: MoAConfig) -> list[str]:
     linears: dict[int, list[tuple[str, str]]] = {}
     for path, module in model.named_modules():
         match = _IN_BLOCK.fullmatch(path)
-        if isinstance(module, MoALinear):
-            raise MoAConfigError(f"{path} already carries adapters: inject into a fresh model")
         if match and isinstance(module, nn.Linear):
             linears.setdefault(int(match[1]), []).append((match[2], path))
     if not linears:
@@ -82,7 +84,8 @@ def matching_layers(model: nn.Module, config: MoAConfig) -> list[str]:
             f"{type(model).__name__} has no linear layers under `blocks.N`; use a timm vision "
             "transformer such as vit_base_patch16_clip_224"
         )
-    wanted = select_blocks(config.blocks or "all", max(linears) + 1)
+    blocks = "all" if config.blocks is None else config.blocks
+    wanted = select_blocks(blocks, max(linears) + 1)
     targets = config.targets or ()
     names = {name for block in wanted for name, _ in linears.get(block, [])}
     for target in targets:

@@ -123,7 +123,7 @@ class MoALinear(nn.Module):
         scale = self.config.gate_noise / len(self.experts)
         if not self.training or scale == 0:
             return None
-        images, width = x.shape[0], x[0].numel() // self.in_features * len(self.experts)
+        images, width = x.shape[0], x.shape[1:-1].numel() * len(self.experts)
         position, generator = self.position, None
         if position is None:  # used alone, outside a trainer: torch's own random numbers
             noise = torch.randn(images, width, device=x.device)
@@ -140,7 +140,10 @@ class MoALinear(nn.Module):
         """Keeps the balance counts (with graph) and detached statistics of a training forward."""
         if not self.training:
             return
-        self._counts = balance_counts(routing)
+        counts = balance_counts(routing)  # always: a recomputation must repeat every operation
+        if torch._C._current_graph_task_id() != -1:
+            return  # activation checkpointing recomputes in backward: aux_loss had its counts
+        self._counts = counts
         with torch.no_grad():
             probs = routing.probs
             self._stats = {

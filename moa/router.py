@@ -4,6 +4,7 @@ Letters: N tokens, D in, M router dimension, E experts.
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -54,8 +55,11 @@ class CosineRouter(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Scaled cosines [N, E] of tokens `x` [N, D], fp32 or wider."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        z = F.linear(x.to(wide), self.proj.weight.to(wide), self.proj.bias.to(wide))
-        cosine = F.normalize(z, dim=-1) @ F.normalize(self.embed.to(wide), dim=0)
+        device = x.device.type
+        autocasts = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if autocasts else nullcontext():
+            z = F.linear(x.to(wide), self.proj.weight.to(wide), self.proj.bias.to(wide))
+            cosine = F.normalize(z, dim=-1) @ F.normalize(self.embed.to(wide), dim=0)
         return self.temperature.to(wide).clamp(max=MAX_LOG_SCALE).exp() * cosine
 
     def forward(self, x: Tensor, noise: Tensor | None) -> Routing:

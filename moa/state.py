@@ -145,6 +145,8 @@ def read_adapter(folder: str | Path) -> tuple[AdapterInfo, dict[str, Tensor]]:
         tensors = load_file(folder / WEIGHTS_FILE)
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise AdapterError(f"{folder}: damaged adapter ({error}); take another copy") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"{folder}: {CONFIG_FILE} holds no JSON object; take another copy")
     if config.get("peft_type") != "MOA" or config.get("format_version") != FORMAT_VERSION:
         raise AdapterError(
             f"{folder}: peft_type {config.get('peft_type')!r}, format_version "
@@ -157,15 +159,17 @@ def read_adapter(folder: str | Path) -> tuple[AdapterInfo, dict[str, Tensor]]:
 
 
 def _info(folder: Path, config: dict[str, Any]) -> AdapterInfo:
-    moa = config.get("moa_config", {})
-    unknown = set(moa) - {f.name for f in fields(MoAConfig)}
     try:
+        settings = config["moa_config"]
+        unknown = set(settings) - {f.name for f in fields(MoAConfig)}
         if unknown:
             raise ValueError(f"unknown moa_config fields {sorted(unknown)}")
+        moa = MoAConfig(**settings)
+        moa.check()
         return AdapterInfo(
             base_model=config["base_model_name_or_path"],
-            base_sha256=config["base_sha256"],
-            moa=MoAConfig(**moa),
+            base_sha256=str(config["base_sha256"]),
+            moa=moa,
             classes=tuple(config["classes"]),
             data_config=config["data_config"],
             results=config.get("results", {}),

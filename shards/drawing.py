@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from shards.order import Int64Array, hash64, random_words
 
-DRAWING_VERSION = 1
+DRAWING_VERSION = 2
 SIZE = 32
 
 _GRID = 2 * np.arange(SIZE, dtype=np.int64) - (SIZE - 1)  # pixel centres, in half pixels
@@ -149,11 +149,12 @@ def _inverted(pixels: Int64Array, dice: Dice) -> Int64Array:
 
 
 def _outline(pixels: Int64Array, dice: Dice) -> Int64Array:
-    """Only the edge of the strokes, a thin coloured line on white."""
-    line = _colour(dice.between(0, _HUES), dice.between(200, 255), dice.between(90, 190))
+    """The edge of the strokes as a thin strong line around a pale inside, on white."""
+    line = _colour(dice.between(0, _HUES), dice.between(200, 255), dice.between(60, 140))
     white = np.full(3, dice.between(240, 255))
-    edge = np.clip(330 - np.abs(enlarge(pixels, dice) - 110) * 6, 0, 255)
-    return _mix(edge, line, white)
+    ink = enlarge(pixels, dice)
+    edge = np.clip(330 - np.abs(ink - 90) * 5, 0, 255)
+    return _mix(np.maximum(edge, _sharpen(ink) * 2 // 5), line, white)
 
 
 def _coarse(pixels: Int64Array, dice: Dice) -> Int64Array:

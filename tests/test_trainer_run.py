@@ -17,6 +17,7 @@ from trainer_fixtures import arguments, environment, kill_after_step, launch, ro
 
 import moa
 import trainer.vit_embedded  # noqa: F401  (registers the embedded backbone)
+from moa.state import read_adapter
 from shards import DataConfig, DomainStream, open_shards
 
 DOMAINS = ["plain", "inverted", "outline", "coarse", "textured", "rotated"]
@@ -116,8 +117,8 @@ def test_two_processes_train_the_same_model(
     for a, b in zip(one, two, strict=True):
         for name in LOSSES:
             assert a[name] == pytest.approx(b[name], rel=1e-5), (name, a["step"])
-    first = moa.state.read_adapter(one_process[0] / "adapter-last")[1]
-    second = moa.state.read_adapter(two_processes / "adapter-last")[1]
+    first = read_adapter(one_process[0] / "adapter-last")[1]
+    second = read_adapter(two_processes / "adapter-last")[1]
     assert first.keys() == second.keys()
     # Adam turns rounding of a near-zero gradient into a step of up to lr, so values are compared
     # against the distance training has moved them (about 13 steps of 2e-3).
@@ -170,8 +171,8 @@ def test_killed_run_resumes_to_the_same_numbers(
     assert rows(output / "metrics.jsonl") == rows(whole / "metrics.jsonl")
     assert accuracies(output) == accuracies(whole)
     for name in ("adapter", "adapter-last"):
-        expected = moa.state.read_adapter(whole / name)[1]
-        found = moa.state.read_adapter(output / name)[1]
+        expected = read_adapter(whole / name)[1]
+        found = read_adapter(output / name)[1]
         assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
