@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from moa.config import MoAConfig
@@ -84,20 +84,19 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old)
-    else:
-        temporary.rename(folder)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_adapter(folder: Path, tensors: Mapping[str, Tensor], info: AdapterInfo) -> None:
     """Writes the three files of an adapter into an existing folder."""
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    save_file(contiguous, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    # Not save_file: it makes files that only their owner may read, whatever the umask.
+    (folder / WEIGHTS_FILE).write_bytes(save(contiguous, metadata={"format": "pt"}))
     config = {
         "peft_type": "MOA",
         "format_version": FORMAT_VERSION,

@@ -18,8 +18,8 @@ from shards.index import ShardIndex
 from shards.writer import main
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PIXELS_SHA256 = "94bafd2b7ab1b96e4cc2894c6b6c7a09148c4e13567a6b7cdacdc3cb185d486a"
-INDEX_SHA256 = "7a14d357c18e45c20c17a6d820727c8e96ae3ddf94906ac7fd180afaaf396f2f"
+PIXELS_SHA256 = "c320eced4cee669bae13ab704636dd8672a7eaa5a34bbfebd252c49bfcb6249c"
+INDEX_SHA256 = "d6708167319d88956da9b8199c45ee5c21ec3244e4be640d810ff99c8e2526bc"
 
 
 @pytest.fixture(scope="module")

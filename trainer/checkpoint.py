@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import Tensor
 
 from moa.errors import AdapterError
@@ -60,7 +61,7 @@ def save(
     folder = root / f"step-{state['step']:08d}"
     with replaced_folder(folder) as temporary:
         write_adapter(temporary, masters, info)
-        save_file(dict(moments), temporary / OPTIMIZER_FILE)
+        (temporary / OPTIMIZER_FILE).write_bytes(serialize(dict(moments)))
         (temporary / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         manifest = {path.name: _describe(path) for path in sorted(temporary.iterdir())}
         (temporary / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
