@@ -140,6 +140,6 @@ def test_changed_setting_on_resume_is_refused(
     assert "optim.lr" in error
     assert "0.002" in error
     assert "0.5" in error
-    assert (
-        main([*arguments(output, train__steps="2", moa__method="linear"), "--resume=never"]) == 73
-    )
+    same = arguments(output, train__steps="2", moa__method="linear")
+    assert main([*same, "--resume=never"]) == 73
+    assert "already holds a run" in capsys.readouterr().err

@@ -6,7 +6,8 @@ import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,15 @@ class RunFolder:
         """Lets others use the folder."""
         (self.path / "owner.txt").unlink(missing_ok=True)
         self._lock.release()
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Holds the folder for the duration of a block; see `claim`."""
+        self.claim()
+        try:
+            yield
+        finally:
+            self.release()
 
     def describe(self, config: RunConfig, ds_json: Mapping[str, Any]) -> None:
         """Writes the resolved configuration, the resolved DeepSpeed JSON and the environment."""

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from trainer.commandline import parse
@@ -55,30 +56,28 @@ def run(config: RunConfig, world: World) -> None:
     Whatever can be wrong with the configuration is found before the process group starts.
     """
     # Heavy imports come after the command line has proved legal.
-    from trainer import monitor
     from trainer.build import build
+    from trainer.monitor import set_up_logging, terminal
     from trainer.resume import Start, find_start
     from trainer.run_folder import RunFolder
 
-    console = monitor.terminal()
-    parts = build(config, world)
+    console, parts = terminal(), build(config, world)
     folder, start = RunFolder(parts.config.run_folder(parts.held_out_name)), Start()
-    if world.is_main:
-        folder.claim()
-        monitor.set_up_logging(folder.log, console)
-        start = find_start(folder, parts)
+    with folder.claimed() if world.is_main else nullcontext():
+        if world.is_main:
+            set_up_logging(folder.log, console)
+            start = find_start(folder, parts)
 
-    from trainer import engine  # imports deepspeed, which takes seconds
-    from trainer.loop import train
+        from trainer import engine  # imports deepspeed, which takes seconds
+        from trainer.loop import train
 
-    engine.start(world)
-    start = engine.from_main(start)
-    if not start.finished:
-        train(parts, world, folder, start, console)
-    if world.is_main:
-        show_result(parts, folder, console)
-        folder.release()
-    engine.stop()
+        engine.start(world)
+        start = engine.from_main(start)
+        if not start.finished:
+            train(parts, world, folder, start, console)
+        if world.is_main:
+            show_result(parts, folder, console)
+        engine.stop()
 
 
 def show_result(parts: "Parts", folder: "RunFolder", console: "Console") -> None:
