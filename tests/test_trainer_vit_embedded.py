@@ -41,7 +41,9 @@ def test_is_registered_with_its_tag() -> None:
     assert torch.equal(tagged.head.weight, load().head.weight)
 
 
-@pytest.mark.parametrize(("num_classes", "width"), [(10, 10), (0, 128), (50, 50), (None, 50)])
+@pytest.mark.parametrize(
+    ("num_classes", "width"), [(10, 10), (0, 128), (50, 50), (None, len(GLYPH_CLASSES))]
+)
 @pytest.mark.parametrize("pretrained", [True, False])
 def test_output_shape(num_classes: int | None, width: int, pretrained: bool) -> None:
     model = timm.create_model("vit_embedded", pretrained=pretrained, num_classes=num_classes)
