@@ -74,7 +74,8 @@ def base_hash(model: nn.Module) -> str:
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """Yields an empty folder to write into, which takes the place of `folder` when all went well.
 
-    Files are synced before the rename, so `folder` is at no time half written.
+    Files are synced before the rename, so `folder` is at no time half written. A kill between the
+    two renames of a replacement leaves the old one aside; `recover_folder` brings it back.
     """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -84,11 +85,19 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+    recover_folder(folder)
     old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(folder: Path) -> None:
+    """Finishes or undoes a `replaced_folder` that was killed between its two renames."""
+    old = folder.with_name(folder.name + ".old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -19,7 +19,7 @@ BAD_SETTINGS = [
     ("moa.targets", "[attn.q]", 2, ["'attn.q'", "attn.qkv"]),
     ("moa.kron_dim", "48", 2, ["48", "128", "blocks.0.attn.qkv", "64"]),
     ("moa.blocks", "[7]", 2, ["[7]", "0 to 5"]),
-    ("train.batch_per_domain", "0", 2, ["train.batch_per_domain", "0", ">= 1"]),
+    ("train.batch_per_domain", "0", 2, ["train.batch_per_domain", "0", "from 1"]),
     ("train.accumulation", "3", 2, ["3", "20", "legal"]),
     ("train.step", "3", 2, ["train.step", "'train.steps'"]),
     ("optim.lr", "fast", 2, ["optim.lr", "'fast'", "number"]),

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from trainer import ds_json
+from moa.config import MoAConfig
+from moa.state import AdapterInfo
+from trainer import checkpoint, ds_json
 from trainer.commandline import RECIPES, parse
 from trainer.config import ROOT, RunConfig, TrainConfig, as_plain
 from trainer.errors import CheckpointError, ConfigError
@@ -80,6 +83,10 @@ def test_shipped_json_resolves_completely(name: str) -> None:
     ("content", "word"),
     [
         ({"zero_optimization": {"stage": 3}}, "stage 3"),
+        ({"zero_optimization": {"stage": True}}, "stage True"),
+        ({"zero_optimization": None}, "must be an object"),
+        ([], "must be a JSON object"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "big"}}, "must be a number"),
         ({"zero_optimization": {}}, "stage None"),
         ({"zero_optimization": {"stage": 2, "contiguous_gradients": False}}, "contiguous"),
         ({"zero_optimization": {"stage": 2}, "optimizer": {}}, "--optim.name"),
@@ -154,15 +161,24 @@ def test_mean_and_error_are_domainbeds() -> None:
 
 def test_summary_averages_seeds_and_shows_missing_cells() -> None:
     cells = [
-        Cell("d", "lora", held_out, seed, value)
+        Cell("d", "lora", held_out, (seed, seed), value)
         for held_out, values in {"a": (0.5, 0.6), "b": (0.7, 0.9)}.items()
         for seed, value in enumerate(values)
     ]
-    titles, lines = summary([*cells, Cell("d", "full", "a", 0, 0.25)])
+    titles, lines = summary([*cells, Cell("d", "full", "a", (0, 0), 0.25)])
     assert titles == ["a", "b", "mean"]
     # Seed means 0.60 and 0.75: mean 67.5, population deviation 7.5 over sqrt 2.
     assert lines["lora"] == ["55.0 ± 3.5", "80.0 ± 7.1", "67.5 ± 5.3"]
-    assert lines["full"] == ["25.0 ± 0.0", "-", "-"]
+    assert lines["full"] == ["25.0", "-", "-"]
+
+
+def test_summary_refuses_two_runs_for_one_cell() -> None:
+    one = Cell("d", "lora", "a", (0, 0), 0.5, "first")
+    with pytest.raises(ConfigError, match="first and second"):
+        summary([one, replace(one, folder="second")])
+    with pytest.raises(ConfigError, match="two datasets"):
+        summary([one, replace(one, dataset="e", held_out="b")])
+    summary([one, replace(one, seed=(0, 1))])
 
 
 def test_report_reads_run_folders_and_refuses_unfinished(
@@ -180,7 +196,7 @@ def test_report_reads_run_folders_and_refuses_unfinished(
     assert "done" in capsys.readouterr().err
     (folder / "done").write_text("done\n")
     assert main([str(folder), "--format", "markdown"]) == 0
-    assert "| `lora` | 60.0 ± 0.0 | 60.0 ± 0.0 |" in capsys.readouterr().out
+    assert "| `lora` | 60.0 | 60.0 |" in capsys.readouterr().out
 
 
 def test_resume_cuts_rows_back_and_drops_a_torn_line(tmp_path: Path) -> None:
@@ -195,6 +211,31 @@ def test_resume_cuts_rows_back_and_drops_a_torn_line(tmp_path: Path) -> None:
     folder.cut_back(3)
     assert read_rows(folder.metrics) == [{"step": s, "loss": 1 / 3} for s in range(3)]
     folder.release()
+
+
+def test_checkpoints_beyond_the_start_are_set_aside_and_pruning_spares_the_newest(
+    tmp_path: Path,
+) -> None:
+    info = AdapterInfo("base", "0", MoAConfig(method="linear"), ("a",), {})
+    tensors = {"head.weight": torch.zeros(1)}
+    for step in (3, 9):
+        checkpoint.save(tmp_path, info, tensors, tensors, {"step": step}, keep=5)
+    (tmp_path / "step-00000009" / "state.json").write_text("{}")
+    found = checkpoint.load_newest(tmp_path)
+    assert found is not None
+    assert found.state["step"] == 3
+    checkpoint.set_aside_newer(tmp_path, 3)
+    checkpoint.save(tmp_path, info, tensors, tensors, {"step": 5}, keep=1)
+    assert {p.name for p in tmp_path.glob("step*")} == {"step-00000005", "step-00000009.damaged"}
+    assert (tmp_path / "latest").read_text() == "step-00000005\n"
+
+
+def test_killed_replacement_of_an_adapter_is_undone(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.adapter.with_name("adapter.old").mkdir(parents=True)
+    with folder.claimed():
+        assert folder.adapter.is_dir()
+        assert not folder.adapter.with_name("adapter.old").exists()
 
 
 def test_resume_refuses_what_changes_the_result_and_allows_the_rest(tmp_path: Path) -> None:

@@ -176,6 +176,31 @@ def test_killed_run_resumes_to_the_same_numbers(
         assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
+def test_bf16_run_resumes_to_the_same_numbers(tmp_path: Path) -> None:
+    """Resumed masters must be the saved ones, not the model's rounded weights."""
+    output = tmp_path / "run"
+    command = arguments(output, train__precision="bf16", train__steps="4", checkpoint__every="2")
+    assert launch(*command).returncode == 0
+    whole = rows(output / "metrics.jsonl")
+    shutil.rmtree(output / "checkpoints" / "step-00000004")
+    (output / "done").unlink()
+    result = launch(*command)
+    assert result.returncode == 0, result.stderr
+    assert "resumed after step 1" in result.stdout
+    assert rows(output / "metrics.jsonl") == whole
+
+
+def test_finished_run_without_checkpoints_is_not_overwritten(
+    one_process: tuple[Path, str], tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(one_process[0], output)
+    shutil.rmtree(output / "checkpoints")
+    result = launch(*arguments(output))
+    assert result.returncode == 73
+    assert rows(output / "results.jsonl") == rows(one_process[0] / "results.jsonl")
+
+
 def test_finished_run_is_shown_not_repeated(one_process: tuple[Path, str], tmp_path: Path) -> None:
     output = tmp_path / "run"
     shutil.copytree(one_process[0], output)

@@ -70,9 +70,8 @@ def build(config: RunConfig, world: World) -> Parts:
         holdout_fraction=config.data.holdout_fraction,
     )
     stream.check_world_size(world.size, settings.accumulation)
-    bf16 = settings.precision == "bf16" or (
-        settings.precision == "auto" and torch.cuda.is_available()
-    )
+    _check_validation(stream)
+    bf16 = settings.precision == "bf16"
     resolved = ds_json.resolve(config, world.size, stream.global_batch, bf16)
     ds_json.check_buckets(resolved, report.trainable)
     info = AdapterInfo(
@@ -82,7 +81,7 @@ def build(config: RunConfig, world: World) -> Parts:
 
 
 def _resolve(config: RunConfig, index: ShardIndex) -> tuple[RunConfig, int]:
-    """Fills in the held-out domain and the method's defaults; also that domain's number."""
+    """Fills in held-out domain, precision and the method's defaults; also that domain's number."""
     name = config.data.held_out or index.domains[-1]
     number = index.domain_number(name)
     if len(index.domains) < 2:
@@ -90,5 +89,18 @@ def _resolve(config: RunConfig, index: ShardIndex) -> tuple[RunConfig, int]:
             f"data.held_out: {name!r} is the only domain of {index.root}; training needs at least "
             "one more"
         )
-    data = replace(config.data, held_out=name)
-    return replace(config, data=data, moa=config.moa.resolved()), number
+    data, train = replace(config.data, held_out=name), config.train
+    if train.precision == "auto":
+        train = replace(train, precision="bf16" if torch.cuda.is_available() else "fp32")
+    return replace(config, data=data, train=train, moa=config.moa.resolved()), number
+
+
+def _check_validation(stream: DomainStream) -> None:
+    """Every source domain must keep an image for validation, or selection would be arbitrary."""
+    for env in stream.sources:
+        if stream.num_train(env) == stream.index.num_samples(env):
+            raise ConfigError(
+                f"data.holdout_fraction: {stream.holdout_fraction} of the "
+                f"{stream.num_train(env)} images of {stream.index.domains[env]!r} is not one image "
+                "to validate on; raise it"
+            )

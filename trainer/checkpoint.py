@@ -68,9 +68,19 @@ def save(
     pointer = root / "latest.tmp"
     pointer.write_text(folder.name + "\n")
     os.replace(pointer, root / "latest")
-    for old in _folders(root)[keep:]:
+    older = [path for path in _folders(root) if path.name <= folder.name]
+    for old in older[keep:]:
         shutil.rmtree(old)
     return folder
+
+
+def set_aside_newer(root: Path, step: int) -> None:
+    """Renames checkpoints beyond `step`, which a start at `step` found damaged, to `*.damaged`."""
+    for folder in _folders(root):
+        if folder.name > f"step-{step:08d}":
+            aside = folder.with_name(folder.name + ".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
 
 
 def _describe(path: Path) -> dict[str, Any]:

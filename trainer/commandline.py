@@ -16,6 +16,7 @@ from trainer.errors import ConfigError
 RECIPES = ROOT / "trainer" / "recipes"
 DEFAULT_RECIPE = "embedded"
 ALIASES = {"deepspeed_config": "ds_config"}
+SECTIONS = {key.partition(".")[0] for key in flat_fields(RunConfig()) if "." in key}
 LAUNCHER_FLAGS = (
     "local_rank",
     "local-rank",
@@ -106,6 +107,8 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     for key, value in tree.items():
         if isinstance(value, dict):
             pairs += _flatten(value, f"{prefix}{key}.")
+        elif value is None and f"{prefix}{key}" in SECTIONS:
+            continue  # a section whose fields are all commented out
         else:
             text = (
                 value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True)

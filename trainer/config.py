@@ -67,7 +67,8 @@ class TrainConfig:
     eval_batch: int = 128
     """images per process in an evaluation batch"""
     accumulation: int = 1
-    """micro-batches that each process accumulates per step; bounds memory, not the result"""
+    """micro-batches that each process accumulates per step; bounds memory. The balance loss is
+    taken per micro-batch, everything else stays the same"""
     seed: int = 0
     """seed of initialisation, order, augmentation and gate noise"""
     trial_seed: int = 0
@@ -82,9 +83,9 @@ class TrainConfig:
             "seed": 0, "trial_seed": 0,
         }  # fmt: skip
         return [
-            f"train.{name}: {getattr(self, name)}; must be a whole number >= {least}"
+            f"train.{name}: {getattr(self, name)}; must be a whole number from {least} to 2^63 - 1"
             for name, least in low.items()
-            if getattr(self, name) < least
+            if not least <= getattr(self, name) < 2**63
         ]
 
 

@@ -15,6 +15,7 @@ _OWN_SECTIONS = {
     "optimizer": "--optim.name, --optim.lr, ...",
     "scheduler": "--optim.lr (the rate is constant)",
     "fp16": "--train.precision bf16 or fp32",
+    "amp": "--train.precision bf16 or fp32",
 }
 
 
@@ -35,6 +36,8 @@ def resolve(config: RunConfig, world_size: int, global_batch: int, bf16: bool) -
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"ds_config: {path} is not JSON: {error}") from error
+    if problem := _shape_problem(content):
+        raise ConfigError(f"ds_config: {problem} (in {config.ds_config})")
     accumulation = config.train.accumulation
     wanted: dict[str, Any] = {
         "train_batch_size": global_batch,
@@ -72,6 +75,21 @@ def check_buckets(content: dict[str, Any], trainable: int) -> None:
         )
 
 
+def _shape_problem(content: Any) -> str:
+    """What keeps the content from being read at all, or an empty text."""
+    if not isinstance(content, dict):
+        return "must be a JSON object with sections such as zero_optimization"
+    for name in ("zero_optimization", "bf16"):
+        if not isinstance(content.get(name, {}), dict):
+            return f"{name} is {content[name]!r}; it must be an object"
+    zero = content.get("zero_optimization", {})
+    for name in ("reduce_bucket_size", "allgather_bucket_size"):
+        value = zero.get(name, 1)
+        if value != "auto" and (not isinstance(value, int | float) or isinstance(value, bool)):
+            return f"zero_optimization.{name} is {value!r}; it must be a number"
+    return ""
+
+
 def _section_problems(content: dict[str, Any]) -> list[str]:
     problems = [
         f"ds_config: section {name!r} is not read; use {instead}"
@@ -79,7 +97,7 @@ def _section_problems(content: dict[str, Any]) -> list[str]:
         if name in content
     ]
     zero = content.get("zero_optimization", {})
-    if zero.get("stage") not in STAGES:
+    if type(zero.get("stage")) is not int or zero["stage"] not in STAGES:
         problems.append(
             f"ds_config: zero_optimization.stage {zero.get('stage')!r}; legal are "
             f"{', '.join(map(str, STAGES))} (ds_configs/zero1.json, ds_configs/zero2.json)"

@@ -15,6 +15,7 @@ import torch.distributed.nn.functional as differentiable
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
 from torch import Tensor, nn
@@ -192,8 +193,11 @@ class Engine:
             for moment in MOMENTS
         }
 
-    def restore_optimizer(self, checkpoint: Checkpoint) -> None:
-        """Gives Adam its moments and step count back; weights were restored before."""
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Gives Adam its fp32 masters, moments and step count back.
+
+        The model got its weights before, but an engine in bf16 made its masters from rounded ones.
+        """
         optimizer, step = self.ds.optimizer, checkpoint.state["step"]
         partitions = getattr(optimizer, "single_partition_of_fp32_groups", None)
         if partitions is None:  # DeepSpeed's bf16 optimizer (ZeRO-1 with fp32 accumulation)
@@ -206,6 +210,7 @@ class Engine:
             }
         self._link_optimizer_state()
         for name, parameter in self.trainables.items():
+            safe_set_full_fp32_param(parameter, checkpoint.masters[name].to(self.device))
             for moment in MOMENTS:
                 value = checkpoint.moments[f"{name}|{moment}"].to(self.device)
                 safe_set_full_optimizer_state(parameter, value, moment)

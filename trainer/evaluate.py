@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from shards.config import DataConfig
@@ -55,6 +56,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, float]:
     from trainer.evaluation import SPLITS, Evaluator, accuracies
     from trainer.model import create_backbone
 
+    if not args.adapter.is_dir():
+        raise ConfigError(f"--adapter: no folder {args.adapter}; give the folder of an adapter")
     info, _ = read_adapter(args.adapter)
     data = DataConfig(dataset=args.dataset, root=args.root, holdout_fraction=args.holdout_fraction)
     if problems := data.problems():
@@ -87,9 +90,11 @@ def evaluate(args: argparse.Namespace) -> dict[str, float]:
     if args.json:
         console.print(json.dumps(result), soft_wrap=True, highlight=False)
         return result
-    table = Table("domain", "in accuracy %", "out accuracy %", title=str(args.adapter))
+    table = Table("domain", "in accuracy %", "out accuracy %", title=escape(str(args.adapter)))
     for env, name in enumerate(index.domains):
-        table.add_row(name, *(f"{100 * result[f'env{env}_{split}_acc']:.1f}" for split in SPLITS))
+        table.add_row(
+            escape(name), *(f"{100 * result[f'env{env}_{split}_acc']:.1f}" for split in SPLITS)
+        )
     console.print(table)
     return result
 

@@ -114,11 +114,11 @@ class Trainer:
                 sums += self._micro_step(batch)
         mean = sum_over_ranks(sums) / (pieces * self.world.size)
         ce, aux = mean.tolist()
-        digest = self.stream.batch_digest(self.step)
-        if not math.isfinite(ce + aux):
+        digest, norm = self.stream.batch_digest(self.step), self.engine.grad_norm()
+        if not math.isfinite(ce + aux + norm):
             raise TrainingInvalidError(
-                f"loss {ce + aux} at step {self.step} (batch {digest}); lower --optim.lr, set "
-                "--optim.clip, or resume from the last checkpoint with other settings"
+                f"loss {ce + aux}, gradient norm {norm} at step {self.step} (batch {digest}); "
+                "lower --optim.lr or set --optim.clip in a new run"
             )
         row = {
             "step": self.step,
@@ -126,7 +126,7 @@ class Trainer:
             "ce": ce,
             "aux_loss": aux,
             "lr": self.engine.learning_rate(),
-            "grad_norm": self.engine.grad_norm(),
+            "grad_norm": norm,
             "batch_digest": digest,
         }
         return row, waited
@@ -232,8 +232,9 @@ def train(parts: Parts, world: World, folder: RunFolder, start: Start, console: 
         restore_weights(parts.model, resumed)
     engine = Engine(parts.model, parts.config.optim, parts.ds_json, world)
     if resumed is not None:
-        engine.restore_optimizer(resumed)
+        engine.restore(resumed)
     if world.is_main:
+        checkpoint.set_aside_newer(folder.checkpoints, start.step)
         folder.cut_back(start.step)
         folder.describe(parts.config, parts.ds_json)
     config = parts.config

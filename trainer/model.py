@@ -3,18 +3,31 @@
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import huggingface_hub
 import timm
 import timm.data
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 import moa
 import trainer.vit_embedded  # noqa: F401  (registers the embedded backbone with timm)
 from trainer.config import ModelConfig
 from trainer.errors import ConfigError
+
+UNREADABLE = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    EOFError,
+    SafetensorError,
+    UnpicklingError,
+)
+"""What timm, the hub client and the readers of weight files raise when there is nothing to load."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +95,7 @@ def create_backbone(config: ModelConfig, num_classes: int, seed: int) -> Backbon
             pretrained_cfg_overlay=overlay,
             num_classes=num_classes,
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except UNREADABLE as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ConfigError(_no_weights(config, name, reason)) from error
     if config.grad_checkpointing:

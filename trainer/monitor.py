@@ -67,7 +67,7 @@ class Monitor:
     """
 
     def __init__(self, config: RunConfig, folder: Path, first_step: int, console: Console) -> None:
-        self.writer = SummaryWriter(str(folder), purge_step=first_step or None)
+        self.writer = SummaryWriter(str(folder), purge_step=first_step)
         text = yaml.safe_dump(as_plain(config), sort_keys=False)
         self.writer.add_text("config", f"```yaml\n{text}```", first_step)
         self.total = config.train.steps

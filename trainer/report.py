@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from trainer.errors import CheckpointError, ConfigError, exit_code
@@ -24,13 +25,17 @@ from trainer.selection import Row, training_domain_validation, validation_accura
 
 @dataclass(frozen=True)
 class Cell:
-    """One finished run: what was trained, and the target accuracy that selection reports."""
+    """One finished run: what was trained, and the target accuracy that selection reports.
+
+    `seed` holds the run's seed and its trial seed.
+    """
 
     dataset: str
     method: str
     held_out: str
-    seed: int
+    seed: tuple[int, int]
     accuracy: float
+    folder: str = ""
 
 
 def closing_table(
@@ -44,11 +49,11 @@ def closing_table(
     table.add_column("out accuracy %", justify="right")
     for i, name in enumerate(domains):
         cells = (f"{100 * selected[f'env{i}_{split}_acc']:.1f}" for split in ("in", "out"))
-        table.add_row(f"{name} (held out)" if i == held_out else name, *cells)
+        table.add_row(escape(f"{name} (held out)" if i == held_out else name), *cells)
     table.add_section()
     table.add_row("validation (mean source out)", "", f"{_percent(selected, held_out)}")
     target = 100 * selected[f"env{held_out}_in_acc"]
-    table.add_row(f"held-out accuracy, {domains[held_out]}", f"[bold]{target:.1f}", "")
+    table.add_row(escape(f"held-out accuracy, {domains[held_out]}"), f"[bold]{target:.1f}", "")
     table.add_section()
     for name, value in facts.items():
         table.add_row(name, value, "")
@@ -69,12 +74,17 @@ def read_cell(folder: Path) -> Cell:
     for name in ("config.yaml", "results.jsonl", "done"):
         if not (folder / name).is_file():
             raise ConfigError(f"{folder}: no {name}; give the folder of a finished run")
-    config: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    rows = read_rows(folder / "results.jsonl")
-    held_out = rows[0]["args"]["test_envs"][0]
-    accuracy = training_domain_validation(rows, held_out)[f"env{held_out}_in_acc"]
-    data, train = config["data"], config["train"]
-    return Cell(data["dataset"], config["moa"]["method"], data["held_out"], train["seed"], accuracy)
+    try:
+        config: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
+        rows = read_rows(folder / "results.jsonl")
+        held_out = rows[0]["args"]["test_envs"][0]
+        accuracy = training_domain_validation(rows, held_out)[f"env{held_out}_in_acc"]
+        data, train = config["data"], config["train"]
+        seed = (train["seed"], train["trial_seed"])
+        method = config["moa"]["method"]
+        return Cell(data["dataset"], method, data["held_out"], seed, accuracy, str(folder))
+    except (yaml.YAMLError, KeyError, IndexError, TypeError) as error:
+        raise CheckpointError(f"{folder}: its results cannot be read ({error!r})") from error
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -90,10 +100,22 @@ def summary(cells: Sequence[Cell]) -> tuple[list[str], dict[str, list[str]]]:
 
     Returns:
         Column titles, and per method the cells, in order of first appearance.
+
+    Raises:
+        ConfigError: two runs claim one cell, or the runs are of different datasets.
     """
     domains = list(dict.fromkeys(c.held_out for c in cells))
-    grid: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    grid: dict[str, dict[str, dict[tuple[int, int], float]]]
+    grid = defaultdict(lambda: defaultdict(dict))
+    first: dict[tuple[str, str, tuple[int, int]], Cell] = {}
     for c in cells:
+        other = first.setdefault((c.method, c.held_out, c.seed), c)
+        if other is not c or c.dataset != cells[0].dataset:
+            raise ConfigError(
+                f"{other.folder} and {c.folder if other is not c else cells[0].folder} do not fit "
+                "one table: the same method, held-out domain and seeds twice, or two datasets; "
+                "report them apart"
+            )
         grid[c.method][c.held_out][c.seed] = c.accuracy
     lines: dict[str, list[str]] = {}
     for method, by_domain in grid.items():
@@ -109,7 +131,7 @@ def _cell(values: Sequence[float]) -> str:
     if not values:
         return "-"
     mean, error = mean_and_error(values)
-    return f"{100 * mean:.1f} ± {100 * error:.1f}"
+    return f"{100 * mean:.1f}" + (f" ± {100 * error:.1f}" if len(values) > 1 else "")
 
 
 def markdown(titles: Sequence[str], lines: Mapping[str, Sequence[str]]) -> str:
@@ -128,12 +150,19 @@ def main(argv: Sequence[str]) -> int:
     )
     args = parser.parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 160)
+    complaints, cells = Console(stderr=True), []
+    for folder in args.runs:
+        try:
+            cells.append(read_cell(folder))
+        except (ConfigError, CheckpointError) as error:
+            complaints.print(f"left out: {error}", markup=False, soft_wrap=True)
     try:
-        cells = [read_cell(folder) for folder in args.runs]
-    except (ConfigError, CheckpointError) as error:
-        Console(stderr=True).print(f"error: {error}", markup=False, soft_wrap=True)
+        if not cells:
+            raise ConfigError("none of the folders is that of a finished run")
+        titles, lines = summary(cells)
+    except ConfigError as error:
+        complaints.print(f"error: {error}", markup=False, soft_wrap=True)
         return exit_code(error) or 1
-    titles, lines = summary(cells)
     if args.format == "markdown":
         console.print(markdown(titles, lines), markup=False, soft_wrap=True)
     elif args.format == "json":

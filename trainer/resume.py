@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 # Settings that change where or how fast a run computes, never its result. More steps are free as
 # well, since nothing in a step depends on how many follow.
 FREE = {
-    "ds_config", "output_dir", "resume", "data.root", "data.workers", "model.grad_checkpointing",
+    "ds_config", "output_dir", "resume", "data.root", "data.workers", "model.weights",
+    "model.grad_checkpointing",
     "train.steps", "train.eval_batch", "checkpoint.every", "checkpoint.keep",
 }  # fmt: skip
 
@@ -51,6 +52,11 @@ def find_start(folder: RunFolder, parts: Parts) -> Start:
             f"output_dir: {folder.path} already holds a run; give another --output_dir, or "
             "--resume auto to continue it"
         )
+    if newest is None and folder.done.exists():
+        raise OutputError(
+            f"output_dir: {folder.path} holds a finished run without its checkpoints; going on "
+            "would delete its results: give another --output_dir, or remove that folder"
+        )
     if newest is None:
         if mode == "must":
             raise ConfigError(
@@ -59,8 +65,13 @@ def find_start(folder: RunFolder, parts: Parts) -> Start:
             )
         return Start()
     check_agreement(newest.state, state_of(parts), folder.path)
-    step = int(newest.state["step"])
-    finished = folder.done.exists() and step >= parts.config.train.steps
+    step, steps = int(newest.state["step"]), parts.config.train.steps
+    if step > steps:
+        raise ConfigError(
+            f"train.steps: {steps}, but the run in {folder.path} has done {step} already; give "
+            f"{step} or more, or another --output_dir"
+        )
+    finished = folder.done.exists() and step == steps
     if not finished:
         log.info("resumed after step %d from %s", step - 1, newest.folder)
     return Start(newest.folder, step, finished)
@@ -68,7 +79,8 @@ def find_start(folder: RunFolder, parts: Parts) -> Start:
 
 def state_of(parts: Parts) -> dict[str, Any]:
     """What a checkpoint records so that a later start can be held against it."""
-    return {"config": flat(parts.config), "data": parts.stream.fingerprint()}
+    base = {"base_sha256": parts.info.base_sha256, "classes": list(parts.info.classes)}
+    return {"config": flat(parts.config), "data": parts.stream.fingerprint() | base}
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
@@ -97,7 +109,8 @@ def check_agreement(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path
     ]
     if not differing:
         differing = [
-            f"data ({key}): the run in {folder} has {old['data'].get(key)!r}, now {value!r}"
+            f"data or base weights ({key}): the run in {folder} has {old['data'].get(key)!r}, "
+            f"now {value!r}"
             for key, value in new["data"].items()
             if old["data"].get(key) != value
         ]

@@ -43,13 +43,18 @@ class RunFolder:
         Raises:
             OutputError: it cannot be written, or another run holds it.
         """
+        from moa.state import recover_folder  # here: reading results needs no torch
+
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(blocking=False)
+            for adapter in (self.adapter, self.adapter_last):
+                recover_folder(adapter)
             owner = f"{socket.gethostname()} pid {os.getpid()}\n"
             (self.path / "owner.txt").write_text(owner, encoding="utf-8")
         except Timeout as error:
-            owner = (self.path / "owner.txt").read_text(encoding="utf-8").strip()
+            file = self.path / "owner.txt"
+            owner = file.read_text(encoding="utf-8").strip() if file.exists() else "another run"
             raise OutputError(
                 f"output_dir: {self.path} is in use by {owner}; give another --output_dir or end "
                 "that run"

@@ -1,5 +1,7 @@
 """One run from command line to closing table, and how it ends: lines for the user, an exit code."""
 
+import errno
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -8,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from trainer.commandline import parse
 from trainer.config import RunConfig
-from trainer.errors import FINISHED, exit_code
+from trainer.errors import FINISHED, OutputError, exit_code
 from trainer.world import World, world_from_environment
 
 if TYPE_CHECKING:
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
     from trainer.build import Parts
     from trainer.run_folder import RunFolder
+
+CANNOT_WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 OTHERS_WAIT = 10.0
 """Seconds that other ranks leave the main rank to report an error that all of them met; a launcher
@@ -31,6 +35,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         run(parse(argv), world)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in CANNOT_WRITE_ERRORS:
+            error = OutputError(f"output_dir: cannot write ({error}); free space or give another")
         code = exit_code(error)
         if code is None:
             raise
@@ -87,16 +93,18 @@ def show_result(parts: "Parts", folder: "RunFolder", console: "Console") -> None
     from trainer.run_folder import read_rows
 
     rows, report = read_rows(folder.results), parts.report
-    adapter = (folder.adapter / WEIGHTS_FILE).stat().st_size
+    file = folder.adapter / WEIGHTS_FILE
+    size = f"{file.stat().st_size / 2**20:.2f} MiB" if file.exists() else "was removed"
     facts = {
         "method": parts.config.moa.method,
         "trainable / total parameters": f"{report.trainable:,} / {report.total:,}",
         "of which head": f"{report.head:,}",
-        "adapter file": f"{adapter / 2**20:.2f} MiB",
+        "adapter file": size,
         "training speed": f"{rows[-1]['moa/images_per_second']:.0f} images/s",
     }
     console.print(closing_table(rows, parts.index.domains, parts.held_out, facts))
-    console.print(f"run folder: {folder.path}", soft_wrap=True, highlight=False)
-    console.print(
-        f"curves: tensorboard --logdir {folder.tensorboard}", soft_wrap=True, highlight=False
-    )
+    for line in (
+        f"run folder: {folder.path}",
+        f"curves: tensorboard --logdir {shlex.quote(str(folder.tensorboard))}",
+    ):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -61,6 +61,8 @@ def run_one(folder: Path, method: str, held_out: str, seed: str, rest: Sequence[
 def main(argv: Sequence[str]) -> int:
     """Command line; returns 1 if a run failed."""
     args = parser().parse_args(argv)
+    if args.jobs < 1:
+        parser().error(f"--jobs {args.jobs}: must be 1 or more")
     console = Console()
     cells = [
         (args.output_dir / f"{method}-{held_out}-{seed}", method, held_out, seed)
