@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import deepspeed
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as differentiable
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -91,8 +90,20 @@ def differentiable_sum(value: Tensor) -> Tensor:
     """
     if dist.get_world_size() == 1:
         return value
-    result: Tensor = differentiable.all_reduce(value)  # type: ignore[no-untyped-call]
+    result: Tensor = _SumOverRanks.apply(value)
     return result
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """all_reduce(SUM) whose backward is the same sum over the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return sum_over_ranks(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return sum_over_ranks(gradients[0])
 
 
 def from_main(value: T) -> T:
