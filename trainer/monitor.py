@@ -84,14 +84,14 @@ class Monitor:
                 TextColumn("[bold]training"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:.0f} img/s"),
+                TextColumn("{task.fields[status]}"),
                 TimeElapsedColumn(),
                 TextColumn("ETA"),
                 TimeRemainingColumn(),
                 console=self.console,
             )
             self.task = self.progress.add_task(
-                "train", total=self.total, completed=self.first_step, loss=float("nan"), rate=0.0
+                "train", total=self.total, completed=self.first_step, status="starting"
             )
             self.progress.start()
         return self
@@ -115,9 +115,8 @@ class Monitor:
         for name, value in perf.items():
             self.writer.add_scalar(f"perf/{name}", value, step)
         if self.progress is not None and self.task is not None:
-            self.progress.update(
-                self.task, completed=step + 1, loss=row["loss"], rate=perf["img_s"]
-            )
+            status = f"loss {row['loss']:.4f}  {perf['img_s']:.0f} img/s"
+            self.progress.update(self.task, completed=step + 1, status=status)
         elif step % self.every == 0 or step + 1 == self.total:
             self._plain_line(step, row, perf)
 
