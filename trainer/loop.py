@@ -81,6 +81,8 @@ class Trainer:
                     "data_wait_ms": 1000 * waited,
                 }
                 monitor.step(row, perf)
+                if step % monitor.every == 0 or step == last:
+                    monitor.routing(step, moa.routing_stats(self.engine.module))
             if step % train.eval_every == 0 or step == last:
                 self.evaluate(step, monitor)
             if self.step % self.config.checkpoint.every == 0 or step == last:
@@ -162,7 +164,6 @@ class Trainer:
             for i, name in enumerate(self.parts.index.domains)
         }
         monitor.evaluation(step, by_domain, selected[f"env{held_out}_in_acc"])
-        monitor.routing(step, moa.routing_stats(self.engine.module))
         if better:
             results = {"step": step} | {k: v for k, v in row.items() if k.endswith("_acc")}
             info = replace(self.parts.info, results=results)

@@ -75,7 +75,7 @@ class Monitor:
         self.progress: Progress | None = None
         self.task: TaskID | None = None
         self.started, self.first_step = time.monotonic(), first_step
-        self.every = max(1, min(50, self.total // 10))
+        self.every = max(1, min(50, self.total // 10))  # steps between plain lines and router notes
 
     def __enter__(self) -> "Monitor":
         """Starts the live line if there is a terminal for it."""
