@@ -124,7 +124,7 @@ class MoALinear(nn.Module):
         if not self.training or scale == 0:
             return None
         images, width = x.shape[0], x.shape[1:-1].numel() * len(self.experts)
-        position, generator = self.position, None
+        position = self.position
         if position is None:  # used alone, outside a trainer: torch's own random numbers
             noise = torch.randn(images, width, device=x.device)
         else:

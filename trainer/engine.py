@@ -70,11 +70,6 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def barrier() -> None:
-    """Waits for all ranks."""
-    dist.barrier()
-
-
 def sum_over_ranks(value: Tensor) -> Tensor:
     """The sum of `value` over all ranks, without gradient."""
     total = value.detach().clone()
@@ -133,7 +128,7 @@ class Engine:
         self, model: nn.Module, config: OptimConfig, ds_json: dict[str, Any], world: World
     ) -> None:
         self.module, self.device = model.to(device_of(world)), device_of(world)
-        self.trainables = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.trainables = trainables_of(model)
         groups = parameter_groups(self.trainables)
         optimizer = OPTIMIZERS[config.name](
             groups, lr=config.lr, eps=config.eps, weight_decay=config.weight_decay
@@ -237,13 +232,18 @@ class Engine:
         self.ds.optimizer._lazy_init_hp_params_optimizer_state()
 
 
+def trainables_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name, in the model's order."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def restore_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Copies fp32 values into a model, before an engine makes its masters from them.
 
     Raises:
         CheckpointError: names or shapes differ.
     """
-    trainables = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    trainables = trainables_of(model)
     wanted = {(name, tuple(p.shape)) for name, p in trainables.items()}
     given = {(name, tuple(t.shape)) for name, t in checkpoint.masters.items()}
     if wanted != given:

@@ -15,8 +15,7 @@ from rich.table import Table
 
 from shards.config import DataConfig
 from trainer.config import ModelConfig
-from trainer.errors import FINISHED, exit_code
-from trainer.session import report_error
+from trainer.session import conclude
 from trainer.world import World
 
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1)
@@ -102,15 +101,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, float]:
 def main(argv: Sequence[str]) -> int:
     """Command line; returns the exit code."""
     args = parser().parse_args(argv)
-    try:
-        evaluate(args)
-    except Exception as error:
-        code = exit_code(error)
-        if code is None:
-            raise
-        report_error(error, ALONE)
-        return code
-    return FINISHED
+    return conclude(lambda: evaluate(args), ALONE)
 
 
 if __name__ == "__main__":

@@ -35,22 +35,20 @@ def terminal() -> Console:
     return Console(file=sys.stdout)
 
 
-def set_up_logging(log_file: Path | None, console: Console) -> None:
-    """Sends our log lines to the console (main rank) and to `log_file`."""
-    handlers: list[logging.Handler] = []
-    if log_file is not None:
-        file = logging.FileHandler(log_file, encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        handlers.append(file)
-        if console.is_terminal:
-            handlers.append(RichHandler(console=console, show_path=False, show_time=False))
-        else:
-            handlers.append(logging.StreamHandler(sys.stdout))
+def set_up_logging(log_file: Path, console: Console) -> None:
+    """Sends the main rank's log lines to the console and to `log_file`."""
+    file = logging.FileHandler(log_file, encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handlers: list[logging.Handler] = [file]
+    if console.is_terminal:
+        handlers.append(RichHandler(console=console, show_path=False, show_time=False))
+    else:
+        handlers.append(logging.StreamHandler(sys.stdout))
     for name in ("trainer", "shards", "moa"):
         logger = logging.getLogger(name)
         for old in list(logger.handlers):
             logger.removeHandler(old)
-        for handler in handlers or [logging.NullHandler()]:
+        for handler in handlers:
             logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False

@@ -8,7 +8,7 @@ from typing import Any
 
 from trainer import checkpoint
 from trainer.build import Parts
-from trainer.config import RunConfig, as_plain
+from trainer.config import RunConfig, flat_fields
 from trainer.errors import ConfigError, OutputError
 from trainer.run_folder import RunFolder
 
@@ -85,15 +85,8 @@ def state_of(parts: Parts) -> dict[str, Any]:
 
 def flat(config: RunConfig) -> dict[str, Any]:
     """Dotted setting names and plain values, as JSON gives them back."""
-    return dict(_flatten(as_plain(config)))
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        inner = isinstance(value, dict)
-        pairs += _flatten(value, f"{prefix}{key}.") if inner else [(prefix + key, value)]
-    return pairs
+    settings = flat_fields(config)
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in settings.items()}
 
 
 def check_agreement(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> None:

@@ -4,7 +4,7 @@ import errno
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from trainer.build import Parts
     from trainer.run_folder import RunFolder
 
-CANNOT_WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+CANNOT_WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+"""Only writing ends in these; a permission that is missing may as well be one to read."""
 
 OTHERS_WAIT = 10.0
 """Seconds that other ranks leave the main rank to report an error that all of them met; a launcher
@@ -27,13 +28,18 @@ that sees it end takes them down meanwhile."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command line; returns the exit code.
+    """Runs the command line; returns the exit code."""
+    world = world_from_environment()
+    return conclude(lambda: run(parse(argv), world), world)
+
+
+def conclude(action: Callable[[], object], world: World) -> int:
+    """Runs `action` and returns the exit code it ends with.
 
     Errors that are the user's to mend become plain lines on stderr, once for all ranks.
     """
-    world = world_from_environment()
     try:
-        run(parse(argv), world)
+        action()
     except Exception as error:
         if isinstance(error, OSError) and error.errno in CANNOT_WRITE_ERRORS:
             error = OutputError(f"output_dir: cannot write ({error}); free space or give another")
