@@ -10,7 +10,11 @@ if TYPE_CHECKING:
     from moa.config import MoAConfig
     from moa.errors import AdapterError, MoAConfigError, NoMatchingModuleError
     from moa.injection import InjectReport, inject
-    from moa.layer import MoALinear, aux_loss, routing_stats, set_routing_position
+    from moa.layer import MoALinear
+    from moa.merging import merge
+    from moa.model import aux_loss, routing_stats, set_routing_position, update_balance
+    from moa.noise import RoutingPosition
+    from moa.peft_bridge import export_peft, import_peft
     from moa.state import adapter_state_dict, base_hash, load_adapter, save_adapter
 
 _OWNERS = {
@@ -20,14 +24,19 @@ _OWNERS = {
     "MoAConfigError": "errors",
     "MoALinear": "layer",
     "NoMatchingModuleError": "errors",
+    "RoutingPosition": "noise",
     "adapter_state_dict": "state",
-    "aux_loss": "layer",
+    "aux_loss": "model",
     "base_hash": "state",
+    "export_peft": "peft_bridge",
+    "import_peft": "peft_bridge",
     "inject": "injection",
     "load_adapter": "state",
-    "routing_stats": "layer",
+    "merge": "merging",
+    "routing_stats": "model",
     "save_adapter": "state",
-    "set_routing_position": "layer",
+    "set_routing_position": "model",
+    "update_balance": "model",
 }
 
 __all__ = [
@@ -37,14 +46,19 @@ __all__ = [
     "MoAConfigError",
     "MoALinear",
     "NoMatchingModuleError",
+    "RoutingPosition",
     "adapter_state_dict",
     "aux_loss",
     "base_hash",
+    "export_peft",
+    "import_peft",
     "inject",
     "load_adapter",
+    "merge",
     "routing_stats",
     "save_adapter",
     "set_routing_position",
+    "update_balance",
 ]
 
 

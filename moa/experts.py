@@ -65,34 +65,39 @@ class KroneckerExpert(nn.Module):
             nn.init.uniform_(factor, -bound, bound)
 
 
-def _gate_columns(h: Tensor, gates: Tensor | None, ranks: Sequence[int]) -> Tensor:
-    """Multiplies the R last columns of `h` [..., N, R] by each token's gate [N, E]."""
+def gate_columns(gates: Tensor | None, ranks: Sequence[int]) -> Tensor | None:
+    """Each expert's gate, repeated for each of its ranks: [N, E] to [N, R]; None stays None."""
     if gates is None:
-        return h
-    repeats = torch.tensor(list(ranks), device=gates.device)
-    columns = gates.repeat_interleave(repeats, dim=-1, output_size=sum(ranks))  # [N, R]
-    return h * columns.to(h.dtype)
+        return None
+    return torch.cat([gates[:, e : e + 1].expand(-1, r) for e, r in enumerate(ranks)], dim=1)
 
 
-def lora_delta(x: Tensor, experts: Sequence[LoRAExpert], gates: Tensor | None) -> Tensor:
+def _weighted(h: Tensor, columns: Tensor | None) -> Tensor:
+    return h if columns is None else h * columns.to(h.dtype)
+
+
+def lora_down(experts: Sequence[LoRAExpert]) -> Tensor:
+    """The first factors of all experts, [R, D]."""
+    return torch.cat([e.down for e in experts])
+
+
+def lora_delta(h: Tensor, experts: Sequence[LoRAExpert], columns: Tensor | None) -> Tensor:
     """Sum over experts of `gate_e * up_e down_e x`.
 
     Args:
-        x: tokens [N, D].
+        h: the first product, x lora_down^T, [N, R].
         experts: E experts of any ranks.
-        gates: [N, E], or None for a gate of one.
+        columns: weight [N, R] or [1, R] of each token's rank columns, or None for a weight of one.
 
     Returns:
-        [N, O], dtype of `x`.
+        [N, O], dtype of the experts.
     """
-    down = torch.cat([e.down for e in experts])  # [R, D]
     up = torch.cat([e.up for e in experts], dim=1)  # [O, R]
-    h = _gate_columns(x @ down.T, gates, [e.down.shape[0] for e in experts])  # [N, R]
-    return h @ up.T
+    return _weighted(h, columns).to(up.dtype) @ up.T
 
 
 def kronecker_delta(
-    x: Tensor, experts: Sequence[KroneckerExpert], gates: Tensor | None, rule: KroneckerRule
+    x: Tensor, experts: Sequence[KroneckerExpert], columns: Tensor | None, rule: KroneckerRule
 ) -> Tensor:
     """Sum over experts of `gate_e * x H_e` without forming any H_e.
 
@@ -102,7 +107,7 @@ def kronecker_delta(
     Args:
         x: tokens [N, D].
         experts: E experts of any ranks.
-        gates: [N, E], or None for a gate of one.
+        columns: weight [N, R] or [1, R] of each token's rank columns, or None for a weight of one.
         rule: the shared slow weights.
 
     Returns:
@@ -112,6 +117,30 @@ def kronecker_delta(
     right = torch.cat([e.right for e in experts], dim=1)  # [P, R, O/P]
     dim = left.shape[0]
     mixed = torch.einsum("pa,nad->pnd", rule.left, x.view(x.shape[0], dim, left.shape[1]))
-    z = _gate_columns(mixed @ left, gates, [e.left.shape[2] for e in experts])  # [P, N, R]
+    z = _weighted(mixed @ left, columns)  # [P, N, R]
     y = torch.einsum("pb,pno->nbo", rule.right, z @ right)  # [N, P, O/P]
     return y.flatten(1)
+
+
+def kronecker_matrix(expert: KroneckerExpert, rule: KroneckerRule) -> Tensor:
+    """H [D, O] of one expert, formed."""
+    small = expert.left @ expert.right  # [P, D/P, O/P]
+    full = torch.einsum("pa,pb,pio->aibo", rule.left, rule.right, small)
+    return full.flatten(2).flatten(0, 1)
+
+
+def dense_delta(x: Tensor, matrices: Sequence[Tensor], gates: Tensor | None) -> Tensor:
+    """Sum over experts of `gate_e * x H_e` from the matrices H_e [D, O]: slow and obvious.
+
+    Args:
+        x: tokens [N, D].
+        matrices: E of them.
+        gates: weights [N, E], or None for a weight of one.
+
+    Returns:
+        [N, O], dtype of `x`.
+    """
+    total = torch.zeros((), dtype=x.dtype, device=x.device)
+    for e, matrix in enumerate(matrices):
+        total = total + _weighted(x @ matrix, None if gates is None else gates[:, e : e + 1])
+    return total

@@ -19,7 +19,8 @@ class InjectReport:
     """What `inject` did.
 
     Attributes:
-        layers: module paths of the wrapped layers, in the model's order.
+        layers: module paths of the wrapped layers, in the model's order; for `bias` and
+            `attention` the names of the backbone's own parameters that train.
         trainable: numbers that train.
         head: numbers among them that belong to the classifier.
         total: all numbers of the model.
@@ -51,55 +52,102 @@ def inject(model: nn.Module, config: MoAConfig) -> InjectReport:
         if isinstance(module, MoALinear):
             raise MoAConfigError(f"{path} already carries adapters: inject into a fresh model")
     paths = matching_layers(model, config) if config.adapts else []
+    unfrozen = matching_parameters(model, config) if config.unfreezes else []
     bases = {path: model.get_submodule(path) for path in paths}
     if config.kronecker:
         for path, base in bases.items():
             assert isinstance(base, nn.Linear)
             check_kron_dim(base, config.kron_dim, path)
     model.requires_grad_(config.method == "full")
+    for name in unfrozen:
+        model.get_parameter(name).requires_grad_(True)
     rule = None
     if config.kronecker:
         rule = KroneckerRule(config.kron_dim, next(iter(bases.values())).weight)  # type: ignore[arg-type]
         model.kron_rule = rule
-    for number, (path, base) in enumerate(bases.items()):
+    for path, base in bases.items():
         assert isinstance(base, nn.Linear)
         layer = MoALinear(base, config, rule)
-        layer.layer_number = number
         layer.train(base.training)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, layer)
+        _call_projection(model.get_submodule(parent))
     head.requires_grad_(True)
-    return _report(model, paths)
+    return _report(model, paths or unfrozen)
+
+
+def _call_projection(attention: nn.Module) -> None:
+    """Has timm's EVA and BEiT attention call its qkv layer instead of reading its weight.
+
+    They keep the bias of qkv apart and would compute `linear(x, qkv.weight, bias)` themselves,
+    past any adapter; their flag for adding the bias afterwards is the same sum.
+    """
+    if hasattr(attention, "qkv_bias_separate"):
+        attention.qkv_bias_separate = True  # type: ignore[assignment]
 
 
 def matching_layers(model: nn.Module, config: MoAConfig) -> list[str]:
-    """Paths of the linear layers that `targets` and `blocks` select, in the model's order."""
-    linears: dict[int, list[tuple[str, str]]] = {}
-    for path, module in model.named_modules():
-        match = _IN_BLOCK.fullmatch(path)
-        if match and isinstance(module, nn.Linear):
-            linears.setdefault(int(match[1]), []).append((match[2], path))
-    if not linears:
+    """Paths of the linear layers that `targets` and `blocks` select, in the model's order.
+
+    Raises:
+        NoMatchingModuleError: nothing would match; names what does.
+    """
+    modules = [(path, module) for path, module in model.named_modules() if _IN_BLOCK.match(path)]
+    linears = [path for path, module in modules if isinstance(module, nn.Linear)]
+    others = {path: type(m).__name__ for path, m in modules if not isinstance(m, nn.Linear)}
+    return _select(model, config, linears, "linear layer", others)
+
+
+def matching_parameters(model: nn.Module, config: MoAConfig) -> list[str]:
+    """Names of the backbone's parameters that `bias` or `attention` trains, in the model's order.
+
+    `targets` are compared with the path of the module that owns a parameter, or, where a block
+    holds a parameter itself (the q and v biases of EVA), with its name.
+
+    Raises:
+        NoMatchingModuleError: nothing would match; names what does.
+    """
+    names = [name for name, _ in model.named_parameters() if _IN_BLOCK.match(name)]
+    if config.method == "bias":
+        names = [name for name in names if name.endswith("bias")]
+    owners: dict[str, list[str]] = {}
+    for name in names:
+        owner = name.removesuffix(".weight").removesuffix(".bias")
+        owners.setdefault(owner, []).append(name)
+    chosen = _select(model, config, list(owners), f"part that {config.method} can train", {})
+    return [name for owner in chosen for name in owners[owner]]
+
+
+def _select(
+    model: nn.Module, config: MoAConfig, paths: list[str], what: str, others: dict[str, str]
+) -> list[str]:
+    """Those of `paths` whose block is selected and whose name in it matches a target."""
+    places = {path: match for path in paths if (match := _IN_BLOCK.fullmatch(path))}
+    if not places:
         raise NoMatchingModuleError(
             f"{type(model).__name__} has no linear layers under `blocks.N`; use a timm vision "
             "transformer such as vit_base_patch16_clip_224"
         )
-    blocks = "all" if config.blocks is None else config.blocks
-    wanted = select_blocks(blocks, max(linears) + 1)
-    targets = config.targets or ()
-    names = {name for block in wanted for name, _ in linears.get(block, [])}
+    blocks, targets = "all" if config.blocks is None else config.blocks, config.targets or ()
+    depth = max(int(match[1]) for match in places.values()) + 1
+    wanted = set(select_blocks(blocks, depth))
+    names = {path: match[2] for path, match in places.items() if int(match[1]) in wanted}
     for target in targets:
-        if not any(fnmatchcase(name, target) for name in names):
+        if not any(fnmatchcase(name, target) for name in names.values()):
+            met = {path: kind for path, kind in others.items() if _in_block(path, target)}
+            path, kind = next(iter(met.items()), ("", ""))
+            but = f" (it matches {path}, which is {kind})" if met else ""
+            would = ", ".join(sorted(set(names.values()))) or "none"
             raise NoMatchingModuleError(
-                f"moa.targets: {target!r} matches no linear layer in the selected blocks; these "
-                f"would match: {', '.join(sorted(names)) or 'none'}"
+                f"moa.targets: {target!r} matches no {what} in the selected blocks{but}; these "
+                f"would match: {would}"
             )
-    return [
-        path
-        for block in wanted
-        for name, path in linears.get(block, [])
-        if any(fnmatchcase(name, target) for target in targets)
-    ]
+    return [p for p, name in names.items() if any(fnmatchcase(name, t) for t in targets)]
+
+
+def _in_block(path: str, target: str) -> bool:
+    match = _IN_BLOCK.fullmatch(path)
+    return match is not None and fnmatchcase(match[2], target)
 
 
 def classifier(model: nn.Module) -> nn.Module:

@@ -1,38 +1,37 @@
-"""`MoALinear`: a frozen linear layer with adapters beside it, and what a model of them reports.
+"""`MoALinear`: a frozen linear layer with adapters beside it.
 
-Letters: B images, T tokens per image, N = B T tokens, D in, O out, E experts, L adapted layers.
+Letters: B images, T tokens per image, N = B T tokens, D in, O out, E experts, R sum of their ranks,
+M width of the router's projection.
 """
 
-import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from moa.config import MoAConfig
 from moa.errors import MoAConfigError
-from moa.experts import KroneckerExpert, KroneckerRule, LoRAExpert, kronecker_delta, lora_delta
-from moa.router import CosineRouter, Routing, balance_counts, balance_loss
-
-SumOverRanks = Callable[[Tensor], Tensor]
-
-
-@dataclass
-class RoutingPosition:
-    """Where the running micro-batch stands, so that gate noise does not depend on the world size.
-
-    Attributes:
-        seed: the run's seed.
-        step: global step; with gradient accumulation its micro-batches share the step.
-        first: position of the local micro-batch's first image in the global batch.
-        global_batch: images in the global batch.
-    """
-
-    seed: int
-    step: int
-    first: int
-    global_batch: int
+from moa.experts import (
+    KroneckerExpert,
+    KroneckerRule,
+    LoRAExpert,
+    dense_delta,
+    gate_columns,
+    kronecker_delta,
+    kronecker_matrix,
+    lora_delta,
+    lora_down,
+)
+from moa.noise import fresh_key, normal, uniform
+from moa.router import (
+    Routing,
+    UniformRouter,
+    balance_counts,
+    choose,
+    full_precision,
+    make_router,
+    wide_product,
+)
 
 
 class MoALinear(nn.Module):
@@ -44,12 +43,15 @@ class MoALinear(nn.Module):
 
     Args:
         base: the linear layer to wrap; its parameters are frozen here.
-        config: an adapter method (`lora`, `kadaptation`, `moa_lora`, `moa_kron`).
+        config: a method with adapters.
         kron_rule: the model's shared rule; a lone Kronecker layer makes its own.
 
     Raises:
         MoAConfigError: the config is illegal, or `kron_dim` does not divide the layer's widths.
     """
+
+    noise_key: Tensor | None
+    """[KEY_WORDS] of the running micro-batch; None draws from torch's own generator"""
 
     def __init__(
         self, base: nn.Linear, config: MoAConfig, kron_rule: KroneckerRule | None = None
@@ -57,111 +59,169 @@ class MoALinear(nn.Module):
         super().__init__()
         config.check()
         config = config.resolved()
-        if not config.adapts or not config.ranks:
+        if not config.adapts:
             raise MoAConfigError(f"moa.method: {config.method!r} does not wrap layers")
         self.base = base.requires_grad_(False)
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.config = config
-        self.layer_number = 0
-        self.position: RoutingPosition | None = None
-        self._counts: Tensor | None = None  # [2, E] with graph, until aux_loss takes it
+        self.config, self.ranks = config, list(config.ranks or ())
+        self._counts: Tensor | None = None  # [2, E] with graph, until the auxiliary loss takes it
         self._stats: dict[str, Tensor] = {}
+        self._chosen: Tensor | None = None  # [E] tokens, summed until the balance takes it
         self._shared_rule: tuple[KroneckerRule, ...] = ()  # a tuple hides it from the module tree
+        self.register_buffer("noise_key", None, persistent=False)
+        self._random = config.expert_dropout > 0 or (config.routed and config.gate_noise > 0)
         self.bias: nn.Parameter | None = None
         if config.kronecker:
-            self._add_kronecker(kron_rule)
-        else:
-            self.experts = nn.ModuleList(
-                LoRAExpert(self.in_features, self.out_features, r, base.weight)
-                for r in config.ranks
-            )
-        self.router: CosineRouter | None = None
-        if config.routed:
-            self.router = CosineRouter(
-                self.in_features, len(config.ranks), config.router_dim, config.top_k, base.weight
-            )
+            self._add_rule(kron_rule)
+        self.experts = nn.ModuleList(self._expert(rank) for rank in self.ranks)
+        self.shared_expert = self._expert(config.shared_rank) if config.shared_rank else None
+        self.router = make_router(config, self.in_features, base.weight)
 
-    def _add_kronecker(self, kron_rule: KroneckerRule | None) -> None:
+    def _add_rule(self, kron_rule: KroneckerRule | None) -> None:
         dim, weight = self.config.kron_dim, self.base.weight
         check_kron_dim(self.base, dim, "the layer")
-        self.experts = nn.ModuleList(
-            KroneckerExpert(self.in_features, self.out_features, r, dim, weight)
-            for r in self.config.ranks or ()
-        )
         self.bias = nn.Parameter(weight.new_zeros(self.out_features))
         if kron_rule is None:
             self.kron_rule = kron_rule = KroneckerRule(dim, weight)
         self._shared_rule = (kron_rule,)
 
+    def _expert(self, rank: int) -> LoRAExpert | KroneckerExpert:
+        sizes, weight = (self.in_features, self.out_features, rank), self.base.weight
+        if self.config.kronecker:
+            return KroneckerExpert(*sizes, self.config.kron_dim, weight)
+        return LoRAExpert(*sizes, weight)
+
     def extra_repr(self) -> str:
         """The settings that tell two layers apart."""
-        return f"method={self.config.method}, ranks={list(self.config.ranks or ())}"
+        return f"method={self.config.method}, ranks={self.ranks}"
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, ..., D] to [B, ..., O]; the first axis counts images (for the gate noise)."""
         tokens = x.reshape(-1, self.in_features)
-        gates = None
-        if self.router is not None:
-            routing: Routing = self.router(tokens, self._gate_noise(x))
-            gates = routing.gates
-            self._record(routing)
-        delta = self._delta(tokens, gates).view(*x.shape[:-1], self.out_features)
+        key = None
+        if self.training and self._random:
+            key = fresh_key(x.device) if self.noise_key is None else self.noise_key
+        gates, h = self._route(x, tokens, key)
+        delta = self._delta(x, tokens, gates, h, key).view(*x.shape[:-1], self.out_features)
         y: Tensor = self.base(x) + delta
         return y if self.bias is None else y + self.bias
 
-    def _delta(self, tokens: Tensor, gates: Tensor | None) -> Tensor:
-        if self.config.kronecker:
-            return kronecker_delta(tokens, list(self.experts), gates, self._shared_rule[0])  # type: ignore[arg-type]
-        return lora_delta(tokens, list(self.experts), gates)  # type: ignore[arg-type]
+    def all_experts(self) -> list[LoRAExpert | KroneckerExpert]:
+        """The routed experts, and after them the shared one if there is one."""
+        shared = [] if self.shared_expert is None else [self.shared_expert]
+        return [*self.experts, *shared]  # type: ignore[list-item]
 
-    def _gate_noise(self, x: Tensor) -> Tensor | None:
-        """Noise [N, E] that each token of the global batch gets whoever computes it.
+    def _route(
+        self, x: Tensor, tokens: Tensor, key: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gates [N, E] or [1, E], None without a router; and the LoRA experts' first product."""
+        down = None if self.config.kronecker else lora_down(self.all_experts())
+        router = self.router
+        with full_precision(x.device):
+            if router is None or isinstance(router, UniformRouter):
+                gates = None if router is None else router()
+                return gates, None if down is None else wide_product(tokens, down)
+            if down is None:
+                projected, h = wide_product(tokens, router.weight), None
+            else:  # one product for the router and all experts
+                both = wide_product(tokens, torch.cat([router.weight, down]))
+                width = router.weight.shape[0]
+                projected, h = both[:, :width], both[:, width:]
+            routing = self._choose(x, router(projected), router.balance_steps, key)
+        self._record(routing)
+        return routing.gates, h
 
-        It is drawn for the whole global batch from (seed, step, layer) and sliced: a rank's share,
-        and a recomputation under activation checkpointing, see the same numbers.
-        """
-        scale = self.config.gate_noise / len(self.experts)
-        if not self.training or scale == 0:
-            return None
-        images, width = x.shape[0], x.shape[1:-1].numel() * len(self.experts)
-        position = self.position
-        if position is None:  # used alone, outside a trainer: torch's own random numbers
-            noise = torch.randn(images, width, device=x.device)
-        else:
-            key = f"gate noise/{position.seed}/{position.step}/{self.layer_number}".encode()
-            digest = hashlib.blake2b(key, digest_size=8).digest()
-            generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest, "big") >> 1)
-            rows = max(position.global_batch, position.first + images)
-            noise = torch.randn(rows, width, device=x.device, generator=generator)
-            noise = noise[position.first : position.first + images]
-        return scale * noise.reshape(-1, len(self.experts))
+    def _choose(
+        self, x: Tensor, logits: Tensor, steps: Tensor | None, key: Tensor | None
+    ) -> Routing:
+        noise, scale = None, self.config.gate_noise / len(self.ranks)
+        if key is not None and scale > 0:
+            noise = scale * normal(key, x.shape[0], x.shape[1:-1].numel(), len(self.ranks))
+        bias = None if steps is None else self.config.balance_rate * steps
+        return choose(logits, noise, self.config.experts_kept, bias)
+
+    def _delta(
+        self, x: Tensor, tokens: Tensor, gates: Tensor | None, h: Tensor | None, key: Tensor | None
+    ) -> Tensor:
+        """The experts' sum [N, O]."""
+        experts = self.all_experts()
+        if gates is not None and self.shared_expert is not None:
+            gates = torch.cat([gates, torch.ones_like(gates[:, :1])], dim=1)
+        if self.config.kron_impl == "dense":
+            return self._dense_delta(tokens, experts, gates, key)
+        ranks = [*self.ranks, *([self.config.shared_rank] if self.config.shared_rank else [])]
+        columns, rate = gate_columns(gates, ranks), self.config.expert_dropout
+        if key is not None and rate > 0:
+            kept = uniform(key, x.shape[0], x.shape[1:-1].numel(), sum(ranks)) > rate
+            mask = kept / (1 - rate)
+            columns = mask if columns is None else columns * mask
+        if h is not None:
+            return lora_delta(h, experts, columns)  # type: ignore[arg-type]
+        return kronecker_delta(tokens, experts, columns, self._shared_rule[0])  # type: ignore[arg-type]
+
+    def _dense_delta(
+        self,
+        tokens: Tensor,
+        experts: Sequence[LoRAExpert | KroneckerExpert],
+        gates: Tensor | None,
+        key: Tensor | None,
+    ) -> Tensor:
+        """With every H_e formed; dropout strikes its elements, alike for the whole batch."""
+        matrices = [kronecker_matrix(e, self._shared_rule[0]) for e in experts]  # type: ignore[arg-type]
+        rate = self.config.expert_dropout
+        if key is not None and rate > 0:
+            start = torch.cat([key[:-1], torch.zeros_like(key[-1:])])  # whatever part this is
+            width = len(experts) * self.out_features
+            kept = (uniform(start, self.in_features, 1, width) > rate).chunk(len(experts), dim=1)
+            matrices = [
+                m * (k / (1 - rate)).to(m.dtype) for m, k in zip(matrices, kept, strict=True)
+            ]
+        return dense_delta(tokens, matrices, gates)
 
     def _record(self, routing: Routing) -> None:
         """Keeps the balance counts (with graph) and detached statistics of a training forward."""
         if not self.training:
             return
         counts = balance_counts(routing)  # always: a recomputation must repeat every operation
-        if torch._C._current_graph_task_id() != -1:
-            return  # activation checkpointing recomputes in backward: aux_loss had its counts
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return  # activation checkpointing recomputes in backward: the counts were taken
         self._counts = counts
         with torch.no_grad():
-            probs = routing.probs
+            chosen, probs = (routing.gates > 0).float(), routing.probs
             self._stats = {
-                "load": (routing.gates > 0).float().mean(0),
+                "load": chosen.mean(0),
                 "entropy": torch.special.entr(probs).sum(-1).mean(),
                 "max_prob": probs.amax(-1).mean(),
             }
+            if self.config.balance == "bias":
+                total = chosen.sum(0)
+                self._chosen = total if self._chosen is None else self._chosen + total
 
     def take_counts(self) -> Tensor | None:
         """Balance counts [2, E] of the last training forward, once; None if there are none."""
         counts, self._counts = self._counts, None
         return counts
 
+    def take_chosen(self) -> Tensor | None:
+        """Tokens [E] that chose each expert since the last call, in training forwards."""
+        chosen, self._chosen = self._chosen, None
+        return chosen
+
     def stats(self) -> dict[str, Tensor]:
-        """`load` [E], `entropy`, `max_prob`, `temperature` of the last training forward."""
+        """`load` [E], `entropy`, `max_prob`, `temperature` of the last training forward.
+
+        A uniform mixture has its weights as `load`, and their entropy and maximum.
+        """
+        if isinstance(self.router, UniformRouter):
+            with torch.no_grad():
+                weights = self.router()[0]
+            entropy = torch.special.entr(weights).sum()
+            return {"load": weights, "entropy": entropy, "max_prob": weights.amax()}
         if self.router is None or not self._stats:
             return {}
-        return {**self._stats, "temperature": self.router.temperature.detach()[0]}
+        temperature = getattr(self.router, "temperature", None)
+        known = {} if temperature is None else {"temperature": temperature.detach()[0]}
+        return {**self._stats, **known}
 
 
 def check_kron_dim(base: nn.Linear, kron_dim: int, name: str) -> None:
@@ -180,39 +240,3 @@ def moa_layers(model: nn.Module) -> Iterator[tuple[str, MoALinear]]:
     for name, module in model.named_modules():
         if isinstance(module, MoALinear):
             yield name, module
-
-
-def set_routing_position(model: nn.Module, position: RoutingPosition | None) -> None:
-    """Tells every layer where the next micro-batch stands; None returns to unkeyed noise."""
-    for _, layer in moa_layers(model):
-        layer.position = position
-
-
-def aux_loss(model: nn.Module, sum_over_ranks: SumOverRanks | None = None) -> Tensor:
-    """Load balancing loss of the last training forward, summed over layers, times aux_weight.
-
-    Args:
-        model: a model with `MoALinear` layers.
-        sum_over_ranks: differentiable sum over the ranks that share the batch, called once with
-            the counts of all layers [L, 2, E]; None on a single process.
-
-    Returns:
-        A scalar with graph; zero if no layer routes or nothing ran since the last call.
-    """
-    weight, counts = 0.0, []
-    for _, layer in moa_layers(model):
-        taken = layer.take_counts()
-        if taken is not None:
-            weight = layer.config.aux_weight
-            counts.append(taken)
-    if not counts:
-        return torch.zeros((), device=next(model.parameters()).device)
-    stacked = torch.stack(counts)
-    if sum_over_ranks is not None:
-        stacked = sum_over_ranks(stacked)
-    return weight * balance_loss(stacked)
-
-
-def routing_stats(model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """Per layer path the statistics of the last training forward, detached and on the device."""
-    return {name: stats for name, layer in moa_layers(model) if (stats := layer.stats())}

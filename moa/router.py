@@ -1,15 +1,22 @@
-"""The token router of Mixture-of-Adapters and its load balancing loss (arXiv 2310.11031).
+"""Routers of Mixture-of-Adapters and the load balancing loss (arXiv 2310.11031).
 
-Letters: N tokens, D in, M router dimension, E experts.
+Letters: N tokens, D in, K width of a router's projection, M router dimension, E experts.
+
+A router's first product with the tokens is left to the layer, which shares it with that of the LoRA
+experts: a router has a `weight` [K, D] and turns `x weight^T` into logits.
 """
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from moa.config import MoAConfig
 
 MAX_LOG_SCALE = math.log(100.0)
 """The logits' scale exp(temperature) is capped at 100."""
@@ -17,7 +24,7 @@ MAX_LOG_SCALE = math.log(100.0)
 
 @dataclass(frozen=True)
 class Routing:
-    """What the router decided for N tokens.
+    """What a router decided for N tokens.
 
     Attributes:
         gates: [N, E] weight of each expert, zero where it was not chosen.
@@ -30,51 +37,167 @@ class Routing:
     top_prob: Tensor
 
 
-class CosineRouter(nn.Module):
+class TokenRouter(nn.Module):
+    """A router that decides for every token.
+
+    Attributes:
+        balance_steps: [E] int64, the choice's bias in steps of `balance_rate`; None without. Whole
+            steps, so that a change of precision or of world size leaves them exact.
+    """
+
+    balance_steps: Tensor | None
+
+    def __init__(self, steps: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("balance_steps", steps)
+
+    @property
+    def weight(self) -> Tensor:
+        """[K, D], which the layer multiplies with the tokens."""
+        raise NotImplementedError
+
+
+class CosineRouter(TokenRouter):
     """Routes by the cosine between a projected token and one embedding per expert.
 
     logits = exp(min(temperature, ln 100)) * cos(proj(x), embed_e). The scale starts at 2.
-    Arithmetic is in fp32 or wider, whatever the dtype of the tokens, because a rounded logit
-    changes which expert wins.
 
     Args:
         dim: D.
         num_experts: E.
         router_dim: M.
-        top_k: experts kept per token.
         like: tensor whose dtype and device the parameters take.
+        steps: `balance_steps`.
     """
 
-    def __init__(self, dim: int, num_experts: int, router_dim: int, top_k: int, like: Tensor):
-        super().__init__()
-        self.top_k = top_k
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        router_dim: int,
+        like: Tensor,
+        steps: Tensor | None = None,
+    ) -> None:
+        super().__init__(steps)
         self.proj = nn.Linear(dim, router_dim, device=like.device, dtype=like.dtype)
         self.embed = nn.Parameter(like.new_empty(router_dim, num_experts).normal_(0.0, 0.01))
         self.temperature = nn.Parameter(like.new_full((1,), math.log(1 / 0.5)))
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Scaled cosines [N, E] of tokens `x` [N, D], fp32 or wider."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        device = x.device.type
-        autocasts = torch.amp.is_autocast_available(device)
-        with torch.autocast(device, enabled=False) if autocasts else nullcontext():
-            z = F.linear(x.to(wide), self.proj.weight.to(wide), self.proj.bias.to(wide))
-            cosine = F.normalize(z, dim=-1) @ F.normalize(self.embed.to(wide), dim=0)
+    @property
+    def weight(self) -> Tensor:
+        """[M, D]."""
+        return self.proj.weight
+
+    def forward(self, projected: Tensor) -> Tensor:
+        """Scaled cosines [N, E] from `x weight^T` [N, M], in its dtype."""
+        wide = projected.dtype
+        z = projected + self.proj.bias.to(wide)
+        cosine = F.normalize(z, dim=-1) @ F.normalize(self.embed.to(wide), dim=0)
         return self.temperature.to(wide).clamp(max=MAX_LOG_SCALE).exp() * cosine
 
-    def forward(self, x: Tensor, noise: Tensor | None) -> Routing:
-        """Chooses `top_k` experts for every token; weights are not renormalised.
 
-        Args:
-            x: tokens [N, D].
-            noise: [N, E] to add to the logits before choosing, or None.
-        """
-        logits = self.logits(x)
-        probs = logits.softmax(-1)
-        chosen = probs if noise is None else (logits + noise.to(logits.dtype)).softmax(-1)
-        top, ids = chosen.topk(self.top_k, dim=-1)
-        gates = torch.zeros_like(chosen).scatter(-1, ids, top)
-        return Routing(gates, probs, top[..., 0])
+class LinearRouter(TokenRouter):
+    """Routes by a linear map of the token: logits = x embed, with `embed` [D, E]."""
+
+    def __init__(
+        self, dim: int, num_experts: int, like: Tensor, steps: Tensor | None = None
+    ) -> None:
+        super().__init__(steps)
+        self.embed = nn.Parameter(like.new_empty(dim, num_experts).normal_(0.0, 0.01))
+
+    @property
+    def weight(self) -> Tensor:
+        """[E, D]."""
+        return self.embed.T
+
+    def forward(self, projected: Tensor) -> Tensor:
+        """Logits [N, E], which are `x weight^T` itself."""
+        return projected
+
+
+class UniformRouter(nn.Module):
+    """One learned softmax vector per layer, alike for all tokens; starts as the plain mean."""
+
+    def __init__(self, num_experts: int, like: Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(like.new_zeros(num_experts))
+
+    def forward(self) -> Tensor:
+        """Weights [1, E], at least fp32."""
+        return self.logits.to(wide_dtype(self.logits.dtype)).softmax(0).unsqueeze(0)
+
+
+def make_router(config: MoAConfig, dim: int, like: Tensor) -> TokenRouter | UniformRouter | None:
+    """The router that a resolved configuration asks for; None if there is one expert."""
+    if not config.mixes:
+        return None
+    number = len(config.ranks or ())
+    if config.router == "uniform":
+        return UniformRouter(number, like)
+    steps = None
+    if config.balance == "bias":
+        steps = torch.zeros(number, dtype=torch.int64, device=like.device)
+    if config.router == "linear":
+        return LinearRouter(dim, number, like, steps)
+    return CosineRouter(dim, number, config.router_dim, like, steps)
+
+
+def choose(logits: Tensor, noise: Tensor | None, kept: int, bias: Tensor | None = None) -> Routing:
+    """Keeps `kept` experts for every token; their softmax weights are not renormalised.
+
+    Args:
+        logits: [N, E].
+        noise: [N, E] to add to the logits before choosing, or None.
+        kept: experts kept per token.
+        bias: [E] added to the probabilities when comparing them, not to the weights.
+    """
+    probs = logits.softmax(-1)
+    chosen = probs if noise is None else (logits + noise.to(logits.dtype)).softmax(-1)
+    if kept == logits.shape[-1]:
+        return Routing(chosen, probs, chosen.amax(-1))
+    ids = (chosen if bias is None else chosen + bias.to(chosen.dtype)).topk(kept, dim=-1).indices
+    top = chosen.gather(-1, ids)
+    return Routing(torch.zeros_like(chosen).scatter(-1, ids, top), probs, top.amax(-1))
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """At least fp32: a rounded logit changes which expert wins."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Within the block autocast does not lower the precision of products."""
+    kind = device.type
+    autocasts = torch.amp.is_autocast_available(kind)
+    with torch.autocast(kind, enabled=False) if autocasts else nullcontext():
+        yield
+
+
+def wide_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Product x weight^T [N, K] in at least fp32, from x [N, D] and weight [K, D] of any dtype.
+
+    Keeps `x` for backward as it is, not a widened copy of it.
+    """
+    if x.dtype == wide_dtype(x.dtype):
+        return F.linear(x, weight.to(x.dtype))
+    product: Tensor = _WideProduct.apply(x, weight)
+    return product
+
+
+class _WideProduct(torch.autograd.Function):
+    """The product of low precision factors, in fp32 forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x.float() @ weight.float().T
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        of_x = (gradient @ weight.float()).to(x.dtype)
+        return of_x, (gradient.T @ x.float()).to(weight.dtype)
 
 
 def balance_counts(routing: Routing) -> Tensor:

@@ -55,8 +55,13 @@ class AdapterInfo:
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Every trainable tensor of `model` by name, detached, in its own dtype and place."""
-    return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    """Every tensor of `model` that training moves, by name, in its own dtype and place.
+
+    These are the trainable parameters and, with `balance = bias`, the routers' `balance_steps`.
+    The tensors share the model's memory.
+    """
+    moved = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    return moved | {n: b for n, b in model.named_buffers() if n.endswith(".router.balance_steps")}
 
 
 def base_hash(model: nn.Module) -> str:
@@ -207,10 +212,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterInfo:
     _prepare(outline, info)
     _check_fit(str(folder), adapter_state_dict(outline), tensors)
     _prepare(model, info)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            parameters[name].copy_(tensor)
+    for name, place in adapter_state_dict(model).items():
+        place.copy_(tensors[name])
     return info
 
 

@@ -6,13 +6,23 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from moa import MoAConfig
+from moa import MoAConfig, RoutingPosition
 from moa.experts import KroneckerExpert, KroneckerRule, LoRAExpert
-from moa.layer import RoutingPosition
 
-METHODS = ("full", "linear", "lora", "kadaptation", "moa_lora", "moa_kron")
-ADAPTERS = METHODS[2:]
-MIXTURES = METHODS[4:]
+METHODS = (
+    "full",
+    "linear",
+    "bias",
+    "attention",
+    "lora",
+    "kadaptation",
+    "multi_lora",
+    "moa_lora",
+    "moa_kron",
+)
+ADAPTERS = METHODS[4:]
+MIXTURES = METHODS[7:]
+SEVERAL = METHODS[6:]
 DIM, SIDE = 16, 16
 
 
@@ -37,7 +47,7 @@ def tiny_vit(num_classes: int = 3, depth: int = 4, seed: int = 0) -> VisionTrans
 
 def small_config(method: str, **changes: object) -> MoAConfig:
     """The method's defaults, with sizes that fit the tiny model."""
-    ranks = {"ranks": (1, 2, 3)} if method in MIXTURES else {}
+    ranks = {"ranks": (1, 2, 3)} if method in SEVERAL else {}
     settings = {"method": method, "router_dim": 8, "kron_dim": 8, **ranks, **changes}
     return MoAConfig(**settings)  # type: ignore[arg-type]
 
@@ -57,8 +67,8 @@ def images(number: int, seed: int = 2, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(number, 3, SIDE, SIDE, generator=generator, dtype=dtype)
 
 
-def position(first: int = 0, total: int = 6, step: int = 0, seed: int = 0) -> RoutingPosition:
-    return RoutingPosition(seed=seed, step=step, first=first, global_batch=total)
+def position(first: int = 0, step: int = 0, seed: int = 0) -> RoutingPosition:
+    return RoutingPosition(seed=seed, step=step, first=first)
 
 
 def snapshot(model: nn.Module) -> dict[str, object]:

@@ -44,7 +44,7 @@ def test_defaults_follow_a_changed_method_and_spare_given_values() -> None:
 
 
 def test_defaults_of_the_paper() -> None:
-    config = MoAConfig()
+    config = MoAConfig().resolved()
     assert (config.method, config.router, config.router_dim) == ("moa_kron", "cosine", 256)
     assert (config.top_k, config.gate_noise, config.aux_weight) == (1, 1.0, 0.01)
     assert config.kron_dim == 64
@@ -55,6 +55,9 @@ def test_defaults_of_the_paper() -> None:
     [
         ("full", False, False, False),
         ("linear", False, False, False),
+        ("bias", False, False, False),
+        ("attention", False, False, False),
+        ("multi_lora", True, False, False),
         ("lora", True, False, False),
         ("kadaptation", True, True, False),
         ("moa_lora", True, False, True),
@@ -82,8 +85,21 @@ def test_lists_become_tuples_and_given_values_stay() -> None:
 
 
 ILLEGAL = [
-    ({"method": "lroa"}, "moa.method: 'lroa'; legal are full, linear, lora"),
-    ({"router": "linear"}, "moa.router: 'linear'; legal are cosine"),
+    ({"method": "lroa"}, "moa.method: 'lroa'; legal are full, linear, bias"),
+    ({"router": "hash"}, "moa.router: 'hash'; legal are cosine, linear, soft, uniform"),
+    ({"method": "multi_lora", "router": "soft"}, "use --moa.method moa_lora with it"),
+    ({"router": "soft", "top_k": 2}, "router 'soft', which keeps every expert; leave it at 1"),
+    ({"router": "uniform", "top_k": 2}, "moa.top_k: 2 with router 'uniform'"),
+    ({"router": "soft", "balance": "bias"}, "moa.balance: 'bias' with router 'soft'"),
+    ({"balance": "lose"}, "moa.balance: 'lose'; legal are loss, bias"),
+    ({"balance_rate": -1.0}, "moa.balance_rate: -1.0; must be a finite number >= 0"),
+    ({"shared_rank": -1}, "moa.shared_rank: -1 with moa_kron; must be >= 0"),
+    ({"method": "lora", "shared_rank": 2}, "moa.shared_rank: 2 with lora"),
+    ({"kron_impl": "sparse"}, "moa.kron_impl: 'sparse'; legal are factored, dense"),
+    ({"method": "moa_lora", "kron_impl": "dense"}, "which has no Kronecker experts"),
+    ({"expert_dropout": 1.0}, "moa.expert_dropout: 1.0; must be >= 0 and below 1"),
+    ({"method": "bias", "targets": []}, "moa.targets: []; name at least one"),
+    ({"method": "attention", "blocks": "some"}, "moa.blocks: 'some'; legal are all"),
     ({"ranks": ()}, "moa.ranks: []; give one or more whole numbers >= 1"),
     ({"ranks": (1, 0)}, "moa.ranks: [1, 0]; give one or more whole numbers >= 1"),
     ({"ranks": (4,)}, "moa.ranks: [4] gives moa_kron one expert"),
@@ -121,7 +137,7 @@ def test_each_problem_is_reported(changes: dict[str, object], message: str) -> N
 
 def test_all_problems_are_reported_at_once() -> None:
     config = MoAConfig(
-        router="soft",  # type: ignore[arg-type]
+        router="hash",  # type: ignore[arg-type]
         ranks=(2, 0),
         top_k=3,
         router_dim=0,
@@ -134,14 +150,14 @@ def test_all_problems_are_reported_at_once() -> None:
     names = [problem.partition(":")[0].removeprefix("moa.") for problem in config.problems()]
     assert names == [
         "router",
-        "ranks",
-        "top_k",
-        "router_dim",
-        "kron_dim",
-        "gate_noise",
-        "aux_weight",
         "targets",
         "blocks",
+        "ranks",
+        "kron_dim",
+        "top_k",
+        "router_dim",
+        "gate_noise",
+        "aux_weight",
     ]
 
 

@@ -82,7 +82,6 @@ def test_targets_and_blocks(changes: dict[str, object], layers: tuple[str, ...])
     report = inject(model, small_config(**{"method": "moa_kron", **changes}))  # type: ignore[arg-type]
     assert report.layers == layers
     assert tuple(name for name, _ in moa_layers(model)) == layers
-    assert [layer.layer_number for _, layer in moa_layers(model)] == list(range(len(layers)))
     assert model(images(2)).shape == (2, 3)
 
 
@@ -121,6 +120,7 @@ KRON = ("left", "right")
 NAMES = {
     "lora": [f"experts.0.{part}" for part in LORA],
     "kadaptation": ["bias", *(f"experts.0.{part}" for part in KRON)],
+    "multi_lora": [*(f"experts.{e}.{part}" for e in range(3) for part in LORA), "router.logits"],
     "moa_lora": [*(f"experts.{e}.{part}" for e in range(3) for part in LORA), *ROUTER],
     "moa_kron": ["bias", *(f"experts.{e}.{part}" for e in range(3) for part in KRON), *ROUTER],
 }
@@ -213,7 +213,24 @@ REFUSED = [
         NoMatchingModuleError,
         "'qkv' .*these would match: attn.proj, attn.qkv, mlp.fc1, mlp.fc2$",
     ),
-    (tiny_vit, {"targets": ("norm1",)}, NoMatchingModuleError, "would match: attn.proj"),
+    (
+        tiny_vit,
+        {"targets": ("norm1",)},
+        NoMatchingModuleError,
+        r"\(it matches blocks.0.norm1, which is LayerNorm\); these would match: attn.proj",
+    ),
+    (
+        tiny_vit,
+        {"method": "bias", "targets": ("mlp.act",)},
+        NoMatchingModuleError,
+        "'mlp.act' matches no part that bias can train .* would match: attn.proj, attn.qkv",
+    ),
+    (
+        tiny_vit,
+        {"method": "attention", "targets": ("attn.key",)},
+        NoMatchingModuleError,
+        "'attn.key' matches no part that attention can train",
+    ),
     (tiny_vit, {"targets": ()}, MoAConfigError, r"moa.targets: \[\]"),
     (without_blocks, {}, NoMatchingModuleError, "ResNet has no linear layers under `blocks.N`"),
     (

@@ -24,7 +24,9 @@ from torch.utils.checkpoint import checkpoint
 
 from moa import MoAConfig, MoAConfigError, MoALinear, aux_loss, inject, routing_stats
 from moa.experts import KroneckerRule
-from moa.layer import moa_layers, set_routing_position
+from moa.layer import moa_layers
+from moa.model import set_routing_position
+from moa.router import Routing, UniformRouter, choose
 
 
 def lone_layer(method: str, dim_out: int = 24, **changes: object) -> MoALinear:
@@ -46,13 +48,27 @@ def tokens(*shape: int, seed: int = 3, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(*shape, DIM, generator=generator, dtype=dtype)
 
 
-def record_noise(model: nn.Module) -> list[Tensor | None]:
-    """A list that receives the noise given to each router, in the order of the calls."""
+@pytest.fixture
+def noise(monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
+    """A list that receives the noise given to each layer's choice, in the order of the calls."""
     received: list[Tensor | None] = []
-    for _, layer in moa_layers(model):
-        assert layer.router is not None
-        layer.router.register_forward_pre_hook(lambda _, inputs: received.append(inputs[1]))
+
+    def noting(logits: Tensor, noise: Tensor | None, *others: object) -> Routing:
+        received.append(noise)
+        return choose(logits, noise, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("moa.layer.choose", noting)
     return received
+
+
+def gates_of(layer: MoALinear, flat: Tensor) -> Tensor | None:
+    """Noise-free gates of tokens [N, D]."""
+    if isinstance(layer.router, UniformRouter):
+        return layer.router().expand(len(flat), -1)
+    if layer.router is None:
+        return None
+    logits = layer.router(flat @ layer.router.weight.T)
+    return choose(logits, None, layer.config.experts_kept).gates
 
 
 def scalar_loss(counts: Tensor) -> float:
@@ -106,7 +122,7 @@ def test_output_equals_the_dense_formula(method: str, shape: tuple[int, ...]) ->
     stir(layer, scale=1.0)
     x = tokens(*shape, dtype=torch.float64)
     flat = x.reshape(-1, DIM)
-    gates = None if layer.router is None else layer.router(flat, None).gates
+    gates = gates_of(layer, flat)
     rule = getattr(layer, "kron_rule", None)
     matrices = [dense_update(expert, rule) for expert in layer.experts]  # type: ignore[arg-type]
     delta = dense_delta(flat, matrices, gates)
@@ -231,9 +247,10 @@ def test_the_rule_follows_a_change_of_dtype() -> None:
 
 
 @pytest.mark.parametrize("method", MIXTURES)
-def test_evaluation_has_no_noise_and_records_nothing(method: str) -> None:
+def test_evaluation_has_no_noise_and_records_nothing(
+    method: str, noise: list[Tensor | None]
+) -> None:
     model = injected(method)
-    noise = record_noise(model)
     model.eval()
     x = images(3, dtype=torch.float64)
     assert torch.equal(model(x), model(x))
@@ -248,11 +265,10 @@ def test_evaluation_has_no_noise_and_records_nothing(method: str) -> None:
 @pytest.mark.parametrize("keyed", [False, True])
 @pytest.mark.parametrize(("gate_noise", "ranks"), [(1.0, (1, 2)), (0.5, (1, 1, 1, 1, 1))])
 def test_noise_is_normal_with_the_given_width(
-    gate_noise: float, ranks: tuple[int, ...], keyed: bool
+    gate_noise: float, ranks: tuple[int, ...], keyed: bool, noise: list[Tensor | None]
 ) -> None:
     layer = lone_layer("moa_lora", gate_noise=gate_noise, ranks=ranks)
-    layer.position = position(total=200) if keyed else None
-    noise = record_noise(layer)
+    set_routing_position(layer, position() if keyed else None)
     layer(tokens(200, 50))
     (drawn,) = noise
     assert drawn is not None
@@ -264,16 +280,14 @@ def test_noise_is_normal_with_the_given_width(
     assert within == pytest.approx(math.erf(1 / math.sqrt(2)), abs=0.02)
 
 
-def test_noise_can_be_switched_off() -> None:
+def test_noise_can_be_switched_off(noise: list[Tensor | None]) -> None:
     layer = lone_layer("moa_lora", gate_noise=0.0)
-    noise = record_noise(layer)
     layer(tokens(3, 4))
     assert noise == [None]
 
 
-def test_noise_depends_on_seed_step_and_layer_only() -> None:
+def test_noise_depends_on_seed_step_and_layer_only(noise: list[Tensor | None]) -> None:
     model = injected("moa_lora", blocks="all")
-    noise = record_noise(model)
     drawn: dict[tuple[int, int, int], Tensor] = {}
     x = images(6, dtype=torch.float64)
     for seed, step in ((0, 0), (0, 1), (1, 0), (1, 11), (11, 1)):
@@ -469,24 +483,24 @@ def test_only_the_last_forward_counts() -> None:
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_routing_stats(top_k: int) -> None:
+def test_routing_stats(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = injected("moa_kron", top_k=top_k)
-    decided = {}
-    for name, layer in moa_layers(model):
-        assert layer.router is not None
-        layer.router.register_forward_hook(
-            lambda _, __, routing, name=name: decided.update({name: routing})
-        )
+    decisions = []
+
+    def noting(*given: object) -> Routing:
+        decisions.append(choose(*given))  # type: ignore[arg-type]
+        return decisions[-1]
+
+    monkeypatch.setattr("moa.layer.choose", noting)
     model(images(6, dtype=torch.float64))
     stats = routing_stats(model)
     assert list(stats) == ["blocks.0.attn.qkv", "blocks.2.attn.qkv"]
-    for name, values in stats.items():
+    for (name, values), decided in zip(stats.items(), decisions, strict=True):
         assert sorted(values) == ["entropy", "load", "max_prob", "temperature"]
         assert not any(value.requires_grad for value in values.values())
-        rows = decided[name].probs.tolist()
+        rows = decided.probs.tolist()
         shares = [
-            sum(gates[e] > 0 for gates in decided[name].gates.tolist()) / len(rows)
-            for e in range(3)
+            sum(gates[e] > 0 for gates in decided.gates.tolist()) / len(rows) for e in range(3)
         ]
         assert values["load"].tolist() == pytest.approx(shares)
         assert sum(shares) == pytest.approx(top_k)

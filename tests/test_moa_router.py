@@ -5,13 +5,41 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
-from moa.router import CosineRouter, Routing, balance_counts, balance_loss
+from moa.router import (
+    CosineRouter,
+    Routing,
+    balance_counts,
+    balance_loss,
+    choose,
+    full_precision,
+    wide_product,
+)
 
 SIZES = st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6), st.integers(2, 5))
 SEEDS = st.integers(0, 2**31)
+
+
+class Chooser(nn.Module):
+    """A cosine router with its projection and its choice, as a layer uses it."""
+
+    def __init__(self, router: CosineRouter, top_k: int) -> None:
+        super().__init__()
+        self.proj, self.embed, self.temperature = router.proj, router.embed, router.temperature
+        self.hidden, self.top_k = (router,), top_k
+
+    def logits(self, x: Tensor) -> Tensor:
+        (router,) = self.hidden
+        named = dict(self.named_parameters())
+        with full_precision(x.device):
+            projected = wide_product(x, self.proj.weight)
+            logits: Tensor = functional_call(router, named, (projected,))
+        return logits
+
+    def forward(self, x: Tensor, noise: Tensor | None) -> Routing:
+        return choose(self.logits(x), noise, self.top_k)
 
 
 def make_router(
@@ -20,16 +48,16 @@ def make_router(
     router_dim: int = 5,
     top_k: int = 1,
     dtype: torch.dtype = torch.float64,
-) -> CosineRouter:
+) -> Chooser:
     """A router whose parameters are all of order one."""
-    router = CosineRouter(dim, experts, router_dim, top_k, torch.zeros((), dtype=dtype))
+    router = CosineRouter(dim, experts, router_dim, torch.zeros((), dtype=dtype))
     with torch.no_grad():
         router.embed.normal_()
         router.temperature.normal_()
-    return router
+    return Chooser(router, top_k)
 
 
-def scalar_logits(router: CosineRouter, x: Tensor) -> list[list[float]]:
+def scalar_logits(router: Chooser, x: Tensor) -> list[list[float]]:
     """Plain Python, number by number."""
     weight, bias = router.proj.weight.tolist(), router.proj.bias.tolist()
     embeddings = router.embed.T.tolist()
@@ -162,7 +190,7 @@ def test_scale_stops_at_one_hundred(temperature: float, scale: float) -> None:
 
 def test_initial_values() -> None:
     torch.manual_seed(0)
-    router = CosineRouter(12, 64, 256, 1, torch.zeros(()))
+    router = CosineRouter(12, 64, 256, torch.zeros(()))
     assert router.proj.weight.shape == (256, 12)
     assert router.proj.bias.shape == (256,)
     assert router.embed.shape == (256, 64)
@@ -212,7 +240,7 @@ def test_a_zero_projection_gives_no_nan() -> None:
 
 
 def test_runs_on_the_meta_device() -> None:
-    router = CosineRouter(6, 4, 5, 2, torch.zeros((), device="meta"))
+    router = Chooser(CosineRouter(6, 4, 5, torch.zeros((), device="meta")), 2)
     assert router(torch.zeros(3, 6, device="meta"), None).gates.shape == (3, 4)
 
 

@@ -19,6 +19,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+import moa
 from trainer.checkpoint import Checkpoint
 from trainer.config import OptimConfig
 from trainer.errors import CheckpointError, TrainingInvalidError
@@ -187,8 +188,13 @@ class Engine:
             )
 
     def masters(self) -> dict[str, Tensor]:
-        """fp32 values of all trainables, on the CPU of every rank; a collective."""
-        return {n: _on_cpu(safe_get_full_fp32_param(p)) for n, p in self.trainables.items()}
+        """fp32 values of all trainables, on the CPU of every rank; a collective.
+
+        What training moves without a gradient (`moa.adapter_state_dict`) comes along as it is.
+        """
+        moved = {n: t.cpu().clone() for n, t in moa.adapter_state_dict(self.module).items()}
+        full = {n: _on_cpu(safe_get_full_fp32_param(p)) for n, p in self.trainables.items()}
+        return moved | full
 
     def moments(self) -> dict[str, Tensor]:
         """Adam's moments as `name|exp_avg` and `name|exp_avg_sq`, like `masters`; a collective."""
@@ -243,16 +249,15 @@ def restore_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: names or shapes differ.
     """
-    trainables = trainables_of(model)
-    wanted = {(name, tuple(p.shape)) for name, p in trainables.items()}
+    places = moa.adapter_state_dict(model)
+    wanted = {(name, tuple(place.shape)) for name, place in places.items()}
     given = {(name, tuple(t.shape)) for name, t in checkpoint.masters.items()}
     if wanted != given:
         raise CheckpointError(
             f"{checkpoint.folder}: does not fit the model at {sorted(wanted ^ given)[0]}"
         )
-    with torch.no_grad():
-        for name, parameter in trainables.items():
-            parameter.copy_(checkpoint.masters[name])
+    for name, place in places.items():
+        place.copy_(checkpoint.masters[name])
 
 
 def _on_cpu(value: Tensor | None) -> Tensor:

@@ -11,7 +11,6 @@ from rich.console import Console
 from torch.nn import functional as F
 
 import moa
-from moa.layer import RoutingPosition
 from moa.state import save_adapter
 from shards import Batch
 from trainer import checkpoint
@@ -114,6 +113,7 @@ class Trainer:
                     sums += self._micro_step(batch)
             else:
                 sums += self._micro_step(batch)
+        moa.update_balance(self.engine.module, sum_over_ranks)
         mean = sum_over_ranks(sums) / (pieces * self.world.size)
         ce, aux = mean.tolist()
         digest, norm = self.stream.batch_digest(self.step), self.engine.grad_norm()
@@ -138,7 +138,7 @@ class Trainer:
         engine, train = self.engine, self.config.train
         moa.set_routing_position(
             engine.module,
-            RoutingPosition(train.seed, self.step, batch.first_slot, self.stream.global_batch),
+            moa.RoutingPosition(train.seed, self.step, batch.first_slot),
         )
         scores = engine(batch.images.to(engine.device, engine.dtype))
         ce = F.cross_entropy(scores.float(), batch.labels.to(engine.device))

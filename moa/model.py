@@ -1,0 +1,84 @@
+"""A model of `MoALinear` layers as a whole: its place in the run, its balance, its statistics.
+
+Letters: E experts, L adapted layers.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from moa.layer import moa_layers
+from moa.noise import RoutingPosition, noise_keys
+from moa.router import TokenRouter, balance_loss
+
+SumOverRanks = Callable[[Tensor], Tensor]
+
+
+def set_routing_position(model: nn.Module, position: RoutingPosition | None) -> None:
+    """Tells every layer where the next micro-batch stands; None returns to unkeyed noise."""
+    layers = [layer for _, layer in moa_layers(model)]
+    if position is None or not layers:
+        for layer in layers:
+            layer.noise_key = None
+        return
+    keys = noise_keys(position, len(layers)).to(layers[0].base.weight.device, non_blocking=True)
+    for layer, key in zip(layers, keys.unbind(), strict=True):
+        layer.noise_key = key
+
+
+def aux_loss(model: nn.Module, sum_over_ranks: SumOverRanks | None = None) -> Tensor:
+    """Load balancing loss of the last training forward, summed over layers, times aux_weight.
+
+    Args:
+        model: a model with `MoALinear` layers.
+        sum_over_ranks: differentiable sum over the ranks that share the batch, called once with
+            the counts of all layers [L, 2, E]; None on a single process.
+
+    Returns:
+        A scalar with graph; zero if no layer routes, `balance` is not by loss, or nothing ran
+        since the last call.
+    """
+    weight, counts = 0.0, []
+    for _, layer in moa_layers(model):
+        taken = layer.take_counts()
+        if taken is not None and layer.config.balance == "loss":
+            weight = layer.config.aux_weight
+            counts.append(taken)
+    if not counts:
+        return torch.zeros((), device=next(model.parameters()).device)
+    stacked = torch.stack(counts)
+    if sum_over_ranks is not None:
+        stacked = sum_over_ranks(stacked)
+    return weight * balance_loss(stacked)
+
+
+def update_balance(model: nn.Module, sum_over_ranks: SumOverRanks | None = None) -> None:
+    """After an optimizer step, moves the choice's bias towards experts with little load.
+
+    Only layers with `balance = bias` have one: each expert's bias goes up by `balance_rate` if
+    fewer tokens than the mean chose it, down if more did (Wang et al., "Auxiliary-loss-free load
+    balancing strategy for Mixture-of-Experts", arXiv 2408.15664).
+
+    Args:
+        model: a model with `MoALinear` layers.
+        sum_over_ranks: sum over the ranks that share the batch, called once with the token counts
+            of all layers [L, E]; None on a single process.
+    """
+    taken = [(layer, layer.take_chosen()) for _, layer in moa_layers(model)]
+    found = [(layer, chosen) for layer, chosen in taken if chosen is not None]
+    if not found:
+        return
+    load = torch.stack([chosen for _, chosen in found])
+    if sum_over_ranks is not None:
+        load = sum_over_ranks(load)
+    steps = (load.mean(-1, keepdim=True) - load).sign().to(torch.int64)
+    for (layer, _), step in zip(found, steps, strict=True):
+        assert isinstance(layer.router, TokenRouter)
+        assert layer.router.balance_steps is not None
+        layer.router.balance_steps += step
+
+
+def routing_stats(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Per layer path the statistics of the last training forward, detached and on the device."""
+    return {name: stats for name, layer in moa_layers(model) if (stats := layer.stats())}
