@@ -109,13 +109,13 @@ class MoALinear(nn.Module):
     def all_experts(self) -> list[LoRAExpert | KroneckerExpert]:
         """The routed experts, and after them the shared one if there is one."""
         shared = [] if self.shared_expert is None else [self.shared_expert]
-        return [*self.experts, *shared]  # type: ignore[list-item]
+        return [*self.experts, *shared]
 
     def _route(
         self, x: Tensor, tokens: Tensor, key: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gates [N, E] or [1, E], None without a router; and the LoRA experts' first product."""
-        down = None if self.config.kronecker else lora_down(self.all_experts())
+        down = None if self.config.kronecker else lora_down(self.all_experts())  # type: ignore[arg-type]
         router = self.router
         with full_precision(x.device):
             if router is None or isinstance(router, UniformRouter):

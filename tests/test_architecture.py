@@ -20,6 +20,7 @@ COMMANDS = (
     ["-m", "trainer.evaluate"],
     ["-m", "trainer.report"],
     ["-m", "trainer.sweep"],
+    ["-m", "trainer.bench"],
     ["-m", "shards.writer"],
 )
 

@@ -1,120 +1,138 @@
-"""`python -m trainer.bench`: what the factored adapters cost, as ratios measured in one run.
+"""`python -m trainer.bench`: what the parts of the trainer cost, as ratios measured in one run.
 
-Variants take turns, so that whatever else the machine does meets all of them; the medians of their
-times are compared. A ratio holds for one machine, no time here holds for another.
+Variants take turns, so that whatever else the machine does meets all of them. A ratio holds for one
+kind of machine; no time here holds for another.
 """
 
 import argparse
 import json
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import timm
-import torch
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor, nn
-from torch.nn import functional as F
+if TYPE_CHECKING:
+    from trainer.bench_timing import Table
 
-import moa
-import trainer.vit_embedded  # noqa: F401  (registers the embedded backbone)
-from moa.experts import KroneckerExpert, KroneckerRule
-from moa.layer import MoALinear
-
-Work = Callable[[], None]
-METHODS = ("linear", "lora", "moa_lora", "moa_kron", "full")
-
-
-def medians(works: dict[str, Work], rounds: int) -> dict[str, float]:
-    """Median seconds of each work over `rounds` interleaved rounds, after one to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for number in range(rounds + 1):
-        for name, work in works.items():
-            started = time.perf_counter()
-            work()
-            if number:
-                times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def dense_kronecker(layer: MoALinear, rule: KroneckerRule, x: Tensor) -> Tensor:
-    """The layer's output [N, O] with every expert's H_e [D, O] formed, as the paper reads."""
-    assert layer.router is not None
-    gates = layer.router(x, None).gates
-    y: Tensor = layer.base(x) + layer.bias
-    for e, expert in enumerate(layer.experts):
-        assert isinstance(expert, KroneckerExpert)
-        small = expert.left @ expert.right  # [P, D/P, O/P]
-        full = torch.einsum("pa,pb,pio->aibo", rule.left, rule.right, small)
-        y = y + gates[:, e : e + 1] * (x @ full.reshape(layer.in_features, layer.out_features))
-    return y
-
-
-def layer_works(width: int, tokens: int) -> dict[str, Work]:
-    """Forward and backward of one qkv layer: bare, factored LoRA and Kronecker, dense Kronecker."""
-    base, x = nn.Linear(width, 3 * width), torch.randn(tokens, width, requires_grad=True)
-    lora = MoALinear(base, moa.MoAConfig(method="moa_lora"))
-    kron = MoALinear(base, moa.MoAConfig(method="moa_kron"))
-
-    def work(forward: Callable[[Tensor], Tensor]) -> Work:
-        return lambda: torch.autograd.backward(forward(x).sum())
-
-    return {
-        "base alone": work(base),
-        "moa_lora": work(lora),
-        "moa_kron": work(kron),
-        "moa_kron, dense H": work(lambda t: dense_kronecker(kron, kron.kron_rule, t)),
-    }
-
-
-def step_works(backbone: str, batch: int) -> dict[str, Work]:
-    """Forward, backward and Adam of a whole model by method, on random images."""
-    return {method: _step_work(backbone, batch, method) for method in METHODS}
-
-
-def _step_work(backbone: str, batch: int, method: str) -> Work:
-    model = timm.create_model(backbone, pretrained=False, num_classes=10).train()
-    moa.inject(model, moa.MoAConfig(method=method))  # type: ignore[arg-type]
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
-    images = torch.randn(batch, *timm.data.resolve_model_data_config(model)["input_size"])
-    labels = torch.randint(10, (batch,))
-
-    def work() -> None:
-        loss = F.cross_entropy(model(images), labels) + moa.aux_loss(model)
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        optimizer.step()
-
-    return work
+PARTS = ("layer", "step", "engine", "data")
+LARGE = ("vit_large_patch14_clip_224", "vit_gigantic_patch14_clip_224")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Command line: prints the table, or JSON."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.bench", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7, help="default: 7")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    args = parser.parse_args(argv)
-    torch.manual_seed(0)
-    measured = {
-        "qkv layer, ViT-B width, 788 tokens": medians(layer_works(768, 788), args.rounds),
-        "training step, embedded ViT, 40 images": medians(
-            step_works("vit_embedded", 40), args.rounds
-        ),
-    }
-    console = Console()
+    """Command line: prints the tables, or JSON."""
+    args = _parser().parse_args(argv)
+    args.part = args.part or (("step",) if args.device == "cuda" else ("layer", "step", "data"))
+    measured: dict[str, Table] = {}
+    for part in args.part:
+        measured |= _measure(part, args)
     if args.json:
-        console.print(json.dumps(measured, indent=1), soft_wrap=True, highlight=False)
-        return 0
-    table = Table("what", "variant", "ms", "ratio to the first")
-    for what, times in measured.items():
-        first = next(iter(times.values()))
-        for name, seconds in times.items():
-            table.add_row(what, name, f"{1000 * seconds:.1f}", f"{seconds / first:.2f}")
-        table.add_section()
-    console.print(table)
+        Path(args.json).write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    _show(measured)
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m trainer.bench", description=__doc__)
+    parser.add_argument(
+        "--part", type=_part, nargs="+", metavar="PART",
+        help=f"which of {', '.join(PARTS)}; default layer, step and data; on a GPU step",
+    )  # fmt: skip
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    parser.add_argument(
+        "--backbones", nargs="+", metavar="NAME",
+        help=f"for step; default vit_base_patch16_clip_224, on a GPU {' and '.join(LARGE)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--batches", type=int, nargs="+", metavar="N", help="for step; default 4, on a GPU 64 256"
+    )
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), help="for step; default fp32, on a GPU bf16"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="for step: each table also with torch.compile"
+    )
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="for step: with activation checkpointing"
+    )
+    parser.add_argument(
+        "--alone", action="store_true", help="for step: one method after the other, as on a GPU"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="default: 5")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    return parser
+
+
+def _part(text: str) -> str:
+    if text not in PARTS:
+        raise argparse.ArgumentTypeError(f"{text!r}; legal are {', '.join(PARTS)}")
+    return text
+
+
+def _measure(part: str, args: argparse.Namespace) -> "dict[str, Table]":
+    """One part's tables; imports what it needs only here, so that --help answers at once."""
+    import torch
+
+    device = torch.device(args.device)
+    if part == "layer":
+        from trainer import bench_layer
+
+        return bench_layer.measure(args.rounds, device)
+    if part == "engine":
+        from trainer import bench_engine
+
+        return bench_engine.measure()
+    if part == "data":
+        from trainer import bench_data
+
+        return bench_data.measure(args.rounds)
+    return _measure_steps(args)
+
+
+def _measure_steps(args: argparse.Namespace) -> "dict[str, Table]":
+    import torch
+
+    from trainer import bench_step
+
+    gpu = args.device == "cuda"
+    precision = args.precision or ("bf16" if gpu else "fp32")
+    tables = {}
+    for backbone in args.backbones or (LARGE if gpu else ("vit_base_patch16_clip_224",)):
+        for batch in args.batches or ((64, 256) if gpu else (4,)):
+            for compiled in (False, True) if args.compile else (False,):
+                setting = bench_step.Setting(
+                    backbone=backbone,
+                    batch=batch,
+                    device=args.device,
+                    dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+                    compiled=compiled,
+                    checkpointing=args.checkpointing,
+                    alone=gpu or args.alone,
+                )
+                tables[str(setting)] = bench_step.measure(setting, args.rounds)
+    return tables
+
+
+def _show(measured: "dict[str, Table]") -> None:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    for title, rows in measured.items():
+        columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+        table = RichTable("variant", title=title, title_justify="left")
+        for name in columns:
+            table.add_column(name, justify="right")
+        for variant, row in rows.items():
+            table.add_row(variant, *(_text(row.get(name, "")) for name in columns))
+        console.print(table)
+
+
+def _text(value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
 if __name__ == "__main__":

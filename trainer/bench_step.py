@@ -1,0 +1,198 @@
+"""A whole training step by method: time against stock PEFT LoRA, and peak memory.
+
+The frozen backbone has random weights; images are noise. A step is forward, backward and Adam.
+"""
+
+import multiprocessing
+import resource
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import moa
+import trainer.vit_embedded  # noqa: F401  (registers the embedded backbone)
+from trainer.bench_timing import Table, Work, interleaved
+
+REFERENCE = "PEFT LoRA r=8, qkv of all blocks"
+METHODS = {
+    REFERENCE: None,
+    "backbone alone, gradient of the input": None,
+    "lora r=8, qkv of all blocks": moa.MoAConfig(
+        method="lora", ranks=(8,), targets=("attn.qkv",), blocks="all"
+    ),
+    "moa_lora": moa.MoAConfig(method="moa_lora"),
+    "moa_kron": moa.MoAConfig(method="moa_kron"),
+}
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every variant of a table has in common."""
+
+    backbone: str
+    batch: int
+    device: str
+    dtype: torch.dtype
+    compiled: bool = False
+    checkpointing: bool = False
+    alone: bool = False
+
+    def __str__(self) -> str:
+        """Title of the table."""
+        parts = [f"training step, {self.backbone}, batch {self.batch}, {self.device}"]
+        parts.append(str(self.dtype).removeprefix("torch."))
+        parts += ["torch.compile"] * self.compiled + ["activation checkpointing"] * (
+            self.checkpointing
+        )
+        return ", ".join(parts)
+
+
+def measure(setting: Setting, rounds: int) -> Table:
+    """Time, images/s, MFU, peak memory and their ratios to PEFT LoRA for each method.
+
+    On a CPU the methods take turns; on a GPU, where several large models do not fit beside each
+    other, each runs alone. MFU counts the operations of forward and backward, a recomputation not
+    among them, against a matrix product measured in the same call.
+    """
+    device = torch.device(setting.device)
+    yardstick = matmul_flops(device, setting.dtype)
+    table, peaks = _alone(setting, rounds) if setting.alone else _in_turns(setting, rounds)
+    reference = table[REFERENCE]["ms"]
+    for name, row in table.items():
+        if isinstance(row["ms"], str):
+            continue
+        seconds = row["ms"] / 1000
+        row["img/s"] = setting.batch / seconds
+        row["MFU"] = step_flops(name, setting) * setting.batch / seconds / yardstick
+        if setting.alone and not isinstance(reference, str):
+            row["ratio"] = row["ms"] / reference
+        if name in peaks:
+            row["peak GiB"] = peaks[name] / GIB
+            if REFERENCE in peaks:
+                row["peak ratio"] = peaks[name] / peaks[REFERENCE]
+    return table
+
+
+def _in_turns(setting: Setting, rounds: int) -> tuple[Table, dict[str, int]]:
+    works = {name: make_step(name, setting) for name in METHODS}
+    table = interleaved(works, rounds, torch.device(setting.device))
+    return table, _peaks_on_cpu(setting)
+
+
+def _alone(setting: Setting, rounds: int) -> tuple[Table, dict[str, int]]:
+    table: Table = {}
+    peaks: dict[str, int] = {}
+    device = torch.device(setting.device)
+    for name in METHODS:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        try:
+            row = interleaved({name: make_step(name, setting)}, rounds, device)[name]
+            table[name] = {"ms": row["ms"]}
+        except torch.OutOfMemoryError:
+            table[name] = {"ms": "out of memory"}
+            continue
+        if device.type == "cuda":
+            peaks[name] = torch.cuda.max_memory_allocated(device)
+    return table, peaks if device.type == "cuda" else _peaks_on_cpu(setting)
+
+
+def _peaks_on_cpu(setting: Setting) -> dict[str, int]:
+    """Bytes by method; a compiler's own memory would hide that of the step."""
+    if setting.compiled:
+        return {}
+    return {name: _peak_in_child(name, setting) for name in METHODS}
+
+
+def make_step(name: str, setting: Setting) -> Work:
+    """Builds a model and returns one training step of it."""
+    torch.manual_seed(0)
+    device = torch.device(setting.device)
+    model = _model(name, setting).to(device, setting.dtype).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters) if parameters else None
+    size = timm.data.resolve_model_data_config(model)["input_size"]
+    images = torch.randn(setting.batch, *size, device=device, dtype=setting.dtype)
+    images.requires_grad_(not parameters)
+    labels = torch.randint(10, (setting.batch,), device=device)
+    scores: Callable[[Any], Any] = torch.compile(model) if setting.compiled else model
+
+    def work() -> None:
+        loss = F.cross_entropy(scores(images).float(), labels) + moa.aux_loss(model)
+        if optimizer is not None:
+            optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        if optimizer is not None:
+            optimizer.step()
+
+    return work
+
+
+def _model(name: str, setting: Setting) -> nn.Module:
+    model: nn.Module = timm.create_model(setting.backbone, pretrained=False, num_classes=10)
+    if setting.checkpointing:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    config = METHODS[name]
+    if config is not None:
+        moa.inject(model, config)
+    elif name == REFERENCE:
+        import peft  # of the test extra
+
+        targets = peft.LoraConfig(r=8, target_modules=r".*attn\.qkv", modules_to_save=["head"])
+        return peft.get_peft_model(model, targets)
+    else:
+        model.requires_grad_(False)
+    return model
+
+
+def _peak_in_child(name: str, setting: Setting) -> int:
+    """Bytes that a fresh process needs for two steps beyond what importing takes."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_peak, name, setting).result()
+
+
+def _peak(name: str, setting: Setting) -> int:
+    imported = _highest_resident()
+    work = make_step(name, setting)
+    work()
+    work()
+    return max(1, _highest_resident() - imported)  # a tiny model hides below the imports' peak
+
+
+def _highest_resident() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def step_flops(name: str, setting: Setting) -> int:
+    """Floating point operations of one image's forward and backward, recomputation not counted."""
+    plain = replace(setting, batch=1, device="meta", compiled=False, checkpointing=False)
+    model = _model_on_meta(name, plain)
+    size = timm.data.resolve_model_data_config(model)["input_size"]
+    images = torch.zeros(1, *size, device="meta", requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        loss = model(images).sum() + moa.aux_loss(model)
+        torch.autograd.backward(loss)
+    return int(counter.get_total_flops())
+
+
+def _model_on_meta(name: str, setting: Setting) -> nn.Module:
+    with torch.device("meta"):
+        return _model(name, setting).train()
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square product, the yardstick of MFU."""
+    side = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    row = interleaved({"product": lambda: a @ a}, 20, device)["product"]
+    return 2 * side**3 / (float(row["ms"]) / 1000)
