@@ -18,6 +18,7 @@ MAY_IMPORT = {
 COMMANDS = (
     ["trainer/run.py"],
     ["-m", "trainer.evaluate"],
+    ["-m", "trainer.plan"],
     ["-m", "trainer.report"],
     ["-m", "trainer.sweep"],
     ["-m", "trainer.bench"],

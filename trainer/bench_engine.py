@@ -4,7 +4,6 @@ Each runs in a process of its own, so that its peak memory is its own.
 """
 
 import multiprocessing
-import resource
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from trainer.bench_timing import Table
+from trainer.bench_timing import Table, highest_resident
 
 GIB = 2**30
 
@@ -100,4 +99,4 @@ def _one_step(case: Case) -> dict[str, float | str]:
 def _peak_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return highest_resident()

@@ -4,7 +4,6 @@ The frozen backbone has random weights; images are noise. A step is forward, bac
 """
 
 import multiprocessing
-import resource
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moa
 import trainer.vit_embedded  # noqa: F401  (registers the embedded backbone)
-from trainer.bench_timing import Table, Work, interleaved
+from trainer.bench_timing import Table, Work, highest_resident, interleaved
 
 REFERENCE = "PEFT LoRA r=8, qkv of all blocks"
 METHODS = {
@@ -162,15 +161,11 @@ def _peak_in_child(name: str, setting: Setting) -> int:
 
 
 def _peak(name: str, setting: Setting) -> int:
-    imported = _highest_resident()
+    imported = highest_resident()
     work = make_step(name, setting)
     work()
     work()
-    return max(1, _highest_resident() - imported)  # a tiny model hides below the imports' peak
-
-
-def _highest_resident() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return max(1, highest_resident() - imported)  # a tiny model hides below the imports' peak
 
 
 def step_flops(name: str, setting: Setting) -> int:
@@ -194,5 +189,5 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large square product, the yardstick of MFU."""
     side = 8192 if device.type == "cuda" else 1024
     a = torch.randn(side, side, device=device, dtype=dtype)
-    row = interleaved({"product": lambda: a @ a}, 20, device)["product"]
-    return 2 * side**3 / (float(row["ms"]) / 1000)
+    times = [float(interleaved({"": lambda: a @ a}, 3, device)[""]["ms"]) for _ in range(8)]
+    return 2 * side**3 / (min(times) / 1000)
