@@ -1,6 +1,6 @@
 """`merge`: fold adapters into the base weights, where one matrix can stand for them.
 
-Letters: D in, O out, E experts.
+Letters: D in, O out, E experts, R sum of their ranks.
 """
 
 import copy
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moa.errors import MoAConfigError
-from moa.experts import KroneckerExpert, KroneckerRule, kronecker_matrix
+from moa.experts import KroneckerExpert, KroneckerRule, LoRAExpert, kronecker_matrix
 from moa.layer import MoALinear, moa_layers
 from moa.router import UniformRouter
 
@@ -35,9 +35,7 @@ def merge(model: nn.Module) -> None:
         MoAConfigError: the model has no adapters, or ones whose weight depends on the token; it is
             left as it was.
     """
-    layers = list(moa_layers(model))
-    _check_mergeable(model, layers)
-    for path, layer in layers:
+    for path, layer in fixed_layers(model, "merged").items():
         _fold(layer)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, layer.base)
@@ -45,40 +43,62 @@ def merge(model: nn.Module) -> None:
         del model.kron_rule
 
 
-def layer_gates(layer: MoALinear) -> Tensor:
-    """Weight of each of `layer.all_experts()` in a layer that routes no tokens, float64 [E], CPU.
+def fixed_layers(model: nn.Module, done: str) -> dict[str, MoALinear]:
+    """The adapted layers by path, if all their experts' weights are alike for all tokens.
+
+    Args:
+        model: any model.
+        done: what shall be done with the layers, as in "cannot be merged".
 
     Raises:
-        MoAConfigError: the weights depend on the token.
+        MoAConfigError: there are none, or experts weighted by the token.
     """
-    if layer.config.routed:
-        raise MoAConfigError(f"{layer.config.method} has other weights for every token")
-    experts = layer.all_experts()
-    if not isinstance(layer.router, UniformRouter):
-        return torch.ones(len(experts), dtype=torch.float64)
-    with torch.no_grad():
-        mixed: Tensor = _exact(layer.router)()[0]
-    return torch.cat([mixed, mixed.new_ones(len(experts) - len(mixed))])  # the shared one: 1
-
-
-def _check_mergeable(model: nn.Module, layers: list[tuple[str, MoALinear]]) -> None:
+    layers = dict(moa_layers(model))
     if not layers:
         raise MoAConfigError(
-            f"{type(model).__name__} has no adapters, so there is nothing to merge: it was merged "
-            "before, was not injected, or has a method without adapters (full, linear, bias, "
-            "attention); use it as it is"
+            f"{type(model).__name__} has no adapters, so there is nothing to be {done}: it was "
+            "merged before, was not injected, or has a method without adapters (full, linear, "
+            "bias, attention); use it as it is"
         )
-    for path, layer in layers:
+    for path, layer in layers.items():
         config = layer.config
         if not path:
-            raise MoAConfigError("the model is itself an adapted layer; merge the model around it")
+            raise MoAConfigError(f"the model is itself an adapted layer, which cannot be {done}")
         if config.routed:
             raise MoAConfigError(
-                f"moa.method: {config.method!r} with router {config.router!r} cannot be merged: at "
+                f"moa.method: {config.method!r} with router {config.router!r} cannot be {done}: at "
                 f"{path} the weight of an expert depends on the token, so no single matrix gives "
-                "the same outputs; legal are lora, kadaptation, and mixtures with router "
+                "the same outputs; legal are methods with one expert and mixtures with router "
                 "'uniform'. Keep the adapter beside the base: moa.save_adapter writes a small file"
             )
+    return layers
+
+
+@torch.no_grad()
+def lora_factors(layer: MoALinear) -> tuple[Tensor, Tensor]:
+    """One LoRA that equals all LoRA experts of a layer that routes no tokens, float64, CPU.
+
+    Returns:
+        down [R, D] and up [O, R], with each expert's weight multiplied into its columns of `up`.
+    """
+    experts = [_exact(expert) for expert in layer.all_experts()]
+    gates = _gates(layer)
+    down: list[Tensor] = []
+    up: list[Tensor] = []
+    for gate, expert in zip(gates, experts, strict=True):
+        assert isinstance(expert, LoRAExpert)
+        down.append(expert.down)
+        up.append(gate * expert.up)
+    return torch.cat(down), torch.cat(up, dim=1)
+
+
+def _gates(layer: MoALinear) -> Tensor:
+    """Weight of each of `layer.all_experts()`, alike for all tokens, float64 [E], CPU."""
+    number = len(layer.all_experts())
+    if not isinstance(layer.router, UniformRouter):
+        return torch.ones(number, dtype=torch.float64)
+    mixed: Tensor = _exact(layer.router)()[0]
+    return torch.cat([mixed, mixed.new_ones(number - len(mixed))])  # the shared expert counts fully
 
 
 @torch.no_grad()
@@ -89,25 +109,23 @@ def _fold(layer: MoALinear) -> None:
     weight.copy_(weight.cpu().double() + _delta_weight(layer))
     if layer.bias is not None:
         bias = layer.bias.detach().cpu().double()
-        if base.bias is None:
-            base.bias = nn.Parameter(weight.new_empty(layer.out_features), requires_grad=False)
-        else:
+        if getattr(base, "bias", None) is not None:
             bias += base.bias.cpu().double()
+        else:
+            base.bias = nn.Parameter(weight.new_empty(layer.out_features), requires_grad=False)
         base.bias.copy_(bias)
-    base.train(layer.training)
 
 
 def _delta_weight(layer: MoALinear) -> Tensor:
     """Sum over experts of `gate_e delta_e` as one matrix, float64 [O, D], CPU."""
-    rule = _exact(layer._shared_rule[0]) if layer.config.kronecker else None
+    if not layer.config.kronecker:
+        down, up = lora_factors(layer)
+        return up @ down
+    rule = _exact(layer._shared_rule[0])
     total = torch.zeros(layer.out_features, layer.in_features, dtype=torch.float64)
-    for gate, trained in zip(layer_gates(layer), layer.all_experts(), strict=True):
-        expert = _exact(trained)
-        if isinstance(expert, KroneckerExpert):
-            assert rule is not None
-            total += gate * kronecker_matrix(expert, rule).T
-        else:
-            total += gate * (expert.up @ expert.down)
+    for gate, expert in zip(_gates(layer), layer.all_experts(), strict=True):
+        assert isinstance(expert, KroneckerExpert)
+        total += gate * kronecker_matrix(_exact(expert), rule).T
     return total
 
 

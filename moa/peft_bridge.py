@@ -19,33 +19,34 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from moa.config import MoAConfig
-from moa.errors import AdapterError, MoAConfigError, NoMatchingModuleError
+from moa.errors import AdapterError, MoAConfigError
+from moa.experts import LoRAExpert
 from moa.injection import InjectReport, classifier, inject, matching_layers
 from moa.layer import MoALinear, moa_layers
-from moa.merging import layer_gates
+from moa.merging import fixed_layers, lora_factors
 from moa.state import CONFIG_FILE, WEIGHTS_FILE, _check_fit, _outline, replaced_folder
 
-PREFIX = "base_model.model."
-"""Put by PEFT before the module path in every tensor name."""
+PREFIX = "base_model.model."  # of every tensor name
 
 _PLACE = re.compile(r"(?:.*\.)?blocks\.(\d+)\.(.+)")
 _FACTOR = re.compile(re.escape(PREFIX) + r"(.+)\.lora_[AB]\.weight")
 
 # Settings that are read, and settings without an effect on what a trained adapter computes. All
 # others must be off, so that an extension of LoRA by a later PEFT is refused rather than ignored.
-_READ = "peft_type r lora_alpha use_rslora rank_pattern alpha_pattern target_modules bias".split()
-_READ += "exclude_modules layers_to_transform layers_pattern modules_to_save".split()
-_IDLE = "task_type auto_mapping peft_version base_model_name_or_path revision inference_mode".split()
-_IDLE += "lora_dropout megatron_core runtime_config eva_config qalora_group_size".split()
-_IDLE += "ensure_weight_tying init_lora_weights".split()
-
+_KNOWN = """
+    peft_type r lora_alpha use_rslora rank_pattern alpha_pattern target_modules exclude_modules
+    layers_to_transform layers_pattern modules_to_save init_lora_weights
+    task_type auto_mapping peft_version base_model_name_or_path revision inference_mode
+    lora_dropout megatron_core runtime_config eva_config qalora_group_size ensure_weight_tying
+""".split()
 _REMEDIES = {
+    "bias": "biases of the base stay frozen; train it with bias='none'",
     "use_dora": "DoRA also rescales the base weights; train it with use_dora=False",
-    "fan_in_fan_out": "it is for transposed weights, which no layer here has; train without it",
-    "lora_bias": "the LoRA layers here have no bias; train with lora_bias=False",
+    "fan_in_fan_out": "no layer here has transposed weights; train it with fan_in_fan_out=False",
+    "lora_bias": "the LoRA layers here have no bias; train it with lora_bias=False",
 }
+# Values of `init_lora_weights` that leave the base weights as they are.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-"""Values of `init_lora_weights` that leave the base weights as they are."""
 
 
 def export_peft(model: nn.Module, folder: str | Path, base_model_name: str) -> None:
@@ -63,70 +64,47 @@ def export_peft(model: nn.Module, folder: str | Path, base_model_name: str) -> N
     Raises:
         MoAConfigError: the model has no adapters, or ones that PEFT's LoRA cannot express.
     """
-    layers = dict(moa_layers(model))
-    _check_exportable(model, layers)
-    head = _head_path(model)
+    layers = fixed_layers(model, "exported")
+    for path, layer in layers.items():
+        _check_exportable(path, layer, model.get_submodule(path.rpartition(".")[0]))
     tensors: dict[str, Tensor] = {}
     for path, layer in layers.items():
-        factors = _export_factors(layer)
-        tensors |= {name: t for name, t in zip(_factor_names(path), factors, strict=True)}
+        # Mixed experts as wide as the weights of a forward; a single one is written as it is.
+        dtype = layer.base.weight.dtype
+        dtype = torch.promote_types(dtype, torch.float32) if layer.config.mixes else dtype
+        for name, factor in zip(_factor_names(path), lora_factors(layer), strict=True):
+            tensors[name] = factor.to(dtype)
+    rank, head = next(iter(tensors.values())).shape[0], _head_path(model)
     for name, tensor in classifier(model).state_dict().items():
-        tensors[f"{PREFIX}{head}.{name}"] = tensor
-    rank = tensors[_factor_names(next(iter(layers)))[0]].shape[0]
+        tensors[f"{PREFIX}{head}.{name}"] = tensor.cpu().contiguous()
     settings = {
         "peft_type": "LORA",
-        "task_type": None,
         "base_model_name_or_path": base_model_name,
-        "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
         # One expression for whole paths: the entries of a list would also match as suffixes.
         "target_modules": "|".join(re.escape(path) for path in layers),
         "modules_to_save": [head],
     }
-    stored = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     with replaced_folder(Path(folder)) as temporary:
-        (temporary / WEIGHTS_FILE).write_bytes(save(stored, metadata={"format": "pt"}))
-        text = json.dumps(settings, indent=2) + "\n"
-        (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
+        (temporary / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
+        (temporary / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
 
 
-def _check_exportable(model: nn.Module, layers: Mapping[str, MoALinear]) -> None:
-    keep = "keep it as it is: moa.save_adapter writes a small file"
-    if not layers:
+def _check_exportable(path: str, layer: MoALinear, parent: nn.Module) -> None:
+    keep = "keep the adapter as it is: moa.save_adapter writes a small file"
+    if layer.config.kronecker:
         raise MoAConfigError(
-            f"{type(model).__name__} has no adapters to export; inject lora and train it first"
+            f"moa.method: {layer.config.method!r} has Kronecker adapters at {path}, for which "
+            f"PEFT's LoRA has no form; legal are lora and multi_lora; {keep}"
         )
-    for path, layer in layers.items():
-        config, parent = layer.config, model.get_submodule(path.rpartition(".")[0])
-        if config.kronecker or config.routed:
-            why = "Kronecker adapters" if config.kronecker else "weights that depend on the token"
-            raise MoAConfigError(
-                f"moa.method: {config.method!r} with router {config.router!r} has {why}, for which "
-                f"PEFT's LoRA has no form; legal are lora and multi_lora; {keep}"
-            )
-        if path.endswith("qkv") and getattr(parent, "q_bias", None) is not None:
-            raise MoAConfigError(
-                f"{path}: a fresh {type(parent).__name__} of timm reads the weight of qkv without "
-                f"calling the layer, so that PEFT's LoRA there would have no effect; {keep}"
-            )
-
-
-def _export_factors(layer: MoALinear) -> tuple[Tensor, Tensor]:
-    """lora_A [R, D] and lora_B [O, R] of scale one; those of a single expert are its own, exact."""
-    experts = layer.all_experts()
-    down = torch.cat([e.down for e in experts])  # type: ignore[arg-type]
-    up = torch.cat([e.up for e in experts], dim=1)  # type: ignore[arg-type]
-    if not layer.config.mixes:
-        return down, up
-    columns = torch.cat(
-        [gate.expand(e.up.shape[1]) for gate, e in zip(layer_gates(layer), experts, strict=True)]  # type: ignore[arg-type]
-    )
-    wide = torch.promote_types(up.dtype, torch.float32)  # as wide as the gates of a forward
-    return down.to(wide), (up.detach().cpu().double() * columns).to(wide)
+    if path.endswith("qkv") and getattr(parent, "q_bias", None) is not None:
+        raise MoAConfigError(
+            f"{path}: a fresh {type(parent).__name__} of timm reads the weight of qkv without "
+            f"calling the layer, so that PEFT's LoRA there would have no effect; {keep}"
+        )
 
 
 def import_peft(model: nn.Module, folder: str | Path) -> InjectReport:
@@ -147,24 +125,175 @@ def import_peft(model: nn.Module, folder: str | Path) -> InjectReport:
     """
     folder = Path(folder)
     settings, tensors = _read(folder)
-    for path, _ in moa_layers(model):
-        raise AdapterError(f"{path} already carries adapters: import into a fresh model")
     try:
         _check_settings(settings)
         head = _saved_head(model, settings)
         layers = _layers(model, settings, tensors)
-        config, scales = _config(model, settings, layers), _scales(settings, layers)
-    except (KeyError, TypeError, ValueError, ArithmeticError, re.error) as error:
-        raise AdapterError(f"{folder}: {CONFIG_FILE} cannot be used: {error}") from error
-    classes = _classes(model, head, tensors)
-    outline = _outline(model)
-    _prepare(outline, config, classes)
+        config, scales = _config(model, settings, layers)
+        first, _ = next(classifier(model).named_parameters())
+        outline, saved = _outline(model), tensors.get(f"{PREFIX}{head}.{first}")
+        _prepare(outline, config, saved)
+    except (TypeError, ValueError, ArithmeticError, re.error) as error:
+        raise AdapterError(f"{folder}: cannot be imported: {error}") from error
     _check_fit(str(folder), _places(outline, layers, head), tensors)
-    report = _prepare(model, config, classes)
+    report = _prepare(model, config, saved)
     with torch.no_grad():
         for name, place in _places(model, layers, head).items():
-            factor = _FACTOR.fullmatch(name)
-            scaled = factor is not None and name.endswith(".lora_B.weight")
-            scale = scales[factor[1]] if factor is not None and scaled else 1.0
-            place.copy_(tensors[name].double() * scale if scale != 1 else tensors[name])
+            place.copy_(tensors[name].double() * scales.get(name, 1.0))
     return report
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        settings = dict(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+        tensors = load_file(folder / WEIGHTS_FILE)
+    except (OSError, TypeError, ValueError, SafetensorError) as error:
+        raise AdapterError(
+            f"{folder}: no readable adapter ({error}); give a whole folder as PEFT's "
+            "save_pretrained writes it, with safe_serialization=True"
+        ) from error
+    for name, tensor in tensors.items():
+        if not (tensor.is_floating_point() and torch.isfinite(tensor.double()).all()):
+            raise AdapterError(f"{folder}: {name} holds NaN, infinity or whole numbers")
+    return settings, tensors
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuses what is not a plain LoRA."""
+    kind, start = settings.get("peft_type"), settings.get("init_lora_weights")
+    if kind != "LORA":
+        raise ValueError(f"peft_type: {kind!r}; legal is 'LORA' (moa.load_adapter reads 'MOA')")
+    if start not in _PLAIN_STARTS:
+        raise ValueError(
+            f"init_lora_weights: {start!r} changes the base weights; save it from PEFT with "
+            "path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
+        )
+    for name in sorted(n for n, v in settings.items() if v and v != "none" and n not in _KNOWN):
+        why = _REMEDIES.get(name, "not part of plain LoRA, which is all that `lora` can be")
+        raise ValueError(f"{name}: {settings[name]!r}; {why}")
+
+
+def _saved_head(model: nn.Module, settings: Mapping[str, Any]) -> str | None:
+    """The classifier's path if the folder holds one."""
+    saved, head = settings.get("modules_to_save") or [], _head_path(model)
+    if saved not in ([], [head]):
+        raise ValueError(
+            f"modules_to_save: {saved}; legal is the classifier alone, [{head!r}], since all else "
+            "of the base stays frozen; train without them"
+        )
+    return head if saved else None
+
+
+def _head_path(model: nn.Module) -> str:
+    head = classifier(model)
+    return str(next(path for path, module in model.named_modules() if module is head))
+
+
+def _layers(
+    model: nn.Module, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> list[str]:
+    """Paths of the adapted layers, in the model's order: by the settings and the tensors alike."""
+    for path, _ in moa_layers(model):
+        raise ValueError(f"{path} of the model already carries adapters; give a fresh model")
+    kinds = {path: type(module).__name__ for path, module in model.named_modules() if path}
+    stored = {match[1] for match in map(_FACTOR.fullmatch, tensors) if match}
+    targeted = {path for path in kinds if _targeted(settings, path)}
+    usable = matching_layers(model, MoAConfig(method="lora", targets=("*",), blocks="all"))
+    for path in sorted((stored | targeted) - set(usable)):
+        what = f"a {kinds[path]}" if path in kinds else "not in the model"
+        raise ValueError(
+            f"target_modules: it adapts {path}, which is {what}; legal are the linear layers "
+            r"inside `blocks.N`; name whole paths in training, as in 'blocks\.\d+\.attn\.qkv'"
+        )
+    if differ := sorted(stored ^ targeted):
+        has = "are no tensors" if differ[0] in targeted else "are tensors, but no target_modules"
+        raise ValueError(f"for {differ[0]} there {has}; take another copy")
+    if not stored:
+        raise ValueError(f"target_modules: {settings.get('target_modules')!r} matches no layer")
+    return [path for path in usable if path in stored]
+
+
+def _targeted(settings: Mapping[str, Any], path: str) -> bool:
+    """Whether PEFT adapts the module at `path` by these settings."""
+    targets, blocks = settings.get("target_modules") or [], settings.get("layers_to_transform")
+    saved, excluded = settings.get("modules_to_save") or [], settings.get("exclude_modules") or []
+    if _named(excluded, path) or any(re.match(rf"(.*\.)?{m}(\.|$)", path) for m in saved):
+        return False
+    if isinstance(targets, str) or blocks in (None, []) or path in targets:
+        return _named(targets, path)
+    named = settings.get("layers_pattern") or []
+    named = [rf"(?:.*?\.)?{n}" for n in ([named] if isinstance(named, str) else named)]
+    found = [m for n in named or [r".*?\.[^.]*"] if (m := re.match(rf"{n}\.(\d+)\.", path))]
+    numbers = blocks if isinstance(blocks, list) else [blocks]
+    return bool(found) and int(found[0][1]) in numbers and _named(targets, path)
+
+
+def _named(names: str | list[str], path: str) -> bool:
+    """Whether an expression matches the whole path, or an entry of a list is its end."""
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _config(
+    model: nn.Module, settings: Mapping[str, Any], layers: list[str]
+) -> tuple[MoAConfig, dict[str, float]]:
+    """The `lora` configuration of just these layers, and the factor of each `lora_B` by name."""
+    ranks: dict[int, list[str]] = {}
+    scales = {}
+    for path in layers:
+        rank = _number(settings, "r", "rank_pattern", path)
+        if not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"r: {rank} at {path}; legal is a whole number >= 1")
+        alpha = _number(settings, "lora_alpha", "alpha_pattern", path)
+        ranks.setdefault(rank, []).append(path)
+        divisor = math.sqrt(rank) if settings.get("use_rslora") else rank
+        scales[_factor_names(path)[1]] = alpha / divisor
+    if len(ranks) > 1:
+        named = "; ".join(f"{rank} at {', '.join(paths)}" for rank, paths in ranks.items())
+        raise ValueError(f"rank_pattern: gives several ranks ({named}); legal is one for all")
+    places = [match for path in layers if (match := _PLACE.fullmatch(path))]
+    targets = tuple(dict.fromkeys(place[2] for place in places))
+    blocks = tuple(dict.fromkeys(int(place[1]) for place in places))
+    config = MoAConfig(method="lora", ranks=tuple(ranks), targets=targets, blocks=blocks)
+    if absent := [path for path in matching_layers(model, config) if path not in layers]:
+        raise ValueError(
+            f"target_modules: not alike in all adapted blocks, {', '.join(absent)} would be "
+            "missing; legal are the same layers in each of them"
+        )
+    return config, scales
+
+
+def _number(settings: Mapping[str, Any], name: str, patterns: str, path: str) -> int | float:
+    """A layer's own value of a setting: by the first pattern that matches the end of its path."""
+    own = dict(settings.get(patterns) or {})
+    value = next((own[p] for p in own if re.match(rf"(.*\.)?({p})$", path)), settings.get(name))
+    if not (isinstance(value, int | float) and math.isfinite(value)):
+        raise ValueError(f"{name}: {value!r} at {path}; legal is a finite number")
+    return value
+
+
+def _prepare(model: nn.Module, config: MoAConfig, saved: Tensor | None) -> InjectReport:
+    """Injects; before that fits the classifier to a saved tensor of it, if there is one."""
+    own = next(classifier(model).parameters())
+    if saved is not None and saved.dim() == own.dim() and own.shape[0] != saved.shape[0] > 0:
+        model.reset_classifier(saved.shape[0])  # type: ignore[operator]
+        classifier(model).to(device=own.device, dtype=own.dtype)
+    return inject(model, config)
+
+
+def _factor_names(path: str) -> tuple[str, str]:
+    return f"{PREFIX}{path}.lora_A.weight", f"{PREFIX}{path}.lora_B.weight"
+
+
+def _places(model: nn.Module, layers: list[str], head: str | None) -> dict[str, Tensor]:
+    """Where each tensor of a folder belongs in the injected model, by the name it has there."""
+    places: dict[str, Tensor] = {}
+    for path in layers:
+        expert = model.get_submodule(f"{path}.experts.0")
+        assert isinstance(expert, LoRAExpert)
+        places |= zip(_factor_names(path), (expert.down, expert.up), strict=True)
+    if head is not None:
+        own = classifier(model).state_dict()
+        places |= {f"{PREFIX}{head}.{name}": tensor for name, tensor in own.items()}
+    return places
