@@ -77,6 +77,12 @@ class MoAConfig:
     expert_dropout: float = 0.0
     """dropout of the experts in training: on the matrix elements of dense Kronecker experts, as in
     the paper, else on each token's rank columns"""
+    ep_size: int = 1
+    """ranks that share the experts of a mixture (expert parallelism); divides the number of
+    processes, does not change the result"""
+    transport: Literal["auto", "gather", "all_to_all"] = "auto"
+    """how expert parallelism brings experts and tokens together: gather (weights travel),
+    all_to_all (tokens travel) or auto (whichever sends fewer bytes)"""
     targets: tuple[str, ...] | None = None
     """linear layers inside a block, as module paths such as attn.qkv (shell wildcards allowed);
     default [attn.qkv], for lora and kadaptation [attn.qkv, attn.proj], for attention [attn.*], for
@@ -136,6 +142,11 @@ class MoAConfig:
     def problems(self) -> list[str]:
         """Every range problem of this configuration, one line each, empty if it is legal."""
         found = self._wrong_choices()
+        if self.ep_size < 1 or (self.ep_size > 1 and not self.mixes):
+            found.append(
+                f"moa.ep_size: {self.ep_size} with {self.method}; must be >= 1, and above 1 only "
+                "with multi_lora, moa_lora or moa_kron, which have experts to distribute"
+            )
         if self.adapts or self.unfreezes:
             found += self._wrong_places()
         if self.adapts:
@@ -148,6 +159,7 @@ class MoAConfig:
             "router": (None, *get_args(Router)),
             "balance": ("loss", "bias"),
             "kron_impl": ("factored", "dense"),
+            "transport": ("auto", "gather", "all_to_all"),
         }
         return [
             f"moa.{name}: {getattr(self, name)!r}; legal are {', '.join(filter(None, values))}"

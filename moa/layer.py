@@ -4,7 +4,8 @@ Letters: B images, T tokens per image, N = B T tokens, D in, O out, E experts, R
 M width of the router's projection.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,10 @@ from moa.router import (
 )
 
 
+class AbsentExpert(nn.Module):
+    """The place of an expert that another rank owns (`moa.expert_parallel`)."""
+
+
 class MoALinear(nn.Module):
     """y = base(x) + sum_e gate_e(x) delta_e(x) + bias, with `base` frozen.
 
@@ -52,6 +57,12 @@ class MoALinear(nn.Module):
 
     noise_key: Tensor | None
     """[KEY_WORDS] of the running micro-batch; None draws from torch's own generator"""
+    remote_experts: Callable[[], list[Any]] | None = None
+    """under expert parallelism by `gather`: the factors of all experts, whoever owns them"""
+    exchange: Callable[[Tensor, Tensor, Any], Tensor] | None = None
+    """under expert parallelism by `all_to_all`: the experts' sum from tokens, gates and rule"""
+    hold_rule: Callable[[KroneckerRule], Any] | None = None
+    """what that transport does with the rule before anything else"""
 
     def __init__(
         self, base: nn.Linear, config: MoAConfig, kron_rule: KroneckerRule | None = None
@@ -97,25 +108,37 @@ class MoALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, ..., D] to [B, ..., O]; the first axis counts images (for the gate noise)."""
+        rule: Any = self._shared_rule[0] if self._shared_rule else None
+        if rule is not None and self.hold_rule is not None:
+            rule = self.hold_rule(rule)
         tokens = x.reshape(-1, self.in_features)
         key = None
         if self.training and self._random:
             key = fresh_key(x.device) if self.noise_key is None else self.noise_key
         gates, h = self._route(x, tokens, key)
-        delta = self._delta(x, tokens, gates, h, key).view(*x.shape[:-1], self.out_features)
+        delta = self._delta(x, tokens, gates, h, key, rule).view(*x.shape[:-1], self.out_features)
         y: Tensor = self.base(x) + delta
         return y if self.bias is None else y + self.bias
 
-    def all_experts(self) -> list[LoRAExpert | KroneckerExpert]:
-        """The routed experts, and after them the shared one if there is one."""
+    @property
+    def rule(self) -> KroneckerRule:
+        """The slow weights of Kronecker experts."""
+        return self._shared_rule[0]
+
+    def all_experts(self) -> list[Any]:
+        """The experts that this rank evaluates, and after them the shared one if there is one."""
         shared = [] if self.shared_expert is None else [self.shared_expert]
-        return [*self.experts, *shared]
+        if self.exchange is not None:
+            return shared
+        routed = self.experts if self.remote_experts is None else self.remote_experts()
+        return [*routed, *shared]
 
     def _route(
         self, x: Tensor, tokens: Tensor, key: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gates [N, E] or [1, E], None without a router; and the LoRA experts' first product."""
-        down = None if self.config.kronecker else lora_down(self.all_experts())  # type: ignore[arg-type]
+        experts = [] if self.config.kronecker else self.all_experts()
+        down = lora_down(experts) if experts else None
         router = self.router
         with full_precision(x.device):
             if router is None or isinstance(router, UniformRouter):
@@ -141,10 +164,20 @@ class MoALinear(nn.Module):
         return choose(logits, noise, self.config.experts_kept, bias)
 
     def _delta(
-        self, x: Tensor, tokens: Tensor, gates: Tensor | None, h: Tensor | None, key: Tensor | None
+        self,
+        x: Tensor,
+        tokens: Tensor,
+        gates: Tensor | None,
+        h: Tensor | None,
+        key: Tensor | None,
+        rule: Any,
     ) -> Tensor:
         """The experts' sum [N, O]."""
         experts = self.all_experts()
+        if self.exchange is not None:
+            assert gates is not None
+            routed = self.exchange(tokens, gates, rule)
+            return routed + self._local_delta(tokens, experts, None, h, rule) if experts else routed
         if gates is not None and self.shared_expert is not None:
             gates = torch.cat([gates, torch.ones_like(gates[:, :1])], dim=1)
         if self.config.kron_impl == "dense":
@@ -155,19 +188,30 @@ class MoALinear(nn.Module):
             kept = uniform(key, x.shape[0], x.shape[1:-1].numel(), sum(ranks)) > rate
             mask = kept / (1 - rate)
             columns = mask if columns is None else columns * mask
-        if h is not None:
-            return lora_delta(h, experts, columns)  # type: ignore[arg-type]
-        return kronecker_delta(tokens, experts, columns, self._shared_rule[0])  # type: ignore[arg-type]
+        return self._local_delta(tokens, experts, columns, h, rule)
+
+    def _local_delta(
+        self,
+        tokens: Tensor,
+        experts: list[Any],
+        columns: Tensor | None,
+        h: Tensor | None,
+        rule: Any,
+    ) -> Tensor:
+        if self.config.kronecker:
+            return kronecker_delta(tokens, experts, columns, rule)
+        assert h is not None
+        return lora_delta(h, experts, columns)
 
     def _dense_delta(
         self,
         tokens: Tensor,
-        experts: Sequence[LoRAExpert | KroneckerExpert],
+        experts: list[Any],
         gates: Tensor | None,
         key: Tensor | None,
     ) -> Tensor:
         """With every H_e formed; dropout strikes its elements, alike for the whole batch."""
-        matrices = [kronecker_matrix(e, self._shared_rule[0]) for e in experts]  # type: ignore[arg-type]
+        matrices = [kronecker_matrix(e, self.rule) for e in experts]
         rate = self.config.expert_dropout
         if key is not None and rate > 0:
             start = torch.cat([key[:-1], torch.zeros_like(key[-1:])])  # whatever part this is

@@ -79,31 +79,42 @@ def base_hash(model: nn.Module) -> str:
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """Yields an empty folder to write into, which takes the place of `folder` when all went well.
 
-    Files are synced before the rename, so `folder` is at no time half written. A kill between the
-    two renames of a replacement leaves the old one aside; `recover_folder` brings it back.
+    Files are synced before the rename, and the rename before this returns, so `folder` is at no
+    time half written. An error leaves it as it was, and nothing beside it. A kill may leave the new
+    one half written or the old one aside; `recover_folder` cleans up.
     """
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    yield temporary
-    for path in (*temporary.iterdir(), temporary):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
     recover_folder(folder)
-    old = folder.with_name(folder.name + ".old")
+    temporary, old = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in (*temporary.iterdir(), temporary):
+            _sync(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)
+    _sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def recover_folder(folder: Path) -> None:
-    """Finishes or undoes a `replaced_folder` that was killed between its two renames."""
-    old = folder.with_name(folder.name + ".old")
+    """Finishes or undoes a `replaced_folder` that was killed."""
+    temporary, old = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
     if old.exists() and not folder.exists():
         old.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    for rest in (old, temporary):
+        shutil.rmtree(rest, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_adapter(folder: Path, tensors: Mapping[str, Tensor], info: AdapterInfo) -> None:

@@ -6,27 +6,31 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from shards.config import DataConfig
     from shards.datasets import open_shards
+    from shards.decoding import Decoder, decode_image
     from shards.digits import embedded_shards
     from shards.errors import DamagedDataError, DataConfigError, OutputError
     from shards.evaluation import evaluation_loader
     from shards.index import ShardIndex
-    from shards.loading import Batch
+    from shards.loading import Batch, finish_images
     from shards.split import split_indices
     from shards.stream import DomainStream
-    from shards.transforms import decode_image, eval_transform, train_transform
+    from shards.transforms import eval_transform, loader_transform, train_transform
 
 _MODULES = {
     "Batch": "loading",
     "DamagedDataError": "errors",
     "DataConfig": "config",
     "DataConfigError": "errors",
+    "Decoder": "decoding",
     "DomainStream": "stream",
     "OutputError": "errors",
     "ShardIndex": "index",
-    "decode_image": "transforms",
+    "decode_image": "decoding",
     "embedded_shards": "digits",
     "eval_transform": "transforms",
     "evaluation_loader": "evaluation",
+    "finish_images": "loading",
+    "loader_transform": "transforms",
     "open_shards": "datasets",
     "split_indices": "split",
     "train_transform": "transforms",
@@ -37,6 +41,7 @@ __all__ = [
     "DamagedDataError",
     "DataConfig",
     "DataConfigError",
+    "Decoder",
     "DomainStream",
     "OutputError",
     "ShardIndex",
@@ -44,6 +49,8 @@ __all__ = [
     "embedded_shards",
     "eval_transform",
     "evaluation_loader",
+    "finish_images",
+    "loader_transform",
     "open_shards",
     "split_indices",
     "train_transform",

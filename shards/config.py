@@ -8,7 +8,17 @@ from shards.errors import DataConfigError
 
 Augment = Literal["auto", "domainbed", "no_flip", "none"]
 ResolvedAugment = Literal["domainbed", "no_flip", "none"]
-SamplingMode = Literal["permutation", "replacement"]
+AugmentOn = Literal["loader", "device"]
+Decode = Literal["auto", "pil"]
+Truncated = Literal["keep", "substitute"]
+SamplingMode = Literal["permutation", "window", "replacement"]
+
+_CHOICES = {
+    "augment": get_args(Augment),
+    "augment_on": get_args(AugmentOn),
+    "decode": get_args(Decode),
+    "truncated": get_args(Truncated),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +33,19 @@ class DataConfig:
     held_out: str | None = None
     """Domain to leave out of training and to test on; unset: the dataset's last domain."""
     mode: SamplingMode = "permutation"
-    """Order within a domain: `permutation` shows every image once per epoch, `replacement` draws
-    independently as DomainBed does."""
+    """Order within a domain: `permutation` shows every image once per epoch, `window` does so a few
+    shards at a time, `replacement` draws independently as DomainBed does."""
+    window: int = 0
+    """Shards per domain that mode `window` mixes at a time; 0 in the other modes."""
+    cache_dir: str | None = None
+    """Folder on the node's own disk for shards of a remote root (`http(s)://...`, `s3://...`, or a
+    command `pipe:... {} ...`), shared by all processes of the node."""
+    cache_gib: float = 50.0
+    """Largest size of that folder in GiB; the shards wanted longest ago make room for others."""
+    fetch_deadline: float = 60.0
+    """Seconds that a file of a remote root may take, all attempts together."""
+    fetch_retries: int = 3
+    """How often storage that fails is asked again, before the run ends."""
     workers: int = 0
     """Loader processes per rank; 0 loads in the training process. Changes speed, never the data."""
     holdout_fraction: float = 0.2
@@ -32,6 +53,23 @@ class DataConfig:
     augment: Augment = "auto"
     """Training augmentation: `domainbed`, the same without mirroring (`no_flip`), or `none`; `auto`
     mirrors only where a mirrored image keeps its class."""
+    augment_on: AugmentOn = "loader"
+    """Where colour jitter and normalisation of training images run: with crop and mirroring in the
+    `loader`, or on the model's `device`, which leaves the loader a sixth of the work."""
+    decode: Decode = "auto"
+    """`auto` decodes JPEG with torchvision and works on tensors; `pil` does all in Pillow as
+    DomainBed does, slower and at most a grey level different."""
+    truncated: Truncated = "keep"
+    """Incomplete image files: `keep` uses what is there, as DomainBed does, `substitute` takes
+    another image of the domain; both are counted."""
+    exclude_list: str | None = None
+    """File of samples to leave out, one key or original path per line: not trained on, evaluated
+    apart from the others."""
+    include_list: str | None = None
+    """The same, but of the only samples to keep."""
+    max_bad_fraction: float = 0.001
+    """A run ends when more than this share of a domain's images had to be replaced; 10 per epoch
+    are tolerated in any case, unless this is 0."""
 
     def problems(self) -> list[str]:
         """List everything that is out of range.
@@ -50,8 +88,8 @@ class DataConfig:
                     f"data.root is not set: dataset {self.dataset!r} is not embedded; give the "
                     "folder of its shard set (made by `python -m shards.writer`)"
                 )
-        if self.mode not in get_args(SamplingMode):
-            found.append(_choice("data.mode", self.mode, get_args(SamplingMode)))
+        found += mode_problems(self.mode, self.window)
+        found += self._storage_problems()
         if self.workers < 0:
             found.append(f"data.workers = {self.workers}: must be 0 or more")
         if not 0 <= self.holdout_fraction < 1:
@@ -59,8 +97,39 @@ class DataConfig:
                 f"data.holdout_fraction = {self.holdout_fraction}: must lie in [0, 1); "
                 "DomainBed uses 0.2"
             )
-        if self.augment not in get_args(Augment):
-            found.append(_choice("data.augment", self.augment, get_args(Augment)))
+        for name, legal in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in legal:
+                found.append(_choice(f"data.{name}", value, legal))
+        if self.augment_on == "device" and self.decode == "pil":
+            found.append(
+                "data.augment_on = 'device': works on tensors, data.decode = 'pil' in Pillow; "
+                "leave one of them at its default"
+            )
+        if self.exclude_list is not None and self.include_list is not None:
+            found.append(
+                f"data.include_list = {self.include_list!r}: not together with "
+                "data.exclude_list; give one of them"
+            )
+        if not 0 <= self.max_bad_fraction <= 1:
+            found.append(f"data.max_bad_fraction = {self.max_bad_fraction}: must lie in [0, 1]")
+        return found
+
+    def _storage_problems(self) -> list[str]:
+        """List what is wrong with how a remote root is reached."""
+        found = []
+        remote = self.root is not None and ("://" in self.root or self.root.startswith("pipe:"))
+        if remote and self.cache_dir is None:
+            found.append(
+                f"data.cache_dir is not set: data.root = {self.root!r} needs a folder on the "
+                "node's own disk to keep shards in"
+            )
+        for name in ("cache_gib", "fetch_deadline"):
+            value = getattr(self, name)
+            if not 0 < value < float("inf"):
+                found.append(f"data.{name} = {value}: must be a finite number > 0")
+        if self.fetch_retries < 0:
+            found.append(f"data.fetch_retries = {self.fetch_retries}: must be 0 or more")
         return found
 
     def resolved_augment(self) -> ResolvedAugment:
@@ -73,6 +142,28 @@ class DataConfig:
             return self.augment
         spec = DATASETS.get(self.dataset)
         return "domainbed" if spec is None or spec.horizontal_flip else "no_flip"
+
+
+def mode_problems(mode: str, window: int) -> list[str]:
+    """List what is wrong with an order mode and its window.
+
+    Args:
+        mode: What was given as `data.mode`.
+        window: What was given as `data.window`.
+
+    Returns:
+        One line per problem; empty when they fit together.
+    """
+    if mode not in get_args(SamplingMode):
+        return [_choice("data.mode", mode, get_args(SamplingMode))]
+    if mode == "window" and window < 1:
+        return [
+            f"data.window = {window}: mode window needs the number of shards per domain to mix at "
+            "a time, 1 or more; 4 is a good start"
+        ]
+    if mode != "window" and window:
+        return [f"data.window = {window}: only for data.mode window, not {mode}; leave it at 0"]
+    return []
 
 
 def _choice(key: str, value: object, legal: tuple[str, ...]) -> str:

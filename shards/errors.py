@@ -11,3 +11,11 @@ class DamagedDataError(RuntimeError):
 
 class OutputError(RuntimeError):
     """An output folder that cannot be written, is in use, or already holds something else."""
+
+
+class DamagedSampleError(DamagedDataError):
+    """One stored image whose bytes are not those that the index promises; others may be sound."""
+
+
+class StorageError(OSError):
+    """A disk, server or command that does not give the data, however often it is asked."""

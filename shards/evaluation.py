@@ -1,20 +1,19 @@
 """The evaluation stream: every sample of a split exactly once, whatever the world size."""
 
-import logging
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 
+from shards.decoding import Decoder, undecodable_placeholder
 from shards.errors import DataConfigError
+from shards.images import open_image
 from shards.index import ShardIndex
 from shards.loading import Batch, BatchLoader, LoadedImage, rank_range, seeded, stack
 from shards.order import Int64Array, hash64
 from shards.split import split_indices
-from shards.transforms import ImageTransform, decode_image, undecodable_placeholder
+from shards.transforms import ImageTransform
 
-log = logging.getLogger(__name__)
-
-Split: TypeAlias = Literal["in", "out", "all"]
+Split: TypeAlias = Literal["in", "out", "all", "left_out"]
 
 
 def split_ranks(
@@ -25,7 +24,8 @@ def split_ranks(
     Args:
         index: The shard set.
         env: Number of the domain.
-        split: `in` (training part), `out` (validation part) or `all`.
+        split: `in` (training part), `out` (validation part), `all`, or `left_out` (what the subset
+            does not keep, of both parts; it is not in the others).
         trial_seed: Number of the trial.
         holdout_fraction: Share of the validation part.
 
@@ -36,12 +36,15 @@ def split_ranks(
         DataConfigError: If the split is unknown.
     """
     num = index.num_samples(env)
+    everything = np.arange(num, dtype=np.int64)
     if split == "all":
-        return np.arange(num, dtype=np.int64)
+        return index.kept(env, everything)
+    if split == "left_out":
+        return np.setdiff1d(everything, index.kept(env, everything))
     if split not in get_args(Split):
         raise DataConfigError(f"split = {split!r}: must be one of {', '.join(get_args(Split))}")
     inside, outside = split_indices(num, trial_seed, env, holdout_fraction)
-    return inside if split == "in" else outside
+    return index.kept(env, inside if split == "in" else outside)
 
 
 def evaluation_loader(
@@ -57,25 +60,28 @@ def evaluation_loader(
     batch_size: int = 64,
     workers: int = 0,
     pin_memory: bool = False,
+    decoder: Decoder | None = None,
 ) -> BatchLoader:
     """Load one split of one domain for evaluation.
 
     Every rank gets a contiguous range without padding or repeats, so sums of correct and total over
     the ranks are exact; with more ranks than samples some ranks get no batch. An image that cannot
-    be decoded is replaced by a grey one, so that it still counts, and reported in `substituted`.
+    be used is replaced by a grey one, so that it still counts, and reported in `bad`. The order is
+    that of the split, or of the shards if these are remote.
 
     Args:
         index: The shard set.
         env: Number of the domain.
-        split: `in`, `out` or `all`.
+        split: `in`, `out`, `all` or `left_out`.
         trial_seed: Number of the trial.
         holdout_fraction: Share of the `out` part.
-        transform: From uint8 [3, h, w] to float32 [3, H, W].
+        transform: From pixels to float32 [3, H, W].
         rank: Number of this process.
         world_size: Number of processes.
         batch_size: Images per batch; the last batch of a rank may be smaller.
         workers: Loader processes.
         pin_memory: Put batches into page-locked memory.
+        decoder: What decodes the images; None for the default one.
 
     Returns:
         A loader of `Batch`.
@@ -86,9 +92,19 @@ def evaluation_loader(
     if batch_size < 1:
         raise DataConfigError(f"batch_size = {batch_size}: must be 1 or more")
     ranks = split_ranks(index, env, split, trial_seed=trial_seed, holdout_fraction=holdout_fraction)
+    if index.remote:
+        ranks = _by_place(index, env, ranks)
     mine = rank_range(len(ranks), rank, world_size)
-    source = _EvaluationBatches(index, env, ranks, mine, batch_size, transform)
+    source = _EvaluationBatches(
+        index, env, ranks, mine, batch_size, transform, decoder or Decoder()
+    )
     return BatchLoader(source, workers=workers, pin_memory=pin_memory)
+
+
+def _by_place(index: ShardIndex, env: int, ranks: Int64Array) -> Int64Array:
+    """Sort samples as they are stored, so that a remote shard is needed only once."""
+    rows = index.table(env)[ranks]
+    return ranks[np.lexsort((rows["offset"], rows["shard"]))]
 
 
 class _EvaluationBatches:
@@ -102,6 +118,7 @@ class _EvaluationBatches:
         mine: range,
         batch_size: int,
         transform: ImageTransform,
+        decoder: Decoder,
     ) -> None:
         self.index = index
         self.env = env
@@ -109,22 +126,21 @@ class _EvaluationBatches:
         self.mine = mine
         self.batch_size = batch_size
         self.transform = transform
+        self.decoder = decoder
 
     def __len__(self) -> int:
         return -(-len(self.mine) // self.batch_size)
 
     def build(self, number: int) -> Batch:
         places = self.mine[number * self.batch_size : (number + 1) * self.batch_size]
-        return stack([self._load(int(self.ranks[place])) for place in places], places[0])
+        loaded = (self._load(int(self.ranks[place])) for place in places)
+        return stack(loaded, len(places), places[0])
 
     def _load(self, rank: int) -> LoadedImage:
         """Read, decode and transform one sample."""
-        sample = self.index.read(self.env, rank)
-        try:
-            pixels, substituted = decode_image(sample.image), False
-        except ValueError as error:
-            log.warning("sample %s: %s; evaluated as a grey image", sample.key, error)
-            pixels, substituted = undecodable_placeholder(), True
+        found = open_image(self.index, self.env, rank, self.decoder)
+        pixels = undecodable_placeholder() if found.pixels is None else found.pixels
         seed = hash64("evaluation", self.index.domains[self.env], rank)
         image = seeded(self.transform, pixels, seed)
-        return LoadedImage(image, sample.label, self.env, substituted)
+        bad = [] if found.bad is None else [found.bad]
+        return LoadedImage(image, found.label, self.env, found.pixels is None, bad)

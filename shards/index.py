@@ -5,9 +5,7 @@ files.
 """
 
 import hashlib
-import os
 import zlib
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.datasets import nearest
-from shards.errors import DamagedDataError, DataConfigError
+from shards.errors import DamagedDataError, DamagedSampleError, DataConfigError
 from shards.layout import (
     INDEX_NAME,
     REMEDY,
@@ -28,8 +26,10 @@ from shards.layout import (
     sample_key,
 )
 from shards.order import Int64Array
-
-_MAX_OPEN_SHARDS = 128  # far below the usual limit of 1,024 open files
+from shards.reading import LocalShards, ShardReader, ShardStore
+from shards.remote import DEFAULT_STORAGE, RemoteShards, StorageOptions, fetch_index
+from shards.subset import Subset
+from shards.transport import is_remote
 
 
 class Sample(NamedTuple):
@@ -44,12 +44,15 @@ class ShardIndex:
     """A complete shard set, opened for random access.
 
     Attributes:
-        root: Folder of the set.
+        root: Folder of the set; of a remote set, the folder in the cache.
         dataset: Name of the dataset.
         domains: Domain names in the dataset's order; a domain's number is its place here.
         classes: Class names; a label is a place here.
         shards: All shards of the set.
         sha256: Hash of `index.json`, which contains the hashes of everything else.
+        reader: What reads the shards.
+        remote: Whether shards have to be fetched.
+        subset: The samples that are used; None for all.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class ShardIndex:
         content: dict[str, Any],
         sha256: str,
         tables: Sequence[npt.NDArray[np.void]],
+        reader: ShardReader | None = None,
     ) -> None:
         self.root = root
         self.dataset = str(content["dataset"])
@@ -67,40 +71,53 @@ class ShardIndex:
         self.shards = tuple(ShardInfo(**entry) for entry in content["shards"])
         self.sha256 = sha256
         self._tables = tuple(tables)
-        self._open_files: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor
+        self.reader = reader or ShardReader(LocalShards(root, self.shards))
+        self.remote = False
+        self.subset: Subset | None = None
 
     @classmethod
-    def load(cls, root: str | Path) -> "ShardIndex":
+    def load(cls, root: str | Path, options: StorageOptions = DEFAULT_STORAGE) -> "ShardIndex":
         """Open a shard set and check that it is whole.
 
         Checks that every shard exists with the size recorded and that the sample tables are
         unaltered; the shards' own bytes are checked at every read, or all at once by `verify`.
 
         Args:
-            root: Folder of the set.
+            root: Folder of the set, or the URL or command of a remote one.
+            options: Patience with the storage, and the cache of a remote set.
 
         Returns:
             The opened set.
 
         Raises:
-            DataConfigError: If there is no shard set, or one of another format version.
+            DataConfigError: If there is no shard set, or one of another format version, or a remote
+                set lacks a cache.
             DamagedDataError: If a file is missing, cut short or altered.
+            StorageError: If a remote set cannot be reached.
+            OutputError: If the cache cannot be written.
         """
-        root = Path(root).expanduser()
-        path = root / INDEX_NAME
+        cache = fetch_index(root, options) if is_remote(root) else None
+        folder = Path(root).expanduser() if cache is None else cache.folder
+        path = folder / INDEX_NAME
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise DataConfigError(no_index(root, error)) from error
+            raise DataConfigError(no_index(folder, error)) from error
         content = parse_index(path, data)
         try:
-            tables = [load_table(root, DomainInfo(**entry)) for entry in content["domains"]]
-            index = cls(root, content, hashlib.sha256(data).hexdigest(), tables)
+            tables = [load_table(folder, DomainInfo(**entry)) for entry in content["domains"]]
+            index = cls(folder, content, hashlib.sha256(data).hexdigest(), tables)
         except (KeyError, TypeError) as error:
             raise DamagedDataError(
                 f"{path}: field missing or malformed ({error}); {REMEDY}"
             ) from error
-        index._check_sizes()
+        if cache is None:
+            index._check_sizes()
+            store: ShardStore = LocalShards(folder, index.shards)
+        else:
+            index.remote = True
+            store = RemoteShards(str(root), cache, index.shards, options.policy)
+        index.reader = ShardReader(store, options.policy)
         return index
 
     def num_samples(self, env: int) -> int:
@@ -113,6 +130,18 @@ class ShardIndex:
             All its samples, before any split.
         """
         return len(self._tables[env])
+
+    def kept(self, env: int, ranks: Int64Array) -> Int64Array:
+        """Take those of some samples that the subset keeps.
+
+        Args:
+            env: Number of the domain.
+            ranks: int64 array of ImageFolder ranks.
+
+        Returns:
+            The same without those that are left out, in the same order.
+        """
+        return ranks if self.subset is None else ranks[self.subset.kept[env][ranks]]
 
     def labels(self, env: int) -> Int64Array:
         """Give the class numbers of a domain's samples.
@@ -178,15 +207,21 @@ class ShardIndex:
             The key, the original image bytes and the label.
 
         Raises:
-            DamagedDataError: If the bytes are not those the index promises.
-            OSError: If the storage fails.
+            DamagedSampleError: If the bytes are not those the index promises.
+            DamagedDataError: If the shard ends before them.
+            StorageError: If the storage keeps failing.
         """
         row = self._tables[env][rank]
         shard, offset, size = int(row["shard"]), int(row["offset"]), int(row["size"])
-        image = os.pread(self._descriptor(shard), size, offset)
-        if len(image) != size or zlib.crc32(image) != int(row["crc32"]):
-            found = f"{len(image)} bytes" if len(image) != size else "another crc32"
-            raise DamagedDataError(
+        image = self.reader.read(shard, offset, size)
+        sound = _sound(image, row)
+        if not sound and self.reader.refetch(shard):
+            image = self.reader.read(shard, offset, size)
+            sound = _sound(image, row)
+        if not sound:
+            short = len(image) != size
+            found = f"{len(image)} bytes" if short else "another crc32"
+            raise (DamagedDataError if short else DamagedSampleError)(
                 f"{self.root / self.shards[shard].file}: sample {self.key(env, rank)} at offset "
                 f"{offset} is damaged ({size} bytes with crc32 {int(row['crc32']):08x} expected, "
                 f"{found} found); {REMEDY}"
@@ -204,23 +239,15 @@ class ShardIndex:
         """
         from shards.verify import verify_shards
 
+        if self.remote:
+            raise DataConfigError(
+                f"{self.root}: only the cache of a remote set; verify it where it is stored"
+            )
         return verify_shards(self, deep=deep)
 
     def close(self) -> None:
         """Close the shard files; the next read opens them again."""
-        while self._open_files:
-            os.close(self._open_files.popitem()[1])
-
-    def _descriptor(self, shard: int) -> int:
-        """Return an open descriptor of a shard, closing the least recently used one if many are."""
-        if shard in self._open_files:
-            self._open_files.move_to_end(shard)
-            return self._open_files[shard]
-        if len(self._open_files) >= _MAX_OPEN_SHARDS:
-            os.close(self._open_files.popitem(last=False)[1])
-        descriptor = os.open(self.root / self.shards[shard].file, os.O_RDONLY | os.O_CLOEXEC)
-        self._open_files[shard] = descriptor
-        return descriptor
+        self.reader.close()
 
     def _check_sizes(self) -> None:
         """Raise unless every shard exists with the recorded size."""
@@ -234,8 +261,16 @@ class ShardIndex:
                 raise DamagedDataError(f"{path}: {size} bytes, expected {shard.bytes}; {REMEDY}")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open_files": OrderedDict()}
+        return {**self.__dict__, "_tables": ()}  # a process of its own maps them itself
 
-    def __del__(self) -> None:
-        if hasattr(self, "_open_files"):
-            self.close()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._tables = tuple(
+            np.load(self.root / info.table, mmap_mode="r", allow_pickle=False)
+            for info in self.domain_infos
+        )
+
+
+def _sound(image: bytes, row: npt.NDArray[np.void]) -> bool:
+    """Tell whether bytes are those that a row of the table promises."""
+    return len(image) == int(row["size"]) and zlib.crc32(image) == int(row["crc32"])

@@ -2,6 +2,7 @@
 
 `index.json` names the domains and classes in order and every shard with its size and sha256. One
 `.npy` table per domain holds a row per sample, row i being the sample of ImageFolder rank i.
+`_info.json` repeats the shard names and counts in the form that timm's WebDataset reader expects.
 """
 
 import hashlib
@@ -19,6 +20,8 @@ from shards.errors import DamagedDataError, DataConfigError
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
+INFO_NAME = "_info.json"
+WHOLE_SET = "train"  # timm's default split; here all domains
 TABLE_DTYPE = np.dtype(
     [
         ("shard", "<u4"),  # number of the shard in index.json
@@ -121,7 +124,59 @@ def parse_index(path: Path, data: bytes) -> dict[str, Any]:
             f"{FORMAT_VERSION}; make the shard set again, or use the version that wrote it"
         )
     assert isinstance(content, dict)
+    for section, expected in content.get("digests", {}).items():
+        if section_digest(content.get(section)) != expected:
+            raise DamagedDataError(
+                f"{path}: its {section!r} were changed after it was written; {REMEDY}"
+            )
     return content
+
+
+def section_digest(value: object) -> str:
+    """Hash one section of index.json, so that an edit by hand is noticed and named.
+
+    Args:
+        value: Anything JSON can hold.
+
+    Returns:
+        sha256 as 64 hexadecimal digits.
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def stock_info(domains: Sequence[DomainInfo], shards: Sequence[ShardInfo]) -> dict[str, Any]:
+    """Describe a set for timm's WebDataset reader.
+
+    Args:
+        domains: The domains in order.
+        shards: Their shards, domain by domain.
+
+    Returns:
+        The content of `_info.json`: the split `train` holds everything, and one split per domain
+        bears the prefix of its keys, or `env<number>` where timm could not tell that from a file
+        name.
+    """
+    splits = {}
+    rest = list(shards)
+    for env, domain in enumerate(domains):
+        mine, samples = [], 0
+        while rest and samples < domain.samples:
+            mine.append(rest.pop(0))
+            samples += mine[-1].samples
+        plain = "tar" not in domain.key_prefix and domain.key_prefix != WHOLE_SET
+        name = domain.key_prefix if plain else f"env{env}"
+        splits[name] = _split_info(name, mine)
+    return {"splits": {WHOLE_SET: _split_info(WHOLE_SET, shards), **splits}}
+
+
+def _split_info(name: str, shards: Sequence[ShardInfo]) -> dict[str, Any]:
+    """Describe one split."""
+    return {
+        "name": name,
+        "num_samples": sum(shard.samples for shard in shards),
+        "filenames": [shard.file for shard in shards],
+        "shard_lengths": [shard.samples for shard in shards],
+    }
 
 
 def load_table(root: Path, info: DomainInfo) -> npt.NDArray[np.void]:

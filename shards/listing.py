@@ -32,15 +32,18 @@ class Listing:
     domains: tuple[DomainListing, ...]
     classes: tuple[str, ...]
     excluded: int
+    unmatched: tuple[str, ...]
+    """Entries to leave out that name no image, sorted."""
 
 
 def list_images(root: Path, spec: DatasetSpec, exclude: Collection[str] = ()) -> Listing:
     """List all images of a dataset.
 
     Args:
-        root: Folder with one folder per domain.
+        root: Folder with one folder per domain, or the folder above it if the dataset has a usual
+            name for that one (`data/` for `data/PACS/photo/...`).
         spec: The dataset; its domains, where it has a fixed list, must be the folders found.
-        exclude: Paths relative to `root`, with forward slashes; left out before ranks are given.
+        exclude: Paths `<domain>/<class>/...` with forward slashes; left out before ranks are given.
 
     Returns:
         The listing.
@@ -53,22 +56,50 @@ def list_images(root: Path, spec: DatasetSpec, exclude: Collection[str] = ()) ->
         raise DataConfigError(
             f"--root {root}: no such folder; give the folder that holds one folder per domain"
         )
+    root = dataset_folder(root, spec)
     names = _domain_names(root, spec)
     classes = _subfolders(root / names[0])
-    unwanted = frozenset(exclude)
-    domains: list[DomainListing] = []
-    excluded = 0
     for name in names:
         _check_classes(root, name, classes, names[0])
-        domain, left_out = _list_domain(root, name, classes, unwanted)
-        domains.append(domain)
-        excluded += left_out
     if spec.num_classes is not None and len(classes) != spec.num_classes:
         raise DataConfigError(
             f"--root {root}: {len(classes)} classes found, dataset {spec.name} has "
-            f"{spec.num_classes}; give another folder, or use --dataset folder"
+            f"{spec.num_classes}; found: {_some(classes)}; complete the folders or remove what is "
+            "no class, or use --dataset folder"
         )
-    return Listing(root=root, domains=tuple(domains), classes=tuple(classes), excluded=excluded)
+    remaining = set(exclude)
+    wanted = len(remaining)
+    domains = tuple(_list_domain(root, name, classes, remaining) for name in names)
+    return Listing(
+        root=root,
+        domains=domains,
+        classes=tuple(classes),
+        excluded=wanted - len(remaining),
+        unmatched=tuple(sorted(remaining)),
+    )
+
+
+def dataset_folder(root: Path, spec: DatasetSpec) -> Path:
+    """Step into the dataset's own folder if a folder is the one above it.
+
+    Args:
+        root: What the user gave.
+        spec: The dataset.
+
+    Returns:
+        The folder that holds the domain folders, so far as names tell.
+    """
+    if spec.folder is None or spec.domains is None:
+        return root
+    inside = root / spec.folder
+    if inside.is_dir() and not any((root / name).is_dir() for name in spec.domains):
+        return inside
+    return root
+
+
+def _some(names: list[str]) -> str:
+    """Name the first few of many."""
+    return ", ".join(names[:20]) + (" ..." if len(names) > 20 else "")
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -89,10 +120,11 @@ def _domain_names(root: Path, spec: DatasetSpec) -> list[str]:
         )
     if spec.domains is None:
         return found
-    for name in sorted(set(spec.domains) ^ set(found)):
-        kind = "is missing" if name in spec.domains else "does not belong there"
+    missing = [f"{name!r} is missing" for name in spec.domains if name not in found]
+    stray = [f"{name!r} does not belong there" for name in found if name not in spec.domains]
+    if missing or stray:
         raise DataConfigError(
-            f"--root {root}: folder {name!r} {kind}; dataset {spec.name} has the domains "
+            f"--root {root}: folder {_some(missing + stray)}; dataset {spec.name} has the domains "
             f"{', '.join(spec.domains)}"
         )
     return list(spec.domains)
@@ -114,18 +146,15 @@ def _check_classes(root: Path, domain: str, classes: list[str], first: str) -> N
         )
 
 
-def _list_domain(
-    root: Path, domain: str, classes: list[str], unwanted: frozenset[str]
-) -> tuple[DomainListing, int]:
-    """List one domain's images by rank; also count those left out."""
+def _list_domain(root: Path, domain: str, classes: list[str], exclude: set[str]) -> DomainListing:
+    """List one domain's images by rank; entries of `exclude` that matched are taken out of it."""
     paths: list[str] = []
     labels: list[int] = []
-    excluded = 0
     for label, class_name in enumerate(classes):
         before = len(paths)
         for path in _class_files(root / domain, class_name):
-            if f"{domain}/{path}" in unwanted:
-                excluded += 1
+            if f"{domain}/{path}" in exclude:
+                exclude.remove(f"{domain}/{path}")
             else:
                 paths.append(path)
                 labels.append(label)
@@ -134,8 +163,7 @@ def _list_domain(
                 f"--root {root}: class {class_name!r} of domain {domain!r} holds no image to use; "
                 f"images end in {' '.join(EXTENSIONS)} (upper or lower case)"
             )
-    listing = DomainListing(name=domain, paths=tuple(paths), labels=tuple(labels))
-    return listing, excluded
+    return DomainListing(name=domain, paths=tuple(paths), labels=tuple(labels))
 
 
 def _class_files(domain_folder: Path, class_name: str) -> list[str]:

@@ -1,21 +1,31 @@
 """What the loaders share: the batch they yield, one image's way to a tensor, and clean errors."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from shards.bad_samples import BadSample
+from shards.decoding import Pixels
 from shards.errors import DamagedDataError, DataConfigError
-from shards.transforms import ImageTransform
+from shards.transforms import finish_batch
+
+log = logging.getLogger(__name__)
+
+Made = TypeVar("Made")
+
+
+StartMethod = Literal["fork", "spawn", "forkserver"]
 
 
 class Batch(NamedTuple):
     """A (micro-)batch of one rank."""
 
     images: torch.Tensor
-    """float32 [b, 3, H, W], normalised."""
+    """float32 [b, 3, H, W], normalised; uint8 if `colour` is there."""
     labels: torch.Tensor
     """int64 [b], class numbers."""
     domains: torch.Tensor
@@ -23,7 +33,11 @@ class Batch(NamedTuple):
     first_slot: int
     """Place of the first image in the global batch, or in the evaluated split."""
     substituted: int
-    """How many images could not be decoded and were replaced."""
+    """How many images could not be used and were replaced."""
+    bad: Sequence[BadSample] = ()
+    """Every image that could not be used as it is, substitutes included."""
+    colour: torch.Tensor | None = None
+    """float32 [b, 9], the draws of `shards.colour` still to be applied; None when that is done."""
 
 
 class LoadedImage(NamedTuple):
@@ -33,6 +47,8 @@ class LoadedImage(NamedTuple):
     label: int
     env: int
     substituted: bool
+    bad: Sequence[BadSample] = ()
+    colour: torch.Tensor | None = None
 
 
 class BatchSource(Protocol):
@@ -45,31 +61,63 @@ class BatchSource(Protocol):
         """Build one batch."""
 
 
-def stack(items: Sequence[LoadedImage], first_slot: int) -> Batch:
+def stack(loaded: Iterable[LoadedImage], count: int, first_slot: int) -> Batch:
     """Make a batch of images of equal size.
 
+    Every image is copied to its place as soon as it is made, while it is in the processor's cache,
+    and its own memory serves the next one.
+
     Args:
-        items: The images, at least one.
+        loaded: The images.
+        count: How many there are, at least one.
         first_slot: Place of the first one.
 
     Returns:
         The batch.
     """
+    images, items = torch.empty(0), []
+    for number, item in enumerate(loaded):
+        if number == 0:
+            images = item.image.new_empty((count, *item.image.shape))
+        images[number] = item.image
+        items.append(item._replace(image=images[number]))
+    colours = [item.colour for item in items if item.colour is not None]
     return Batch(
-        images=torch.stack([item.image for item in items]),
+        images=images,
         labels=torch.tensor([item.label for item in items], dtype=torch.int64),
         domains=torch.tensor([item.env for item in items], dtype=torch.int64),
         first_slot=first_slot,
         substituted=sum(item.substituted for item in items),
+        bad=[sample for item in items for sample in item.bad],
+        colour=torch.stack(colours) if colours else None,
     )
 
 
-def seeded(transform: ImageTransform, pixels: torch.Tensor, seed: int) -> torch.Tensor:
+def finish_images(
+    batch: Batch, device: torch.device, data_config: Mapping[str, Any]
+) -> torch.Tensor:
+    """Bring a batch's images to a device, and do there what the loader left to it.
+
+    Args:
+        batch: The batch.
+        device: Where the model is.
+        data_config: The backbone's, as for `train_transform`.
+
+    Returns:
+        float32 tensor [b, 3, H, W] on the device, normalised.
+    """
+    images = batch.images.to(device, non_blocking=True)
+    if batch.colour is None:
+        return images
+    return finish_batch(images, batch.colour, data_config)
+
+
+def seeded(transform: Callable[[Pixels], Made], pixels: Pixels, seed: int) -> Made:
     """Apply a transform with random numbers that depend on `seed` alone.
 
     Args:
         transform: The transform; it must draw from torch's default generator only.
-        pixels: uint8 tensor [3, h, w].
+        pixels: The image.
         seed: A number in [0, 2**64).
 
     Returns:
@@ -108,10 +156,18 @@ class BatchLoader(DataLoader[Batch]):
     Args:
         source: The batches.
         workers: Loader processes; 0 loads in this process.
-        pin_memory: Put batches into page-locked memory, for faster copies to a GPU.
+        pin_memory: Put batches into page-locked memory.
+        start_method: How loader processes are started; None for the platform's own way.
     """
 
-    def __init__(self, source: BatchSource, *, workers: int, pin_memory: bool = False) -> None:
+    def __init__(
+        self,
+        source: BatchSource,
+        *,
+        workers: int,
+        pin_memory: bool = False,
+        start_method: StartMethod | None = None,
+    ) -> None:
         if workers < 0:
             raise DataConfigError(f"data.workers = {workers}: must be 0 or more")
         super().__init__(
@@ -121,7 +177,10 @@ class BatchLoader(DataLoader[Batch]):
             num_workers=workers,
             pin_memory=pin_memory,
             generator=torch.Generator(),
+            collate_fn=_as_it_is,
+            multiprocessing_context=start_method if workers else None,
         )
+        self._reported: set[str] = set()
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         """Yield the batches in order.
@@ -133,7 +192,20 @@ class BatchLoader(DataLoader[Batch]):
         for batch in super().__iter__():
             if isinstance(batch, Exception):
                 raise batch
+            self._report(batch.bad)
             yield batch
+
+    def _report(self, bad: Sequence[BadSample]) -> None:
+        """Log every bad sample once; here, since a loader process may have no log of its own."""
+        for sample in bad:
+            if sample.key not in self._reported:
+                self._reported.add(sample.key)
+                log.warning("%s", sample)
+
+
+def _as_it_is(batch: Made) -> Made:
+    """Stand for torch's own conversion, which has nothing to do here."""
+    return batch
 
 
 class _BatchDataset(Dataset["Batch | Exception"]):

@@ -7,14 +7,14 @@ slots [r*G/R, (r+1)*G/R), cut in A equal pieces. Nothing is stored: to resume, a
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from shards.config import SamplingMode
+from shards.config import SamplingMode, mode_problems
 from shards.errors import DataConfigError
 from shards.index import ShardIndex
-from shards.order import ORDER_ID, Int64Array, stream_index
+from shards.order import ORDER_ID, DomainOrder, Int64Array, UInt32Array, Windows
 from shards.split import split_indices
 
 FINGERPRINT_VERSION = 1
@@ -37,7 +37,9 @@ class DomainMix:
         batch_per_domain: Images of each source domain in the global batch.
         seed: Seed of order and augmentation.
         trial_seed: Number of the trial, which fixes the 80/20 split.
-        mode: `permutation` (every image once per epoch) or `replacement` (independent draws).
+        mode: `permutation` (every image once per epoch), `window` (the same, some shards at a time)
+            or `replacement` (independent draws).
+        window: Shards of a domain that are read at a time; only with `window`.
         holdout_fraction: Share of every domain that is kept for validation.
 
     Raises:
@@ -53,20 +55,44 @@ class DomainMix:
         seed: int,
         trial_seed: int,
         mode: SamplingMode = "permutation",
+        window: int = 0,
         holdout_fraction: float = 0.2,
     ) -> None:
-        _check_arguments(index, sources, batch_per_domain, mode)
+        _check_arguments(index, sources, batch_per_domain)
+        if problems := mode_problems(mode, window):
+            raise DataConfigError(problems[0])
         self.index = index
         self.sources = tuple(int(env) for env in sources)
         self.batch_per_domain = batch_per_domain
         self.seed = seed
         self.trial_seed = trial_seed
         self.mode: SamplingMode = mode
+        self.window = window
         self.holdout_fraction = holdout_fraction
-        self._train_ranks = {
-            env: split_indices(index.num_samples(env), trial_seed, env, holdout_fraction)[0]
-            for env in self.sources
+        self._train_ranks = {env: self._training_part(env) for env in self.sources}
+        self._orders = {
+            env: DomainOrder(
+                seed,
+                index.domains[env],
+                len(ranks),
+                mode,
+                window,
+                index.table(env)["shard"][ranks],
+            )
+            for env, ranks in self._train_ranks.items()
         }
+
+    def _training_part(self, env: int) -> UInt32Array:
+        """Give the ranks of a domain's `in` split, as small as they can be stored."""
+        num = self.index.num_samples(env)
+        inside, _ = split_indices(num, self.trial_seed, env, self.holdout_fraction)
+        kept = self.index.kept(env, inside)
+        if not len(kept):
+            raise DataConfigError(
+                f"domain {self.index.domains[env]!r}: none of its {len(inside)} training images "
+                "remains; change data.exclude_list or data.include_list"
+            )
+        return kept.astype(np.uint32)
 
     @property
     def global_batch(self) -> int:
@@ -149,11 +175,38 @@ class DomainMix:
         ranks = np.empty_like(numbers)
         for place, env in enumerate(self.sources):
             here = which == place
-            train = self._train_ranks[env]
-            name = self.index.domains[env]
-            chosen = stream_index(self.seed, name, len(train), positions[here], self.mode)
-            ranks[here] = train[chosen]
+            ranks[here] = self._train_ranks[env][self._orders[env].elements(positions[here])]
         return Slots(np.asarray(self.sources, dtype=np.int64)[which], positions, ranks)
+
+    def windows(self, step: int) -> Windows:
+        """Tell which shards a step reads, and which come after those.
+
+        Args:
+            step: Number of the step.
+
+        Returns:
+            Shards of all source domains' current windows, and of their next ones.
+        """
+        live: set[int] = set()
+        following: set[int] = set()
+        first = step * self.batch_per_domain
+        for order in self._orders.values():
+            windows = order.windows(first, first + self.batch_per_domain - 1)
+            live.update(windows.live)
+            following.update(windows.following)
+        return Windows(sorted(live), sorted(following - live))
+
+    def shard_bytes_at_a_time(self) -> int:
+        """Bound the bytes of the shards that are read at a time, one window ahead included.
+
+        Returns:
+            Two windows of every source domain, by its largest shards; without windows all shards.
+        """
+        total = 0
+        for order in self._orders.values():
+            sizes = sorted((self.index.shards[shard].bytes for shard in order.shards), reverse=True)
+            total += sum(sizes[: 2 * self.window] if self.mode == "window" else sizes)
+        return total
 
     def keys(self, step: int) -> list[str]:
         """Name the samples of a global batch without reading them.
@@ -195,14 +248,13 @@ class DomainMix:
             "seed": self.seed,
             "trial_seed": self.trial_seed,
             "mode": self.mode,
-            "window": 0,
+            "window": self.window,
             "holdout_fraction": self.holdout_fraction,
+            "subset": self.index.subset.fingerprint if self.index.subset else None,
         }
 
 
-def _check_arguments(
-    index: ShardIndex, sources: Sequence[int], batch_per_domain: int, mode: str
-) -> None:
+def _check_arguments(index: ShardIndex, sources: Sequence[int], batch_per_domain: int) -> None:
     """Raise on the first argument that is out of range."""
     count = len(index.domains)
     if not sources or len(set(sources)) != len(sources):
@@ -214,7 +266,3 @@ def _check_arguments(
             raise DataConfigError(f"sources: domain {index.domains[env]!r} holds no sample")
     if batch_per_domain < 1:
         raise DataConfigError(f"train.batch_per_domain = {batch_per_domain}: must be 1 or more")
-    if mode not in get_args(SamplingMode):
-        raise DataConfigError(
-            f"data.mode = {mode!r}: must be one of {', '.join(get_args(SamplingMode))}"
-        )

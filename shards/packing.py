@@ -1,43 +1,65 @@
-"""The files of a shard set, written: tar shards and sample tables, each renamed when whole."""
+"""One shard, written and read back: a plain tar file whose bytes depend on its samples alone."""
 
 import contextlib
+import errno
 import hashlib
+import io
 import json
-import logging
+import mmap
 import os
-import re
+import secrets
 import tarfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from shards.errors import DamagedDataError
-from shards.layout import (
-    FORMAT_VERSION,
-    INDEX_NAME,
-    TABLE_DTYPE,
-    DomainInfo,
-    ShardInfo,
-    file_sha256,
-    key_prefixes,
-    sample_key,
-)
-from shards.listing import DomainListing, Listing
-from shards.order import Int64Array, hash64, permutation
+from shards.layout import ShardInfo, file_sha256, sample_key
+from shards.planning import PARTIAL, ShardTask, unreadable
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
-PARTIAL = ".partial"  # suffix of a file still being written
+ROW_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedShard:
+    """A finished shard."""
+
+    info: ShardInfo
+    rows: npt.NDArray[np.void]
+    """`ROW_DTYPE` array [samples] in the shard's order."""
+    notes: tuple[str, ...]
+    """What the user should know about it."""
+
+
+class _HashedStream(io.BufferedIOBase):
+    """Passes on what is written to it and hashes it on the way."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream = stream
+        self.digest = hashlib.sha256()
+
+    def write(self, data: "Buffer") -> int:
+        self.digest.update(data)
+        return self.stream.write(data)
+
+    def tell(self) -> int:
+        return self.stream.tell()
 
 
 @contextlib.contextmanager
 def replaced_when_whole(path: Path) -> Iterator[BinaryIO]:
     """Open a file that appears under its name only when it has been written completely.
+
+    The temporary name is a new one every time, so that a process that outlives its parent cannot
+    interfere with the next run.
 
     Args:
         path: Final name of the file.
@@ -45,7 +67,7 @@ def replaced_when_whole(path: Path) -> Iterator[BinaryIO]:
     Yields:
         A binary stream to write to.
     """
-    partial = path.with_name(path.name + PARTIAL)
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
     try:
         with partial.open("wb") as stream:
             yield stream
@@ -54,6 +76,25 @@ def replaced_when_whole(path: Path) -> Iterator[BinaryIO]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder outlast a loss of power, where the file system can do that.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        OSError: If the storage fails.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def member_suffix(path: str) -> str:
@@ -69,181 +110,97 @@ def member_suffix(path: str) -> str:
     return "jpg" if suffix == "jpeg" else suffix
 
 
-def unreadable(path: Path, error: OSError) -> DamagedDataError:
-    """Phrase the failure to read a source image.
+def pack_shard(task: ShardTask, out: Path) -> PackedShard:
+    """Write one shard, unless an earlier run finished it, and read it back.
 
     Args:
-        path: The image.
-        error: What the system reported.
-
-    Returns:
-        The error to raise.
-    """
-    return DamagedDataError(
-        f"{path}: cannot be read ({error.strerror}); restore the file or name it in --exclude-list"
-    )
-
-
-class ShardPacker:
-    """Writes the shard set of one listing into a folder.
-
-    Args:
-        listing: The images.
+        task: What it holds.
         out: Existing folder of the shard set.
-        dataset: Name of the dataset.
-        shard_size: Largest number of samples of one shard.
-    """
-
-    def __init__(self, listing: Listing, out: Path, dataset: str, shard_size: int) -> None:
-        self.listing = listing
-        self.out = out
-        self.dataset = dataset
-        self.shard_size = shard_size
-        self._prefixes = key_prefixes([domain.name for domain in listing.domains])
-        self._stems = [f"{key_prefixes([dataset])[0]}-{prefix}" for prefix in self._prefixes]
-        self._shards: list[ShardInfo] = []
-
-    def writes(self, name: str) -> bool:
-        """Tell whether a file name is one that this packer could write.
-
-        Args:
-            name: File name without folder.
-
-        Returns:
-            Whether it is a shard, a table or an index of this set, finished or not.
-        """
-        name = name.removesuffix(PARTIAL)
-        stem = re.sub(r"(-\d{6}\.tar|\.npy)$", "", name)
-        return name == INDEX_NAME or (stem != name and stem in self._stems)
-
-    def pack(self, source_sha256: str) -> None:
-        """Write everything; the index comes last.
-
-        Args:
-            source_sha256: Hash of what is converted, stored in the index.
-
-        Raises:
-            DamagedDataError: If an image cannot be read.
-            OSError: If the output cannot be written.
-        """
-        domains = [
-            self._pack_domain(*of_domain)
-            for of_domain in zip(self.listing.domains, self._prefixes, self._stems, strict=True)
-        ]
-        content = {
-            "format_version": FORMAT_VERSION,
-            "dataset": self.dataset,
-            "source_sha256": source_sha256,
-            "classes": list(self.listing.classes),
-            "domains": [asdict(info) for info in domains],
-            "shards": [asdict(info) for info in self._shards],
-        }
-        with replaced_when_whole(self.out / INDEX_NAME) as stream:
-            stream.write((json.dumps(content, indent=1) + "\n").encode())
-
-    def _pack_domain(self, domain: DomainListing, prefix: str, stem: str) -> DomainInfo:
-        """Write the shards and the table of one domain."""
-        num = len(domain.paths)
-        order = permutation(hash64("shards", domain.name), num)
-        table = np.zeros(num, dtype=TABLE_DTYPE)
-        table["rank"] = np.arange(num)
-        table["label"] = domain.labels
-        for number, first in enumerate(range(0, num, self.shard_size)):
-            ranks = order[first : first + self.shard_size]
-            self._pack_shard(self.out / f"{stem}-{number:06d}.tar", domain, prefix, ranks, table)
-            log.info("%s: %d of %d images", domain.name, first + len(ranks), num)
-        path = self.out / f"{stem}.npy"
-        with replaced_when_whole(path) as stream:
-            np.save(stream, table)
-        return DomainInfo(
-            name=domain.name,
-            key_prefix=prefix,
-            table=path.name,
-            samples=num,
-            sha256=file_sha256(path),
-        )
-
-    def _pack_shard(
-        self,
-        path: Path,
-        domain: DomainListing,
-        prefix: str,
-        ranks: Int64Array,
-        table: npt.NDArray[np.void],
-    ) -> None:
-        """Write one shard and fill its samples' rows of the table."""
-        from webdataset.writer import TarWriter  # here: importing webdataset imports torch
-
-        with replaced_when_whole(path) as stream:
-            with TarWriter(stream, encoder=False, mtime=0) as writer:
-                for rank in ranks:
-                    sample = self._sample(domain, prefix, int(rank))
-                    image = sample[member_suffix(domain.paths[rank])]
-                    table["size"][rank] = len(image)
-                    table["crc32"][rank] = zlib.crc32(image)
-                    writer.write(sample)
-        table["shard"][ranks] = len(self._shards)
-        with tarfile.open(path, "r:") as archive:
-            offsets = {member.name: member.offset_data for member in archive}
-        for rank in ranks:
-            name = f"{sample_key(prefix, int(rank))}.{member_suffix(domain.paths[rank])}"
-            table["offset"][rank] = offsets[name]
-        self._shards.append(
-            ShardInfo(
-                file=path.name,
-                samples=len(ranks),
-                bytes=path.stat().st_size,
-                sha256=file_sha256(path),
-            )
-        )
-
-    def _sample(self, domain: DomainListing, prefix: str, rank: int) -> dict[str, Any]:
-        """Read one image and build its members."""
-        path = domain.paths[rank]
-        source = self.listing.root / domain.name / path
-        try:
-            image = source.read_bytes()
-        except OSError as error:
-            raise unreadable(source, error) from error
-        if not image:
-            log.warning("%s is empty; it is stored, and replaced when training", source)
-        label = domain.labels[rank]
-        about = {
-            "class_name": self.listing.classes[label],
-            "domain": domain.name,
-            "index": rank,
-            "path": f"{domain.name}/{path}",
-        }
-        return {
-            "__key__": sample_key(prefix, rank),
-            member_suffix(path): image,
-            "cls": str(label).encode(),
-            "json": json.dumps(about).encode(),
-        }
-
-
-def source_sha256(listing: Listing, dataset: str, shard_size: int) -> str:
-    """Hash what is to be converted.
-
-    Args:
-        listing: The images.
-        dataset: Name of the dataset.
-        shard_size: Largest number of samples of one shard.
 
     Returns:
-        sha256 over the settings, file names and file sizes in order, as hexadecimal digits.
+        What the index needs to know, taken from the bytes in the file.
 
     Raises:
-        DamagedDataError: If an image is not there.
+        DamagedDataError: If an image cannot be read, or changed since the plan was made.
+        OSError: If the output cannot be written, or reads back differently.
     """
-    digest = hashlib.sha256(f"{dataset}\0{shard_size}\n".encode())
-    for domain in listing.domains:
-        for path in domain.paths:
-            source = listing.root / domain.name / path
-            try:
-                size = source.stat().st_size
-            except OSError as error:
-                raise unreadable(source, error) from error
-            line = f"{domain.name}/{path}\0{size}\n"
-            digest.update(line.encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
+    path = out / task.file
+    notes: list[str] = []
+    sha256 = task.sha256
+    if sha256 is not None and file_sha256(path) != sha256:
+        notes.append(f"{path}: not as an earlier run wrote it; written again")
+        sha256 = None
+    if sha256 is None:
+        sha256 = _write(task, path, notes)
+        if file_sha256(path) != sha256:
+            path.unlink()
+            raise OSError(errno.EIO, f"{path} reads back differently from what was written")
+    rows = _measure(task, path)
+    info = ShardInfo(file=path.name, samples=len(rows), bytes=path.stat().st_size, sha256=sha256)
+    return PackedShard(info=info, rows=rows, notes=tuple(notes))
+
+
+def _write(task: ShardTask, path: Path, notes: list[str]) -> str:
+    """Write the tar file; give its sha256."""
+    with replaced_when_whole(path) as stream:
+        hashed = _HashedStream(stream)
+        with tarfile.open(fileobj=hashed, mode="w:", format=tarfile.USTAR_FORMAT) as archive:
+            for place, size in enumerate(task.sizes):
+                image = _read_image(task.folder / task.paths[place], int(size), notes)
+                for name, content in _members(task, place, image):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    member.mode = 0o444
+                    member.uname = member.gname = "bigdata"  # as webdataset's own writer
+                    archive.addfile(member, io.BytesIO(content))
+    return hashed.digest.hexdigest()
+
+
+def _read_image(source: Path, size: int, notes: list[str]) -> bytes:
+    """Read a source image and check that it still has the planned size."""
+    try:
+        image = source.read_bytes()
+    except OSError as error:
+        raise unreadable(source, error) from error
+    if len(image) != size:
+        raise DamagedDataError(
+            f"{source}: has {len(image)} bytes, had {size} when listed; convert again when nothing "
+            "changes the images any more"
+        )
+    if not image:
+        notes.append(f"{source} is empty; it is stored, and replaced when training")
+    return image
+
+
+def _members(task: ShardTask, place: int, image: bytes) -> list[tuple[str, bytes]]:
+    """Name and fill the members of one sample, in the order in which they are stored."""
+    rank, path, label = int(task.ranks[place]), task.paths[place], task.labels[place]
+    about = {
+        "class_name": task.class_names[place],
+        "domain": task.domain,
+        "index": rank,
+        "path": f"{task.domain}/{path}",
+    }
+    contents = {
+        member_suffix(path): image,
+        "cls": str(label).encode(),
+        "json": json.dumps(about).encode(),
+    }
+    key = sample_key(task.prefix, rank)
+    return [(f"{key}.{suffix}", contents[suffix]) for suffix in sorted(contents)]
+
+
+def _measure(task: ShardTask, path: Path) -> npt.NDArray[np.void]:
+    """Find the images in a finished shard."""
+    rows = np.zeros(len(task.ranks), dtype=ROW_DTYPE)
+    with (
+        path.open("rb") as stream,
+        mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        tarfile.open(fileobj=stream, mode="r:") as archive,
+    ):
+        members = {member.name: member for member in archive}
+        for place, (rank, source) in enumerate(zip(task.ranks, task.paths, strict=True)):
+            member = members[f"{sample_key(task.prefix, int(rank))}.{member_suffix(source)}"]
+            start, end = member.offset_data, member.offset_data + member.size
+            rows[place] = (start, member.size, zlib.crc32(data[start:end]))
+    return rows

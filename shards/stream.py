@@ -3,18 +3,28 @@
 `shards.mixing` says which sample stands where; here samples are read, decoded and augmented.
 """
 
-import logging
 from collections.abc import Sequence
 
+import torch
+
+from shards.bad_samples import BadSample
 from shards.config import SamplingMode
+from shards.decoding import Decoder
 from shards.errors import DamagedDataError, DataConfigError
+from shards.images import open_image
 from shards.index import ShardIndex
-from shards.loading import Batch, BatchLoader, LoadedImage, rank_range, seeded, stack
+from shards.loading import (
+    Batch,
+    BatchLoader,
+    LoadedImage,
+    StartMethod,
+    rank_range,
+    seeded,
+    stack,
+)
 from shards.mixing import DomainMix
 from shards.order import hash64, substitute_index
-from shards.transforms import ImageTransform, decode_image
-
-log = logging.getLogger(__name__)
+from shards.transforms import LoaderTransform
 
 _MAX_SUBSTITUTES = 16
 
@@ -28,10 +38,13 @@ class DomainStream(DomainMix):
         batch_per_domain: Images of each source domain in the global batch.
         seed: Seed of order and augmentation.
         trial_seed: Number of the trial, which fixes the 80/20 split.
-        transform: From uint8 [3, h, w] to float32 [3, H, W]; random numbers from torch's default
-            generator.
-        mode: `permutation` (every image once per epoch) or `replacement` (independent draws).
+        transform: From pixels to float32 [3, H, W], or to a half-done image for
+            `transforms.finish_batch`; random numbers from torch's default generator.
+        mode: `permutation` (every image once per epoch), `window` (the same, some shards at a time)
+            or `replacement` (independent draws).
+        window: Shards of a domain that are read at a time; only with `window`.
         holdout_fraction: Share of every domain that is kept for validation.
+        decoder: What decodes the images; None for the default one.
 
     Raises:
         DataConfigError: If an argument is out of range.
@@ -45,9 +58,11 @@ class DomainStream(DomainMix):
         batch_per_domain: int,
         seed: int,
         trial_seed: int,
-        transform: ImageTransform,
+        transform: LoaderTransform,
         mode: SamplingMode = "permutation",
+        window: int = 0,
         holdout_fraction: float = 0.2,
+        decoder: Decoder | None = None,
     ) -> None:
         super().__init__(
             index,
@@ -56,9 +71,12 @@ class DomainStream(DomainMix):
             seed=seed,
             trial_seed=trial_seed,
             mode=mode,
+            window=window,
             holdout_fraction=holdout_fraction,
         )
         self.transform = transform
+        self.decoder = decoder or Decoder()
+        self._check_cache()
 
     def loader(
         self,
@@ -69,6 +87,7 @@ class DomainStream(DomainMix):
         workers: int = 0,
         accumulation: int = 1,
         pin_memory: bool = False,
+        start_method: StartMethod | None = None,
     ) -> BatchLoader:
         """Load a rank's share of a range of steps.
 
@@ -80,6 +99,7 @@ class DomainStream(DomainMix):
             workers: Loader processes.
             accumulation: Micro-batches per step.
             pin_memory: Put batches into page-locked memory.
+            start_method: How loader processes are started; None for the platform's own way.
 
         Returns:
             A loader of `Batch`, `accumulation` per step, in order.
@@ -94,10 +114,32 @@ class DomainStream(DomainMix):
         self.check_world_size(world_size, accumulation)
         mine = rank_range(self.global_batch, rank, world_size)
         source = _TrainingBatches(self, range(start_step, stop_step), mine, accumulation)
-        return BatchLoader(source, workers=workers, pin_memory=pin_memory)
+        return BatchLoader(
+            source, workers=workers, pin_memory=pin_memory, start_method=start_method
+        )
+
+    def announce(self, step: int) -> None:
+        """Have remote shards fetched one window ahead of a step.
+
+        Args:
+            step: Number of the step about to be read.
+        """
+        if self.index.remote:
+            self.index.reader.store.expect(self.windows(step))
+
+    def _check_cache(self) -> None:
+        """Raise if the shards are remote and the cache cannot hold those read at a time."""
+        if self.mode == "window":
+            remedy = "raise data.cache_gib or lower data.window"
+        else:
+            remedy = (
+                f"data.mode {self.mode} needs all shards of the source domains in the cache: raise "
+                "data.cache_gib, or read a few at a time with data.mode window and data.window 4"
+            )
+        self.index.reader.store.check_capacity(self.shard_bytes_at_a_time(), remedy)
 
     def load(self, env: int, position: int, rank: int) -> LoadedImage:
-        """Read, decode and augment one slot's image, or its substitute if it cannot be decoded.
+        """Read, decode and augment one slot's image, or its substitute if it cannot be used.
 
         Args:
             env: Number of the domain.
@@ -105,29 +147,31 @@ class DomainStream(DomainMix):
             rank: The sample that stands there.
 
         Returns:
-            The image with the label of what was loaded.
+            The image with the label of what was loaded, and notes on what could not be used.
 
         Raises:
-            DamagedDataError: If stored bytes are damaged, or no substitute can be decoded.
+            DamagedDataError: If a shard is damaged as a whole, or no substitute can be used.
             OSError: If the storage fails.
         """
         name = self.index.domains[env]
         train = self._train_ranks[env]
+        bad: list[BadSample] = []
         for attempt in range(_MAX_SUBSTITUTES + 1):
-            sample = self.index.read(env, rank)
-            try:
-                pixels = decode_image(sample.image)
-            except ValueError as error:
-                log.warning("sample %s: %s; replaced by another of its domain", sample.key, error)
-                rank = int(
-                    train[substitute_index(self.seed, name, len(train), position, attempt + 1)]
+            if attempt:
+                chosen = substitute_index(self.seed, name, len(train), position, attempt)
+                rank = int(train[chosen])
+            found = open_image(self.index, env, rank, self.decoder, attempt)
+            if found.bad is not None:
+                bad.append(found.bad)
+            if found.pixels is not None:
+                made = seeded(
+                    self.transform, found.pixels, hash64(self.seed, "aug", name, position)
                 )
-                continue
-            image = seeded(self.transform, pixels, hash64(self.seed, "aug", name, position))
-            return LoadedImage(image, sample.label, env, attempt > 0)
+                image, draw = (made, None) if isinstance(made, torch.Tensor) else made
+                return LoadedImage(image, found.label, env, attempt > 0, bad, draw)
         raise DamagedDataError(
-            f"domain {name!r}: {_MAX_SUBSTITUTES} images in a row cannot be decoded; "
-            "check the set with `python -m shards.writer --verify --deep`"
+            f"domain {name!r}: {_MAX_SUBSTITUTES + 1} images in a row cannot be used, the last: "
+            f"{bad[-1]}; check the set with `python -m shards.writer --verify --deep`"
         )
 
 
@@ -145,11 +189,12 @@ class _TrainingBatches:
 
     def build(self, number: int) -> Batch:
         step, piece = divmod(number, self.accumulation)
+        self.stream.announce(self.steps[step])
         size = len(self.mine) // self.accumulation
         part = self.mine[piece * size : (piece + 1) * size]
         slots = self.stream.slots(self.steps[step], part)
-        items = [
+        loaded = (
             self.stream.load(int(env), int(position), int(rank))
             for env, position, rank in zip(*slots, strict=True)
-        ]
-        return stack(items, part.start)
+        )
+        return stack(loaded, len(part), part.start)

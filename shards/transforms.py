@@ -1,78 +1,44 @@
-"""Image bytes to normalised tensors: decoding, training augmentation and evaluation resize.
+"""Pixels to normalised tensors: DomainBed's training augmentation and the evaluation resize.
 
 All random numbers come from torch's default generator, in an order that depends on nothing but the
 image's own draws, so that seeding it per stream position fixes the pixels.
 """
 
-import io
-import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
 import torch
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
+from shards.colour import apply_colour, apply_colour_batch, draw_colour
 from shards.config import ResolvedAugment
+from shards.decoding import Pixels
 from shards.errors import DataConfigError
 
-ImageTransform: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
-_JPEG_MAGIC = b"\xff\xd8\xff"
-_CROP_SCALE = (0.7, 1.0)  # DomainBed's training augmentation, like the jitter and grey rates below
-_JITTER = 0.3
-_GREY = 0.1
-_TO_LEVEL = 255.999 / 255  # then cut off: torchvision's way from [0, 1] to grey levels
-_SECTORS = torch.tensor([5.0, 3.0, 1.0])[:, None, None]  # where R, G, B fall off in the hue circle
+class HalfDone(NamedTuple):
+    """An image whose colours are still to be changed, on the model's device.
+
+    Attributes:
+        image: uint8 tensor [3, H, W].
+        draw: float32 tensor [DRAWS] of `shards.colour`; [0] if nothing is left but normalising.
+    """
+
+    image: torch.Tensor
+    draw: torch.Tensor
+
+
+ImageTransform: TypeAlias = Callable[[Pixels], torch.Tensor]
+LoaderTransform: TypeAlias = Callable[[Pixels], torch.Tensor | HalfDone]
+
+_CROP_SCALE = (0.7, 1.0)  # DomainBed's
 _INTERPOLATIONS = {
     "nearest": InterpolationMode.NEAREST,
     "bilinear": InterpolationMode.BILINEAR,
     "bicubic": InterpolationMode.BICUBIC,
 }
-
-
-def decode_image(data: bytes) -> torch.Tensor:
-    """Decode an image file of any common format.
-
-    JPEG goes through torchvision's decoder, everything else, and any JPEG it refuses, through
-    Pillow. EXIF rotation is ignored, as in DomainBed.
-
-    Args:
-        data: The file's bytes.
-
-    Returns:
-        uint8 tensor [3, H, W], RGB.
-
-    Raises:
-        ValueError: If no decoder can read it.
-    """
-    if data.startswith(_JPEG_MAGIC):
-        try:
-            buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            decoded: torch.Tensor = decode_jpeg(buffer, mode=ImageReadMode.RGB)
-            return decoded
-        except RuntimeError:
-            pass  # Pillow reads some files that torchvision refuses, and explains the others
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of EXIF and palette oddities that change no pixel
-            with Image.open(io.BytesIO(data)) as image:
-                pixels = np.array(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"not a readable image ({error})") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-
-
-def undecodable_placeholder() -> torch.Tensor:
-    """Make the image that stands for one that cannot be decoded but must be counted.
-
-    Returns:
-        uint8 tensor [3, 32, 32], mid-grey.
-    """
-    return torch.full((3, 32, 32), 127, dtype=torch.uint8)
 
 
 def train_transform(data_config: Mapping[str, Any], augment: ResolvedAugment) -> ImageTransform:
@@ -85,24 +51,48 @@ def train_transform(data_config: Mapping[str, Any], augment: ResolvedAugment) ->
             `no_flip` (the same without mirroring) or `none` (the evaluation transform).
 
     Returns:
-        A function from uint8 [3, h, w] to float32 [3, H, W].
+        A function from pixels to float32 [3, H, W].
 
     Raises:
         DataConfigError: If the augmentation or the interpolation is unknown.
     """
-    if augment == "none":
-        return eval_transform(data_config)
-    if augment not in ("domainbed", "no_flip"):
-        raise DataConfigError(
-            f"augment = {augment!r}: must be domainbed, no_flip or none "
-            "(`DataConfig.resolved_augment()` gives what `auto` stands for)"
-        )
-    crop = v2.RandomResizedCrop(
-        _size(data_config), scale=_CROP_SCALE, interpolation=_interpolation(data_config)
-    )
-    flip = [v2.RandomHorizontalFlip()] if augment == "domainbed" else []
-    colour = [_ColourJitter(), v2.RandomGrayscale(_GREY)]
-    return _compose([crop, *flip, *colour, *_normalise(data_config)])
+    colour = [] if augment == "none" else [_colour]
+    return _compose([*_shape(data_config, augment), *colour, *_normalise(data_config)])
+
+
+def loader_transform(data_config: Mapping[str, Any], augment: ResolvedAugment) -> LoaderTransform:
+    """Build the loader's part of the training transform; `finish_batch` is the rest.
+
+    Args:
+        data_config: As for `train_transform`.
+        augment: As for `train_transform`.
+
+    Returns:
+        A function from pixels to a `HalfDone` image, with the same random numbers as
+        `train_transform`.
+
+    Raises:
+        DataConfigError: As for `train_transform`.
+    """
+    return _LoaderPart(_compose(_shape(data_config, augment)), augment != "none")
+
+
+def finish_batch(
+    images: torch.Tensor, draws: torch.Tensor, data_config: Mapping[str, Any]
+) -> torch.Tensor:
+    """Do the rest of the training transform for a batch, on whatever device it is.
+
+    Args:
+        images: uint8 tensor [b, 3, H, W].
+        draws: float32 tensor [b, DRAWS] or [b, 0], on the CPU.
+        data_config: As for `train_transform`.
+
+    Returns:
+        float32 tensor [b, 3, H, W].
+    """
+    if draws.shape[1]:
+        images = apply_colour_batch(images, draws)
+    return _compose(_normalise(data_config))(images)
 
 
 def eval_transform(data_config: Mapping[str, Any]) -> ImageTransform:
@@ -112,73 +102,66 @@ def eval_transform(data_config: Mapping[str, Any]) -> ImageTransform:
         data_config: As for `train_transform`.
 
     Returns:
-        A function from uint8 [3, h, w] to float32 [3, H, W].
+        A function from pixels to float32 [3, H, W].
 
     Raises:
         DataConfigError: If the interpolation is unknown.
     """
-    resize = v2.Resize(_size(data_config), interpolation=_interpolation(data_config))
-    return _compose([resize, *_normalise(data_config)])
+    return _compose([*_shape(data_config, "none"), *_normalise(data_config)])
 
 
-def shift_hue(image: torch.Tensor, shift: float) -> torch.Tensor:
-    """Turn the hue of an image; equals torchvision's `adjust_hue` to one grey level.
+class _LoaderPart:
+    """Shapes an image and draws what will happen to its colours."""
 
-    Args:
-        image: uint8 tensor [3, H, W].
-        shift: Part of a full turn of the colour circle, in [-0.5, 0.5].
+    def __init__(self, shape: ImageTransform, colour: bool) -> None:
+        self.shape = shape
+        self.colour = colour
 
-    Returns:
-        uint8 tensor [3, H, W].
-    """
-    rgb = image.float()
-    value, chroma_channel = rgb.max(dim=0)
-    chroma = value - rgb.amin(dim=0)
-    # hue in sixths of a turn: 2 x the channel of the maximum + the signed distance of the others
-    following = rgb.roll(-1, dims=0) - rgb.roll(-2, dims=0)  # (G - B, B - R, R - G)
-    distance = following.gather(0, chroma_channel[None])[0] / chroma.clamp(min=1)
-    hue = chroma_channel * 2 + distance + shift * 6
-    sector = (hue[None] + _SECTORS).remainder(6)
-    ramp = torch.minimum(sector, 4 - sector).clamp(0, 1)
-    shifted: torch.Tensor = ((value - chroma * ramp) * _TO_LEVEL).to(torch.uint8)
-    return shifted
+    def __call__(self, pixels: Pixels) -> HalfDone:
+        image = _to_tensor(self.shape(pixels))
+        return HalfDone(image, draw_colour() if self.colour else torch.empty(0))
 
 
-class _ColourJitter:
-    """Brightness, contrast, saturation and hue in random order, as torchvision's `ColorJitter`.
+def _shape(data_config: Mapping[str, Any], augment: ResolvedAugment) -> list[Any]:
+    """Build the steps that move pixels: crop and mirror, or the plain resize."""
+    size, interpolation = _size(data_config), _interpolation(data_config)
+    if augment == "none":
+        return [v2.Resize(size, interpolation=interpolation)]
+    if augment not in ("domainbed", "no_flip"):
+        raise DataConfigError(
+            f"augment = {augment!r}: must be domainbed, no_flip or none "
+            "(`DataConfig.resolved_augment()` gives what `auto` stands for)"
+        )
+    crop = v2.RandomResizedCrop(size, scale=_CROP_SCALE, interpolation=interpolation)
+    return [crop, v2.RandomHorizontalFlip()] if augment == "domainbed" else [crop]
 
-    Written out because hue dominates the cost of the whole chain, and `shift_hue` halves it.
-    """
 
-    def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        low, high = 1 - _JITTER, 1 + _JITTER
-        order = torch.randperm(4).tolist()
-        *factors, shift = torch.rand(4).tolist()
-        scales = [low + factor * (high - low) for factor in factors]
-        for step in order:
-            if step == 0:
-                image = functional.adjust_brightness(image, scales[0])
-            elif step == 1:
-                image = functional.adjust_contrast(image, scales[1])
-            elif step == 2:
-                image = functional.adjust_saturation(image, scales[2])
-            else:
-                image = shift_hue(image, (2 * shift - 1) * _JITTER)
-        return image
+def _colour(image: Pixels) -> Pixels:
+    """Draw and apply the colour augmentation."""
+    return apply_colour(image, draw_colour())
+
+
+def _normalise(data_config: Mapping[str, Any]) -> list[Any]:
+    """Build the last steps: uint8 to float32 in [0, 1], then mean and standard deviation."""
+    return [
+        _to_tensor,
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(list(data_config["mean"]), list(data_config["std"])),
+    ]
+
+
+def _to_tensor(image: Pixels) -> torch.Tensor:
+    """Convert Pillow's image to uint8 [3, H, W]; leave a tensor as it is."""
+    if isinstance(image, Image.Image):
+        converted: torch.Tensor = functional.pil_to_tensor(image)
+        return converted
+    return image
 
 
 def _compose(steps: list[Any]) -> ImageTransform:
     """Chain transforms."""
     chain: ImageTransform = v2.Compose(steps)
     return chain
-
-
-def _normalise(data_config: Mapping[str, Any]) -> list[Any]:
-    """Build the last steps: uint8 to float32 in [0, 1], then mean and standard deviation."""
-    return [
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(list(data_config["mean"]), list(data_config["std"])),
-    ]
 
 
 def _size(data_config: Mapping[str, Any]) -> tuple[int, int]:

@@ -1,82 +1,134 @@
 """The check of a whole shard set against its index, byte by byte."""
 
+import functools
 import io
 import json
+import logging
+import os
 import tarfile
 import zlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from shards.index import ShardIndex
-from shards.layout import ShardInfo, file_sha256
+from shards.layout import INFO_NAME, ShardInfo, file_sha256, sample_key, stock_info
+from shards.parallel import run_tasks
+from shards.progress import progress
+
+log = logging.getLogger(__name__)
+
+_MAX_LINES = 20  # of one shard; a damaged header can hide a thousand samples
 
 
-class _Expected(NamedTuple):
-    """What the index says of one sample."""
+@dataclass(frozen=True, kw_only=True)
+class _ShardCheck:
+    """What the index says of one shard; `rows` are those of its samples in the domain's table."""
 
-    env: int
-    rank: int
-    offset: int
-    size: int
-    label: int
-    crc32: int
+    path: Path
+    info: ShardInfo
+    domain: str
+    prefix: str
+    classes: tuple[str, ...]
+    rows: npt.NDArray[np.void]
 
 
-def verify_shards(index: ShardIndex, *, deep: bool) -> list[str]:
-    """Compare every shard with the index.
+def verify_shards(index: ShardIndex, *, deep: bool, jobs: int = 1) -> list[str]:
+    """Compare everything stored with the index.
 
     Args:
         index: An opened set; opening has checked the sizes and the sample tables.
-        deep: Also decode every image with Pillow.
+        deep: Also decode every image with Pillow. Images that were incomplete when they were
+            converted are logged, not counted as problems: they can be used.
+        jobs: Number of processes.
 
     Returns:
         One line per problem; empty when the set is sound.
+
+    Raises:
+        OutputError: If a process is killed from outside.
     """
-    problems = []
+    problems = list(_check_folder(index))
+    shards: dict[int, list[str]] = {}
+    total = sum(index.num_samples(env) for env in range(len(index.domains)))
+    with progress("verifying", total) as advance:
+        check = functools.partial(_check_shard, deep=deep)
+        for number, found in run_tasks(check, _checks(index), min(jobs, len(index.shards))):
+            shards[number], incomplete = found
+            for line in incomplete:
+                log.warning("%s", line)
+            advance(index.shards[number].samples)
+    return problems + [line for number in sorted(shards) for line in shards[number]]
+
+
+def _check_folder(index: ShardIndex) -> Iterator[str]:
+    """Yield the problems of tables, of files beside the shards, and of `_info.json`."""
     for env, name in enumerate(index.domains):
         table = index.table(env)
         if not np.array_equal(table["rank"], np.arange(len(table))):
-            problems.append(f"{name}: ranks in the sample table are not 0..{len(table) - 1}")
+            yield f"{name}: ranks in the sample table are not 0..{len(table) - 1}"
         if len(table) and int(table["label"].max()) >= len(index.classes):
-            problems.append(f"{name}: a label in the sample table names no class")
-    for number, shard in enumerate(index.shards):
-        path = index.root / shard.file
-        try:
-            if file_sha256(path) != shard.sha256:
-                problems.append(f"{path}: sha256 differs from the index")
-            problems += [f"{path}: {line}" for line in _check_shard(index, number, shard, deep)]
-        except (OSError, tarfile.TarError) as error:
-            problems.append(f"{path}: cannot be read ({error})")
-    return problems
+            yield f"{name}: a label in the sample table names no class"
+    known = {shard.file for shard in index.shards}
+    for name in sorted(os.listdir(index.root)):
+        if name.endswith(".tar") and name not in known:
+            yield f"{index.root / name}: a shard that is not in the index; other readers may use it"
+    path = index.root / INFO_NAME
+    try:
+        if json.loads(path.read_bytes()) != stock_info(index.domain_infos, index.shards):
+            yield f"{path}: does not describe the shards of the index"
+    except (OSError, ValueError) as error:
+        yield f"{path}: cannot be read ({error})"
 
 
-def _expected(index: ShardIndex, number: int) -> dict[str, _Expected]:
-    """Collect what the index says of the samples of one shard, by key."""
-    found = {}
-    for env in range(len(index.domains)):
-        table = index.table(env)
-        for rank in np.flatnonzero(table["shard"] == number):
-            row = table[rank]
-            found[index.key(env, int(rank))] = _Expected(
-                env,
-                int(rank),
-                int(row["offset"]),
-                int(row["size"]),
-                int(row["label"]),
-                int(row["crc32"]),
-            )
-    return found
+def _checks(index: ShardIndex) -> Iterator[_ShardCheck]:
+    """Yield what the index says, shard by shard; a shard belongs to one domain."""
+    envs = range(len(index.domains))
+    order = [np.argsort(index.table(env)["shard"], kind="stable") for env in envs]
+    sorted_shards = [index.table(env)["shard"][order[env]] for env in envs]
+    for number, info in enumerate(index.shards):
+        spans = [np.searchsorted(column, [number, number + 1]) for column in sorted_shards]
+        env = max(envs, key=lambda env: int(np.diff(spans[env])[0]))
+        ranks = order[env][spans[env][0] : spans[env][1]]
+        yield _ShardCheck(
+            path=index.root / info.file,
+            info=info,
+            domain=index.domains[env],
+            prefix=index.domain_infos[env].key_prefix,
+            classes=index.classes,
+            rows=np.array(index.table(env)[ranks]),
+        )
 
 
-def _check_shard(index: ShardIndex, number: int, shard: ShardInfo, deep: bool) -> Iterator[str]:
-    """Yield the problems of one shard."""
-    expected = _expected(index, number)
-    if len(expected) != shard.samples:
-        yield f"{shard.samples} samples expected, the tables name {len(expected)}"
-    images: set[str] = set()
-    with tarfile.open(index.root / shard.file, "r:") as archive:
+def _check_shard(check: _ShardCheck, deep: bool) -> tuple[list[str], list[str]]:
+    """List the problems of one shard, and its incomplete images."""
+    problems: list[str] = []
+    incomplete: list[str] = []
+    try:
+        if file_sha256(check.path) != check.info.sha256:
+            problems.append("sha256 differs from the index")
+        problems.extend(_compare_members(check, deep, incomplete))
+    except (OSError, tarfile.TarError) as error:
+        problems.append(f"cannot be read ({error})")
+    if len(problems) > _MAX_LINES:
+        problems[_MAX_LINES:] = [f"and {len(problems) - _MAX_LINES} more problems"]
+    return (
+        [f"{check.path}: {line}" for line in problems],
+        [f"{check.path}: {line}" for line in incomplete],
+    )
+
+
+def _compare_members(check: _ShardCheck, deep: bool, incomplete: list[str]) -> Iterator[str]:
+    """Yield the differences between a shard's members and the index; collect incomplete images."""
+    expected = {sample_key(check.prefix, int(row["rank"])): row for row in check.rows}
+    if len(expected) != check.info.samples:
+        yield f"{check.info.samples} samples expected, the tables name {len(expected)}"
+    seen: dict[str, list[str]] = {key: [] for key in expected}
+    with tarfile.open(check.path, "r:") as archive:
         for member in archive:
             key, _, suffix = member.name.partition(".")
             if key not in expected:
@@ -84,17 +136,27 @@ def _check_shard(index: ShardIndex, number: int, shard: ShardInfo, deep: bool) -
                 continue
             stream = archive.extractfile(member)
             data = stream.read() if stream else b""
+            seen[key].append(suffix if suffix in ("cls", "json") else "image")
             if suffix in ("cls", "json"):
-                yield from _check_text(index, key, suffix, data, expected[key])
+                yield from _check_text(check, key, suffix, data, expected[key])
             else:
-                images.add(key)
-                yield from _check_image(key, member.offset_data, data, expected[key], deep)
-    for key in sorted(set(expected) - images):
-        yield f"sample {key} is missing"
+                yield from _check_image(key, member.offset_data, data, expected[key])
+                if deep and (error := _decode_error(data)):
+                    if _decode_error(data, truncated=True):
+                        yield f"sample {key}: cannot be decoded ({error})"
+                    else:
+                        incomplete.append(f"sample {key}: the image is incomplete ({error})")
+    for key, kinds in seen.items():
+        if not kinds:
+            yield f"sample {key} is missing"
+            continue
+        for kind in ("image", "cls", "json"):
+            if kinds.count(kind) != 1:
+                yield f"sample {key}: {kinds.count(kind)} members of kind {kind}, expected 1"
 
 
 def _check_text(
-    index: ShardIndex, key: str, suffix: str, data: bytes, expected: _Expected
+    check: _ShardCheck, key: str, suffix: str, data: bytes, row: np.void
 ) -> Iterator[str]:
     """Yield the problems of a label or description."""
     try:
@@ -102,36 +164,46 @@ def _check_text(
     except ValueError:
         yield f"sample {key}: its .{suffix} is not readable"
         return
+    label = int(row["label"])
     if suffix == "cls":
-        if value != expected.label:
-            yield f"sample {key}: label {value}, expected {expected.label}"
+        if value != label:
+            yield f"sample {key}: label {value}, expected {label}"
         return
-    wanted = {
-        "domain": index.domains[expected.env],
-        "class_name": index.classes[expected.label],
-        "index": expected.rank,
-    }
+    name = check.classes[label] if label < len(check.classes) else None
+    wanted = {"domain": check.domain, "class_name": name, "index": int(row["rank"])}
     for field, want in wanted.items():
         if not isinstance(value, dict) or value.get(field) != want:
             yield f"sample {key}: its .json does not give {field} {want!r}"
 
 
-def _check_image(
-    key: str, offset: int, data: bytes, expected: _Expected, deep: bool
-) -> Iterator[str]:
-    """Yield the problems of an image."""
-    if (offset, len(data)) != (expected.offset, expected.size):
+def _check_image(key: str, offset: int, data: bytes, row: np.void) -> Iterator[str]:
+    """Yield the problems of an image's bytes."""
+    if (offset, len(data)) != (int(row["offset"]), int(row["size"])):
         yield (
-            f"sample {key}: {len(data)} bytes at offset {offset}, expected {expected.size} "
-            f"at {expected.offset}"
+            f"sample {key}: {len(data)} bytes at offset {offset}, expected {row['size']} "
+            f"at {row['offset']}"
         )
-    elif zlib.crc32(data) != expected.crc32:
+    elif zlib.crc32(data) != int(row["crc32"]):
         yield f"sample {key}: crc32 differs from the index"
-    elif deep:
-        from PIL import Image, UnidentifiedImageError
 
-        try:
-            with Image.open(io.BytesIO(data)) as image:
-                image.convert("RGB")
-        except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as error:
-            yield f"sample {key}: cannot be decoded ({error})"
+
+def _decode_error(data: bytes, truncated: bool = False) -> str | None:
+    """Try to decode an image; `truncated` accepts what is there of an incomplete one."""
+    from PIL import Image, ImageFile, UnidentifiedImageError  # here: only the deep check needs it
+
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = truncated
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.convert("RGB")
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+    ) as error:
+        return str(error) or type(error).__name__
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+    return None

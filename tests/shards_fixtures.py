@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from shards.datasets import dataset_spec
+from shards.datasets import DatasetSpec, dataset_spec
 from shards.index import ShardIndex
 from shards.stream import DomainStream
 from shards.transforms import train_transform
@@ -49,6 +49,40 @@ def make_folder(
     return root
 
 
+def awkward_folder(root: Path) -> Path:
+    """Names that trip careless listings: case, dots, unicode, spaces, nesting, stray files."""
+    names = [
+        "b.JPG",
+        "a.v2.jpeg",
+        "A.png",
+        "_z.webp",
+        "ünïcode 1.PNG",
+        "x y.TIF",
+        "10.bmp",
+        "9.bmp",
+    ]
+    kinds = {"jpg": "JPEG", "jpeg": "JPEG", "tif": "TIFF"}
+    for domain in ("Real World", "real.world", "zürich"):
+        for class_name in ("B c", "a.b", "Ä"):
+            folder = root / domain / class_name
+            for place, name in enumerate((*names, "deep/er/k.png", "deep.er/k.png", "Deep/k.jpg")):
+                path = folder / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                suffix = name.rpartition(".")[2].lower()
+                seed = hash_of(domain, class_name, place)
+                path.write_bytes(image_bytes(seed, kinds.get(suffix, suffix.upper())))
+            (folder / "notes.txt").write_text("not an image")
+            (folder / "jpg").write_text("no extension")
+            (folder / ".png.swp").write_text("swap file")
+        (root / domain / "stray.jpg").write_bytes(image_bytes(1, "JPEG"))
+    (root / "README.md").write_text("a file beside the domains")
+    return root
+
+
+def hash_of(*parts: object) -> int:
+    return sum(ord(letter) * (place + 1) for place, letter in enumerate("|".join(map(str, parts))))
+
+
 def make_set(folder: Path, shard_size: int = 8, **options: object) -> ShardIndex:
     """A shard set of such a folder."""
     make_folder(folder / "images", **options)  # type: ignore[arg-type]
@@ -70,6 +104,21 @@ def damage(path: Path, offset: int) -> None:
     data = bytearray(path.read_bytes())
     data[offset] ^= 0x20
     path.write_bytes(bytes(data))
+
+
+def domain_folders(root: Path, spec: DatasetSpec, per_class: int = 1) -> Path:
+    """A dataset's folders with made class names; the files are no images, the writer need not care.
+
+    Domain d has d images more in its first class than in the others.
+    """
+    assert spec.domains is not None
+    for d, domain in enumerate(spec.domains):
+        for c in range(spec.num_classes or 0):
+            folder = root / domain / f"class {c:03d}"
+            folder.mkdir(parents=True)
+            for number in range(per_class + (d if c == 0 else 0)):
+                (folder / f"{number}.jpg").write_bytes(f"{domain} {c} {number}".encode())
+    return root
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:

@@ -369,5 +369,5 @@ def test_files_are_synced_before_the_rename(
     with replaced_folder(tmp_path / "deep" / "folder") as temporary:
         (temporary / "a").write_text("1")
         (temporary / "b").write_text("2")
-    assert events == ["sync"] * 3 + ["rename"]
+    assert events == ["sync"] * 3 + ["rename", "sync"]
     assert contents(tmp_path / "deep" / "folder") == {"a": b"1", "b": b"2"}

@@ -1,12 +1,15 @@
 import logging
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from shards_fixtures import FOLDER, damage, folder_bytes, make_folder
+from shards_fixtures import FOLDER, damage, domain_folders, folder_bytes, make_folder
 
-from shards.writer import main, write_shards
+from shards.config import DataConfig
+from shards.datasets import DATASETS, open_shards
+from shards.writer import _byte_count, _parser, main, write_shards
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -47,6 +50,8 @@ def test_command_line_errors_take_one_line(tmp_path: Path) -> None:
         (("--out", out, "--root", str(tmp_path / "no")), 2, "no such folder"),
         (("--out", out, "--verify"), 2, "does not exist; make a shard set with"),
         (("--out", out, "--root", out, "--exclude-list", "no.txt"), 2, "cannot be read"),
+        (("--out", out, "--jobs", "0"), 2, "--jobs 0: must be 1 or more"),
+        (("--out", out, "--shard-bytes", "big"), 2, "'big' is not a number of bytes such as 512M"),
     ]
     for argv, code, text in cases:
         found, said = command(*argv)
@@ -73,6 +78,58 @@ def test_command_line_converts_and_verifies(
     assert main(["--out", out, "--verify"]) == 65
 
 
+def test_the_documentation_agrees_with_the_program() -> None:
+    text = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
+    lines = text.replace("\\\n", " ").splitlines()
+    commands = [line for line in lines if line.startswith("python -m shards.writer")]
+    assert len(commands) == 2
+    for line in commands:
+        assert _parser().parse_args(shlex.split(line)[3:]).dataset == "domainnet"
+    for spec in DATASETS.values():
+        if spec.folder is not None and spec.domains is not None:
+            row = f"| `{spec.name}` | `{spec.folder}` | {', '.join(spec.domains)} |"
+            assert f"{row} {spec.num_classes} |" in lines
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("1", 1), ("3k", 3072), ("512M", 2**29), ("2G", 2**31), ("1T", 2**40), (" 7 ", 7)],
+)
+def test_sizes_in_bytes(text: str, count: int) -> None:
+    assert _byte_count(text) == count
+
+
+def test_domainnet_with_its_duplicates(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The real list with other images is refused; any other list is only remarked upon."""
+    spec = DATASETS["domainnet"]
+    assert spec.domains is not None
+    assert spec.duplicates is not None
+    root = domain_folders(tmp_path / "domain_net", spec)
+    lines = [
+        f"{domain}/class 000/{number}.jpg"
+        for domain, count in zip(spec.domains, spec.duplicates, strict=True)
+        for number in range(10, 10 + count)
+    ]
+    lines[0] = "clipart/class 000/0.jpg"
+    (root / "clipart/class 000/1.jpg").write_bytes(b"not a duplicate")
+    exclude, out = tmp_path / "domain_net_duplicates.txt", tmp_path / "out"
+    exclude.write_text("\n".join(lines) + "\n")
+    argv = ["--dataset", "domainnet", "--root", str(tmp_path), "--out", str(out), "--jobs", "1"]
+    with caplog.at_level(logging.INFO):
+        assert main([*argv, "--exclude-list", str(exclude)]) == 2
+    assert "1 images left out" in caplog.text
+    assert "9430 of 9431 entries name no image (clipart/class 000/100.jpg, " in caplog.text
+    assert "domainnet has other numbers of images: clipart 345 instead of 48129" in caplog.text
+    assert not out.exists()
+    exclude.write_text("\n".join(lines[:-1]) + "\n")
+    caplog.clear()
+    assert main([*argv, "--exclude-list", str(exclude), "--verify"]) == 0
+    assert "clipart 345 instead of 48129" in caplog.text
+    index = open_shards(DataConfig(dataset="domainnet", root=str(out)))
+    assert [index.num_samples(env) for env in range(6)] == [345, 346, 347, 348, 349, 350]
+    assert index.read(0, 0).image == b"not a duplicate"
+
+
 def test_deep_check_finds_an_image_that_was_never_readable(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -96,7 +153,7 @@ def test_help_is_light(tmp_path: Path) -> None:
         "shards.digits, shards.writer\n"
         "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
         "    shards.writer.main(['--help'])\n"
-        "print([m for m in ('torch', 'webdataset', 'sklearn', 'PIL') if m in sys.modules])"
+        "print([m for m in ('torch', 'webdataset', 'sklearn', 'PIL', 'rich') if m in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", probe], cwd=REPOSITORY, capture_output=True, text=True, check=True

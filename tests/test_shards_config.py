@@ -7,6 +7,7 @@ import shards
 from shards.config import DataConfig
 from shards.datasets import dataset_spec
 from shards.errors import DataConfigError
+from shards.remote import StorageOptions
 
 PACKAGE = Path(__file__).resolve().parents[1] / "shards"
 
@@ -25,15 +26,55 @@ def test_all_problems_are_listed_at_once() -> None:
         augment="mirror",  # type: ignore[arg-type]
     )
     assert config.problems() == [
-        "data.dataset = 'digit': not a known dataset; legal: digits, folder "
-        "(did you mean 'digits'?)",
-        "data.mode = 'shuffle': must be one of permutation, replacement",
+        "data.dataset = 'digit': not a known dataset; legal: digits, folder, pacs, vlcs, "
+        "officehome, terraincognita, domainnet (did you mean 'digits'?)",
+        "data.mode = 'shuffle': must be one of permutation, window, replacement",
         "data.workers = -1: must be 0 or more",
         "data.holdout_fraction = 1.5: must lie in [0, 1); DomainBed uses 0.2",
         "data.augment = 'mirror': must be one of auto, domainbed, no_flip, none",
     ]
     (problem,) = DataConfig(dataset="folder").problems()
     assert problem.startswith("data.root is not set")
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"mode": "window"}, "data.window = 0: mode window needs the number of shards"),
+        ({"window": 4}, "data.window = 4: only for data.mode window, not permutation"),
+        ({"decode": "cv2"}, "data.decode = 'cv2': must be one of auto, pil"),
+        ({"truncated": "drop"}, "data.truncated = 'drop': must be one of keep, substitute"),
+        ({"augment_on": "gpu"}, "data.augment_on = 'gpu': must be one of loader, device"),
+        ({"augment_on": "device", "decode": "pil"}, "data.augment_on = 'device': works on tensors"),
+        ({"max_bad_fraction": 1.5}, "data.max_bad_fraction = 1.5: must lie in [0, 1]"),
+        ({"root": "http://x/y"}, "data.cache_dir is not set: data.root = 'http://x/y' needs a"),
+        ({"root": "pipe:cat {}"}, "data.cache_dir is not set"),
+        ({"cache_gib": 0.0}, "data.cache_gib = 0.0: must be a finite number > 0"),
+        ({"fetch_deadline": float("inf")}, "data.fetch_deadline = inf: must be a finite number"),
+        ({"fetch_retries": -1}, "data.fetch_retries = -1: must be 0 or more"),
+        ({"exclude_list": "a", "include_list": "b"}, "data.include_list = 'b': not together"),
+    ],
+)
+def test_reading_settings_that_cannot_work(change: dict, problem: str) -> None:
+    (found,) = DataConfig(**change).problems()
+    assert found.startswith(problem)
+
+
+def test_reading_settings_that_can_work(tmp_path: Path) -> None:
+    for change in (
+        {"mode": "window", "window": 4},
+        {"mode": "replacement"},
+        {"root": "s3://bucket/set", "cache_dir": str(tmp_path)},
+        {"decode": "pil", "truncated": "substitute", "max_bad_fraction": 0.0},
+        {"augment_on": "device"},
+    ):
+        assert DataConfig(**change).problems() == []  # type: ignore[arg-type]
+    options = StorageOptions.of(
+        DataConfig(cache_dir="c", cache_gib=0.5, fetch_deadline=9.0, fetch_retries=1)
+    )
+    assert (options.cache_dir, options.cache_bytes) == (Path("c"), 2**29)
+    assert (options.policy.deadline, options.policy.retries) == (9.0, 1)
+    assert options.policy.stall() == 4.5
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from shards.writer import main
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PIXELS_SHA256 = "c320eced4cee669bae13ab704636dd8672a7eaa5a34bbfebd252c49bfcb6249c"
-INDEX_SHA256 = "d6708167319d88956da9b8199c45ee5c21ec3244e4be640d810ff99c8e2526bc"
+INDEX_SHA256 = "342d0384640f1528cbfa636334a0e5c7197cbe0969271110a9a637c4e6aa267e"
 
 
 @pytest.fixture(scope="module")

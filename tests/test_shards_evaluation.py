@@ -4,11 +4,11 @@ import pytest
 import torch
 from shards_fixtures import FOLDER, make_folder, make_set, pixels_only, small_train_transform
 
+from shards.decoding import decode_image
 from shards.errors import DataConfigError
 from shards.evaluation import evaluation_loader
 from shards.index import ShardIndex
 from shards.split import split_indices
-from shards.transforms import decode_image
 from shards.writer import write_shards
 
 
@@ -87,7 +87,9 @@ def test_undecodable_image_still_counts(tmp_path: Path, caplog: pytest.LogCaptur
     batches = list(load(index, 0, "all", transform=small_train_transform()))
     assert sum(len(batch.labels) for batch in batches) == 18
     assert sum(batch.substituted for batch in batches) == 1
-    assert "sample art-0000011: not a readable image" in caplog.text
+    assert "sample art-0000011 (folder-art-000000.tar, offset " in caplog.text
+    (bad,) = [sample for batch in batches for sample in batch.bad]
+    assert (bad.env, bad.key, bad.reason) == (0, "art-0000011", "undecodable")
 
 
 def test_bad_arguments_are_refused(index: ShardIndex) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from shards_fixtures import damage, make_set
 
-import shards.index
+import shards.reading
 from shards.errors import DamagedDataError, DataConfigError
 from shards.index import ShardIndex
 
@@ -38,9 +38,9 @@ def test_reads_the_original_bytes(index: ShardIndex, tmp_path: Path) -> None:
 
 
 def test_few_files_stay_open(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards.index, "_MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr(shards.reading, "_MAX_OPEN_SHARDS", 2)
     first = [index.read(env, rank) for env in range(3) for rank in range(18)]
-    assert len(index._open_files) == 2
+    assert len(index.reader._open_files) == 2
     index.close()
     assert [index.read(env, rank) for env in range(3) for rank in range(18)] == first
 

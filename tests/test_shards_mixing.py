@@ -68,6 +68,20 @@ def test_replacement_draws_differ_from_the_permutation(index: ShardIndex) -> Non
     assert stream.keys(0) == stream_of(index, mode="replacement", batch_per_domain=30).keys(0)
 
 
+def test_windows_of_a_step_hold_all_it_reads(index: ShardIndex) -> None:
+    stream = stream_of(index, mode="window", window=1)
+    for step in range(40):
+        read = set()
+        for env, _, rank in zip(*stream.slots(step), strict=True):
+            read.add(int(index.table(int(env))["shard"][rank]))
+        live, following = stream.windows(step)
+        assert read <= set(live)
+        assert not set(live) & set(following)
+        assert len(live) <= 8, "the windows of four positions cannot be all shards"
+    everything = {int(shard) for env in (0, 1, 3) for shard in index.table(env)["shard"]}
+    assert stream_of(index).windows(7) == (sorted(everything), [])
+
+
 def test_digest_tells_steps_and_settings_apart(index: ShardIndex) -> None:
     stream = stream_of(index)
     digests = {stream.batch_digest(step) for step in range(100)}
@@ -89,6 +103,8 @@ def test_fingerprint_holds_what_determines_the_order(index: ShardIndex) -> None:
         {"sources": [0, 1, 2]},
         {"batch_per_domain": 5},
         {"mode": "replacement"},
+        {"mode": "window", "window": 1},
+        {"mode": "window", "window": 2},
         {"holdout_fraction": 0.3},
     ]
     for change in changes:
@@ -123,7 +139,12 @@ def test_world_sizes(index: ShardIndex) -> None:
         ({"sources": [1, 1]}, "each once"),
         ({"sources": [0, 4]}, r"domain number 4 must lie in \[0, 4\)"),
         ({"batch_per_domain": 0}, "train.batch_per_domain = 0: must be 1 or more"),
-        ({"mode": "shuffle"}, "data.mode = 'shuffle': must be one of permutation, replacement"),
+        (
+            {"mode": "shuffle"},
+            "data.mode = 'shuffle': must be one of permutation, window, replacement",
+        ),
+        ({"mode": "window"}, "data.window = 0: mode window needs the number of shards"),
+        ({"window": 3}, "data.window = 3: only for data.mode window, not permutation"),
         ({"holdout_fraction": 1.0}, "holdout_fraction = 1.0"),
     ],
 )

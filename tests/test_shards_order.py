@@ -5,12 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import shards.order
 from shards.order import (
+    DomainOrder,
     hash64,
     permutation,
     random_words,
     splitmix64,
-    stream_index,
     substitute_index,
 )
 
@@ -41,6 +42,10 @@ def scalar_permutation(key: int, n: int) -> list[int]:
     return sorted(range(n), key=lambda i: (scalar_splitmix64(i ^ salt), i))
 
 
+def elements(seed: int, domain: str, n: int, k: object, mode: str = "permutation") -> np.ndarray:
+    return DomainOrder(seed, domain, n, mode).elements(k)  # type: ignore[arg-type]
+
+
 def test_splitmix64_known_values() -> None:
     # Steele's generator with seed 1234567; published with the algorithm
     golden = 0x9E3779B97F4A7C15
@@ -69,28 +74,93 @@ def test_permutation_equals_scalar(key: int, n: int) -> None:
 def test_stream_equals_scalar(seed: int, n: int, k: int) -> None:
     epoch, place = divmod(k, n)
     key = scalar_hash(seed, "ärt", epoch)
-    assert int(stream_index(seed, "ärt", n, k)) == scalar_permutation(key, n)[place]
+    assert int(elements(seed, "ärt", n, k)) == scalar_permutation(key, n)[place]
     word = scalar_splitmix64(k ^ scalar_splitmix64(scalar_hash(seed, "ärt", "replacement")))
-    assert int(stream_index(seed, "ärt", n, k, "replacement")) == word % n
+    assert int(elements(seed, "ärt", n, k, "replacement")) == word % n
 
 
 def test_vector_equals_one_by_one_across_epochs() -> None:
     k = np.array([[0, 6, 7], [13, 14, 700]])
-    whole = stream_index(3, "photo", 7, k)
+    whole = elements(3, "photo", 7, k)
     assert whole.shape == k.shape
-    assert whole.tolist() == [[int(stream_index(3, "photo", 7, x)) for x in row] for row in k]
+    assert whole.tolist() == [[int(elements(3, "photo", 7, x)) for x in row] for row in k]
 
 
 @pytest.mark.parametrize("n", [1, 5, 240])
 def test_every_sample_once_per_epoch(n: int) -> None:
-    epochs = stream_index(0, "photo", n, np.arange(4 * n)).reshape(4, n)
+    epochs = elements(0, "photo", n, np.arange(4 * n)).reshape(4, n)
     assert (np.sort(epochs, axis=1) == np.arange(n)).all()
     if n > 1:
         assert len({tuple(epoch) for epoch in epochs.tolist()}) == 4
 
 
+def scalar_window(seed: int, domain: str, shards: list[int], epoch: int, window: int) -> list[int]:
+    """One epoch of mode `window`, from its description."""
+    present = sorted(set(shards))
+    taken = [
+        present[place]
+        for place in scalar_permutation(scalar_hash(seed, domain, "shards", epoch), len(present))
+    ]
+    whole = scalar_permutation(scalar_hash(seed, domain, epoch), len(shards))
+    result = []
+    for first in range(0, len(taken), window):
+        result += [i for i in whole if shards[i] in taken[first : first + window]]
+    return result
+
+
+@settings(deadline=None)
+@given(
+    st.integers(0, 9),
+    st.lists(st.integers(0, 7), min_size=1, max_size=40),
+    st.integers(0, 3),
+    st.integers(1, 9),
+)
+def test_windows_equal_scalar(seed: int, shards: list[int], epoch: int, window: int) -> None:
+    n = len(shards)
+    order = DomainOrder(seed, "ärt", n, "window", window, shards)
+    found = order.elements(np.arange(epoch * n, (epoch + 1) * n)).tolist()
+    assert found == scalar_window(seed, "ärt", shards, epoch, window)
+    assert sorted(found) == list(range(n))
+    for place, element in enumerate(found):
+        assert shards[element] in order.windows(epoch * n + place, epoch * n + place).live
+
+
+def test_a_window_of_all_shards_is_the_permutation() -> None:
+    k = np.arange(100)
+    shards = np.arange(30) % 5
+    assert (
+        DomainOrder(1, "a", 30, "window", 5, shards).elements(k).tolist()
+        == elements(1, "a", 30, k).tolist()
+    )
+
+
+def test_next_window_is_known_before_it_is_read() -> None:
+    order = DomainOrder(0, "a", 60, "window", 2, np.arange(60) % 7)
+    last = order.windows(0, 0)
+    for k in range(1, 150):
+        now = order.windows(k, k)
+        assert now == last or now.live == last.following
+        last = now
+
+
+def test_equal_words_keep_their_order() -> None:
+    words = np.array([5, 1, 5, 0, 1, 5], dtype=np.uint64)
+    assert shards.order._sorting_order(words).tolist() == [3, 1, 4, 0, 2, 5]
+
+
+def test_few_epochs_stay_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards.order, "_CACHED_ELEMENTS", 50)
+    order = DomainOrder(0, "a", 10)
+    whole = order.elements(np.arange(200)).tolist()
+    assert len(order._epochs) == 5
+    large = DomainOrder(0, "a", 40)
+    large.elements(np.arange(400))
+    assert list(large._epochs) == [8, 9]
+    assert [int(order.elements(k)) for k in range(200)] == whole
+
+
 def test_replacement_is_uniform_and_repeats() -> None:
-    drawn = stream_index(0, "photo", 10, np.arange(20_000), "replacement")
+    drawn = elements(0, "photo", 10, np.arange(20_000), "replacement")
     counts = np.bincount(drawn, minlength=10)
     assert counts.min() > 1800
     assert counts.max() < 2200
@@ -99,10 +169,10 @@ def test_replacement_is_uniform_and_repeats() -> None:
 def test_streams_differ_by_seed_domain_and_mode() -> None:
     k = np.arange(50)
     streams = {
-        tuple(stream_index(0, "a", 50, k)),
-        tuple(stream_index(1, "a", 50, k)),
-        tuple(stream_index(0, "b", 50, k)),
-        tuple(stream_index(0, "a", 50, k, "replacement")),
+        tuple(elements(0, "a", 50, k)),
+        tuple(elements(1, "a", 50, k)),
+        tuple(elements(0, "b", 50, k)),
+        tuple(elements(0, "a", 50, k, "replacement")),
     }
     assert len(streams) == 4
 
@@ -128,5 +198,5 @@ def test_golden_digests() -> None:
     assert digest(random_words(7, np.arange(1000, dtype=np.uint64))) == GOLDEN["words"]
     assert digest(permutation(hash64(0, "photo", 0), 48129)) == GOLDEN["permutation"]
     k = np.arange(1000, 3000)
-    assert digest(stream_index(5, "real", 777, k)) == GOLDEN["stream"]
-    assert digest(stream_index(5, "real", 777, k, "replacement")) == GOLDEN["replacement"]
+    assert digest(elements(5, "real", 777, k)) == GOLDEN["stream"]
+    assert digest(elements(5, "real", 777, k, "replacement")) == GOLDEN["replacement"]

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from shards_fixtures import (
+    DATA_CONFIG,
     FOLDER,
     assert_equal,
     collect,
@@ -15,9 +16,11 @@ from shards_fixtures import (
     stream_of,
 )
 
+from shards.decoding import decode_image
 from shards.errors import DataConfigError
 from shards.index import ShardIndex
-from shards.transforms import decode_image
+from shards.loading import finish_images
+from shards.transforms import loader_transform
 from shards.writer import write_shards
 
 
@@ -128,3 +131,25 @@ def test_bad_loader_arguments_are_refused(index: ShardIndex) -> None:
         stream_of(index).loader(0, 1, workers=-1)
     with pytest.raises(DataConfigError, match="steps 3 to 2"):
         stream_of(index).loader(3, 2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_colours_on_the_device_equal_colours_in_the_loader(index: ShardIndex, workers: int) -> None:
+    half = stream_of(index, transform=loader_transform(DATA_CONFIG, "domainbed"))
+    whole = collect(stream_of(index), 0, 6)
+    finished = []
+    for expected, batch in zip(whole, half.loader(0, 6, workers=workers), strict=True):
+        assert batch.images.dtype == torch.uint8
+        assert batch.colour is not None
+        images = finish_images(batch, torch.device("cpu"), DATA_CONFIG)
+        assert images.dtype == torch.float32
+        finished.append((images - expected[0]).abs() * 255 * 0.2)  # in grey levels, or less
+        assert torch.equal(batch.labels, expected[1])
+    difference = torch.stack(finished)
+    assert difference.max() <= 3.01
+    assert (difference > 0.01).float().mean() < 0.001, "only where a rounding falls the other way"
+
+
+def test_batches_of_the_loader_are_finished(index: ShardIndex) -> None:
+    (batch,) = stream_of(index).loader(0, 1)
+    assert finish_images(batch, torch.device("cpu"), DATA_CONFIG) is batch.images

@@ -1,20 +1,23 @@
 import io
+import itertools
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from shards_fixtures import DATA_CONFIG, image_bytes
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
+from shards.colour import apply_colour, apply_colour_batch, draw_colour, shift_hue
+from shards.decoding import Decoder, decode_image, undecodable_placeholder
 from shards.errors import DataConfigError
 from shards.transforms import (
-    _ColourJitter,
-    decode_image,
+    HalfDone,
     eval_transform,
-    shift_hue,
+    finish_batch,
+    loader_transform,
     train_transform,
-    undecodable_placeholder,
 )
 
 
@@ -151,7 +154,9 @@ def test_jitter_equals_torchvision_step_by_step() -> None:
     orders = set()
     for seed in range(20):
         torch.manual_seed(seed)
-        result = _ColourJitter()(image)
+        draw = draw_colour()
+        draw[-1] = 0
+        result = apply_colour(image, draw)
         torch.manual_seed(seed)
         order = torch.randperm(4).tolist()
         draws = torch.rand(4).tolist()
@@ -169,6 +174,113 @@ def test_jitter_equals_torchvision_step_by_step() -> None:
         assert difference.mean() < 0.1
         assert difference.max() <= 6  # one level of hue, stretched by later contrast
     assert len(orders) > 5
+
+
+def test_colours_are_sometimes_grey() -> None:
+    image = torch.from_numpy(smooth()).permute(2, 0, 1).contiguous()
+    grey = 0
+    for seed in range(200):
+        torch.manual_seed(seed)
+        draw = draw_colour()
+        result = apply_colour(image, draw)
+        grey += int((result == result[:1]).all())
+        assert bool((result == result[:1]).all()) == bool(draw[-1])
+    assert 8 < grey < 35
+
+
+def coloured(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Draws for a batch, what they make of it one by one, and all at once."""
+    torch.manual_seed(0)
+    draws = torch.stack([draw_colour() for _ in images])
+    alone = torch.stack(
+        [apply_colour(image, draw) for image, draw in zip(images, draws, strict=True)]
+    )
+    return draws, alone, apply_colour_batch(images, draws)
+
+
+def test_a_whole_batch_is_coloured_as_its_images_one_by_one() -> None:
+    images = torch.randint(0, 256, (96, 3, 12, 14), dtype=torch.uint8)
+    before = images.clone()
+    draws, alone, batch = coloured(images)
+    assert torch.equal(images, before)
+    assert {tuple(order) for order in draws[:, :4].tolist()} == set(
+        itertools.permutations((0.0, 1.0, 2.0, 3.0))
+    )
+    assert draws[:, -1].sum() > 3
+    difference = (alone.int() - batch.int()).abs()
+    assert (difference > 0).float().mean() < 0.001, "only where a rounding falls the other way"
+    assert difference.max() <= 3
+
+
+@pytest.mark.parametrize("augment", ["domainbed", "no_flip", "none"])
+def test_finishing_on_the_device_equals_the_loader(augment: str) -> None:
+    whole = train_transform(DATA_CONFIG, augment)  # type: ignore[arg-type]
+    half = loader_transform(DATA_CONFIG, augment)  # type: ignore[arg-type]
+    alone, images, draws = [], [], []
+    for seed in range(60):
+        image = decode_image(image_bytes(seed, "PNG", (40, 30)))
+        torch.manual_seed(seed)
+        alone.append(whole(image))
+        after = torch.rand(1)
+        torch.manual_seed(seed)
+        made = half(image)
+        assert isinstance(made, HalfDone)
+        assert torch.equal(torch.rand(1), after), "both draw equally often"
+        images.append(made.image)
+        draws.append(made.draw)
+    result = finish_batch(torch.stack(images), torch.stack(draws), DATA_CONFIG)
+    assert result.dtype == torch.float32
+    difference = (result - torch.stack(alone)).abs() * 255 * 0.2  # in grey levels, or less
+    assert difference.max() <= 3.01
+    assert (difference > 0.01).float().mean() < 0.001
+
+
+def test_pillow_way_equals_the_tensor_way_to_a_few_levels() -> None:
+    """The same draws, another resize and other roundings."""
+    transform = train_transform(DATA_CONFIG, "domainbed")
+    data = encoded(Image.fromarray(smooth()), "PNG")
+    differences = []
+    for seed in range(40):
+        results = []
+        for decode in ("auto", "pil"):
+            torch.manual_seed(seed)
+            results.append(transform(Decoder(decode)(data).pixels))  # type: ignore[arg-type]
+        differences.append((results[0] - results[1]).abs() * 255 * torch.tensor(
+            DATA_CONFIG["std"]
+        )[:, None, None])  # fmt: skip
+    levels = torch.stack(differences)
+    assert levels.mean() < 1.2, "Pillow keeps hue and saturation in whole levels"
+    assert levels.quantile(0.99) < 8
+
+
+def test_pillow_way_is_torchvisions_own_chain_on_a_pillow_image() -> None:
+    data = encoded(Image.fromarray(smooth()), "PNG")
+    pixels = Decoder("pil")(data).pixels
+    assert isinstance(pixels, Image.Image)
+    reference = v2.Compose(
+        [v2.Resize((24, 24), InterpolationMode.BICUBIC), v2.PILToTensor(),
+         v2.ToDtype(torch.float32, scale=True), v2.Normalize((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))]
+    )  # fmt: skip
+    assert torch.equal(eval_transform(DATA_CONFIG)(pixels), reference(pixels))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("decode", ["auto", "pil"])
+def test_incomplete_files_are_kept_or_refused(kind: str, decode: str) -> None:
+    data = image_bytes(3, kind, (120, 160))
+    cut = data[: len(data) * 2 // 3]
+    found = Decoder(decode, "keep")(cut)  # type: ignore[arg-type]
+    assert found.truncated
+    whole = np.asarray(Decoder("pil")(data).pixels)
+    pixels = np.asarray(found.pixels if decode == "pil" else found.pixels.permute(1, 2, 0))  # type: ignore[union-attr]
+    assert (pixels[:8] == whole[:8]).all(), "what is there is used"
+    assert (pixels[-24:] == pixels[-1, -1]).all(), "what is missing is one colour"
+    with pytest.raises(ValueError, match="not a readable image"):
+        Decoder(decode, "substitute")(cut)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="not a readable image"):
+        Decoder(decode, "keep")(b"<html>404</html>")  # type: ignore[arg-type]
+    assert not Decoder(decode)(data).truncated  # type: ignore[arg-type]
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES, "Pillow's switch is back where it was"
 
 
 def test_bad_settings_name_what_is_legal() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from moa import MoAConfig, MoALinear
-from trainer import bench, bench_engine, bench_layer, bench_step
+from trainer import bench, bench_engine, bench_layer, bench_step, bench_traffic
 from trainer.bench_timing import interleaved
 
 
@@ -83,8 +83,19 @@ def test_a_step_through_the_engine() -> None:
         assert 0 < float(row["loss"]) < 20
 
 
+def test_traffic_is_what_the_formula_says() -> None:
+    """Counted at the collectives against the byte count by which a transport is chosen."""
+    shape = bench_traffic.Shape("tiny", width=16, layers=2, tokens=500)
+    (rows,) = bench_traffic.measure(shape, (2,)).values()
+    (row,) = rows.values()
+    experts = 2 * 15 * (16 + 48) * 4  # bytes of both layers' factors, half of them leave
+    assert float(row["gather MiB"]) * 2**20 == pytest.approx(experts, rel=0.05)
+    tokens = 2 * 2 * 500 * (16 + 48) * 4 / 2
+    assert float(row["all_to_all MiB"]) * 2**20 == pytest.approx(tokens, rel=0.25)
+
+
 def test_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         bench.main(["--part", "everything"])
     assert caught.value.code == 2
-    assert "legal are layer, step, engine, data" in capsys.readouterr().err
+    assert "legal are layer, step, engine, traffic, checkpoint, data" in capsys.readouterr().err

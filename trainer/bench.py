@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from trainer.bench_timing import Table
 
-PARTS = ("layer", "step", "engine", "data")
+PARTS = ("layer", "step", "engine", "traffic", "checkpoint", "data")
 LARGE = ("vit_large_patch14_clip_224", "vit_gigantic_patch14_clip_224")
 
 
 def main(argv: Sequence[str]) -> int:
     """Command line: prints the tables, or JSON."""
     args = _parser().parse_args(argv)
-    args.part = args.part or (("step",) if args.device == "cuda" else ("layer", "step", "data"))
+    args.part = args.part or (
+        ("step",) if args.device == "cuda" else ("layer", "step", "traffic", "checkpoint", "data")
+    )
     measured: dict[str, Table] = {}
     for part in args.part:
         measured |= _measure(part, args)
@@ -35,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trainer.bench", description=__doc__)
     parser.add_argument(
         "--part", type=_part, nargs="+", metavar="PART",
-        help=f"which of {', '.join(PARTS)}; default layer, step and data; on a GPU step",
+        help=f"which of {', '.join(PARTS)}; default all but engine; on a GPU step",
     )  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument(
@@ -81,6 +83,14 @@ def _measure(part: str, args: argparse.Namespace) -> "dict[str, Table]":
         from trainer import bench_engine
 
         return bench_engine.measure()
+    if part == "traffic":
+        from trainer import bench_traffic
+
+        return bench_traffic.measure()
+    if part == "checkpoint":
+        from trainer import bench_checkpoint
+
+        return bench_checkpoint.measure()
     if part == "data":
         from trainer import bench_data
 

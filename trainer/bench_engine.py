@@ -69,7 +69,7 @@ def _one_step(case: Case) -> dict[str, float | str]:
     backbone = create_backbone(config.model, num_classes=345, seed=0)
     moa.inject(backbone.model, config.moa)
     resolved = ds_json.resolve(config, 1, case.batch, case.precision == "bf16")
-    ready = engine.Engine(backbone.model, config.optim, resolved, world)
+    ready = engine.Engine(backbone.model, config.optim, resolved, world, config.moa)
     before = ready.masters()
     moa.set_routing_position(ready.module, moa.RoutingPosition(0, 0, 0))
     images = torch.randn(case.batch, *backbone.data_config["input_size"])

@@ -1,15 +1,17 @@
 """Checkpoints of what trains: adapters, their optimizer state and the run's position.
 
 A checkpoint folder `step-NNNNNNNN/` holds the adapter's files, `optimizer.safetensors` (Adam's two
-moments per trainable name), `state.json`, and `manifest.json` with size and SHA-256 of each. The
-adapter's tensors are the fp32 masters. Nothing in it depends on the world size or the ZeRO stage,
-and no frozen tensor is in it. It is complete exactly when it carries its final name.
+moments per trainable name), `best_model.safetensors` (the best adapter so far, unless it is this
+one), `state.json`, and `manifest.json` with size and SHA-256 of each. The adapter's tensors are the
+fp32 masters. Nothing in it depends on the world size or the ZeRO stage, and no frozen tensor is in
+it. It is complete exactly when it carries its final name, and `latest` names the newest for people
+and scripts: the loader itself goes by the steps and by what verifies.
 """
 
 import hashlib
 import json
 import logging
-import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,12 +23,30 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from moa.errors import AdapterError
-from moa.state import AdapterInfo, read_adapter, replaced_folder, write_adapter
-from trainer.errors import CheckpointError
+from moa.state import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    AdapterInfo,
+    read_adapter,
+    recover_folder,
+    replaced_folder,
+    write_adapter,
+)
+from trainer.durable import replace_text, sync
+from trainer.errors import CheckpointError, OutputError
 
 log = logging.getLogger(__name__)
 
-OPTIMIZER_FILE, STATE_FILE, MANIFEST_FILE = "optimizer.safetensors", "state.json", "manifest.json"
+FORMAT_VERSION = 2
+OPTIMIZER_FILE, BEST_FILE = "optimizer.safetensors", "best_model.safetensors"
+STATE_FILE, MANIFEST_FILE = "state.json", "manifest.json"
+NEEDED = {CONFIG_FILE, WEIGHTS_FILE, OPTIMIZER_FILE, STATE_FILE}
+LATEST = "latest"
+NAME = re.compile(r"step-(\d{8,})")
+
+
+class UnknownFormatError(CheckpointError):
+    """A whole checkpoint of another release; going back over it would lose work in silence."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +58,14 @@ class Checkpoint:
         state: contents of `state.json`; `step` counts completed optimizer steps.
         masters: trainable name -> fp32 value.
         moments: `name|exp_avg` and `name|exp_avg_sq` -> fp32 value.
+        best: the best adapter's values; None if there is none, or `masters` are the best.
     """
 
     folder: Path
     state: dict[str, Any]
     masters: dict[str, Tensor]
     moments: dict[str, Tensor]
+    best: dict[str, Tensor] | None
 
 
 def save(
@@ -53,56 +75,113 @@ def save(
     moments: Mapping[str, Tensor],
     state: Mapping[str, Any],
     keep: int,
+    best: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Writes `root/step-NNNNNNNN`, points `root/latest` at it, drops all but the newest `keep`.
 
-    Only the main rank calls this, with what the engine gathered on all ranks.
+    Only the main rank calls this, with what the engine gathered on all ranks. No older checkpoint
+    is touched before the new one is on the disk under its final name.
+
+    Raises:
+        OutputError: it cannot be written; the older checkpoints are as they were.
     """
     folder = root / f"step-{state['step']:08d}"
-    with replaced_folder(folder) as temporary:
-        write_adapter(temporary, masters, info)
-        (temporary / OPTIMIZER_FILE).write_bytes(serialize(dict(moments)))
-        (temporary / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        manifest = {path.name: _describe(path) for path in sorted(temporary.iterdir())}
-        (temporary / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
-    pointer = root / "latest.tmp"
-    pointer.write_text(folder.name + "\n")
-    os.replace(pointer, root / "latest")
-    older = [path for path in _folders(root) if path.name <= folder.name]
+    try:
+        with replaced_folder(folder) as temporary:
+            write_adapter(temporary, masters, info)
+            (temporary / OPTIMIZER_FILE).write_bytes(serialize(dict(moments)))
+            if best is not None:
+                (temporary / BEST_FILE).write_bytes(serialize(dict(best)))
+            text = json.dumps({"format_version": FORMAT_VERSION, **state}, indent=2) + "\n"
+            (temporary / STATE_FILE).write_text(text, encoding="utf-8")
+            for path in temporary.iterdir():
+                sync(path)
+            manifest = {path.name: _describe(path) for path in sorted(temporary.iterdir())}
+            (temporary / MANIFEST_FILE).write_text(_manifest_text(manifest), encoding="utf-8")
+        replace_text(root / LATEST, folder.name + "\n")
+    except OSError as error:
+        older = [path for path in _folders(root) if path != folder]
+        kept = f"{older[0].name} is kept" if older else "there is no older one"
+        raise OutputError(
+            f"checkpoint: cannot write {folder} ({error.strerror or error}); {kept}; free space "
+            "there and start again with the same command"
+        ) from error
+    older = [path for path in _folders(root) if _step(path) <= state["step"]]
     for old in older[keep:]:
-        shutil.rmtree(old)
+        _remove(old)
     return folder
+
+
+def clean_up(root: Path) -> None:
+    """Brings back or removes what a kill during a save left under a passing name."""
+    for path in sorted(root.glob("step-*.old")):
+        recover_folder(path.with_suffix(""))
+    for path in sorted(root.glob("step-*.tmp")):
+        log.info("removed %s, left by a save that was cut short", path)
+        shutil.rmtree(path, ignore_errors=True)
+    (root / f"{LATEST}.tmp").unlink(missing_ok=True)
 
 
 def set_aside_newer(root: Path, step: int) -> None:
     """Renames checkpoints beyond `step`, which a start at `step` found damaged, to `*.damaged`."""
-    for folder in _folders(root):
-        if folder.name > f"step-{step:08d}":
-            aside = folder.with_name(folder.name + ".damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
+    newer = [path for path in _folders(root) if _step(path) > step]
+    for folder in newer:
+        aside = folder.with_name(folder.name + ".damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+    left = _folders(root)
+    if left:
+        replace_text(root / LATEST, left[0].name + "\n")
+    elif newer:
+        (root / LATEST).unlink(missing_ok=True)
+
+
+def _remove(folder: Path) -> None:
+    """Deletes a checkpoint; a kill meanwhile leaves no half of it under its name."""
+    trash = folder.with_name(folder.name + ".tmp")
+    try:
+        folder.rename(trash)
+    except OSError as error:
+        log.warning("cannot remove the old checkpoint %s: %s", folder, error)
+    # What a file system will not delete now, `clean_up` tries again at the next start.
+    shutil.rmtree(trash, ignore_errors=True)
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
+def _manifest_text(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, indent=2) + "\n"
+
+
+def _step(folder: Path) -> int:
+    found = NAME.fullmatch(folder.name)
+    assert found is not None, folder
+    return int(found[1])
+
+
 def _folders(root: Path) -> list[Path]:
-    """Complete checkpoints, newest (highest step) first."""
-    return sorted(root.glob("step-" + "[0-9]" * 8), reverse=True)
+    """Checkpoints under their final names, newest (highest step, whatever the clock said) first."""
+    found = [path for path in root.glob("step-*") if NAME.fullmatch(path.name)]
+    return sorted(found, key=_step, reverse=True)
 
 
 def load_newest(root: Path) -> Checkpoint | None:
     """The newest checkpoint that verifies, walking back over damaged ones; None if there is none.
 
     Raises:
+        UnknownFormatError: the newest whole one is of another release.
         CheckpointError: there are checkpoints, and none of them is whole.
     """
     folders = _folders(root)
     for folder in folders:
         try:
             return load(folder)
+        except UnknownFormatError:
+            raise
         except CheckpointError as error:
             log.warning("skipping a damaged checkpoint: %s", error)
     if folders:
@@ -113,20 +192,43 @@ def load_newest(root: Path) -> Checkpoint | None:
     return None
 
 
-def load(folder: Path) -> Checkpoint:
-    """Reads a checkpoint after checking size and SHA-256 of every file.
+def verify(folder: Path) -> None:
+    """Checks size and SHA-256 of every file of a checkpoint.
 
     Raises:
         CheckpointError: a file is missing, or differs from the manifest.
     """
     try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        text = (folder / MANIFEST_FILE).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        if text != _manifest_text(manifest) or not manifest.keys() >= NEEDED:
+            raise CheckpointError(f"{folder / MANIFEST_FILE}: not as it was written")
         for name, expected in manifest.items():
             found = _describe(folder / name)
             if found != expected:
                 raise CheckpointError(f"{folder / name}: expected {expected}, found {found}")
-        _, masters = read_adapter(folder)
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+
+
+def load(folder: Path) -> Checkpoint:
+    """Reads a checkpoint after verifying it.
+
+    Raises:
+        UnknownFormatError: another release wrote it.
+        CheckpointError: a file is missing, or differs from the manifest.
+    """
+    verify(folder)
+    try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        return Checkpoint(folder, state, masters, load_file(folder / OPTIMIZER_FILE))
+        if state.get("format_version") != FORMAT_VERSION:
+            raise UnknownFormatError(
+                f"{folder}: format_version {state.get('format_version')!r}; this release reads "
+                f"{FORMAT_VERSION}: continue with the release that wrote it, or start again in "
+                "another --output_dir"
+            )
+        _, masters = read_adapter(folder)
+        best = load_file(folder / BEST_FILE) if (folder / BEST_FILE).exists() else None
+        return Checkpoint(folder, state, masters, load_file(folder / OPTIMIZER_FILE), best)
     except (OSError, ValueError, AttributeError, AdapterError) as error:
         raise CheckpointError(f"{folder}: {error}") from error

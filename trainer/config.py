@@ -3,6 +3,7 @@
 Imports neither torch nor deepspeed, so that `--help` answers at once.
 """
 
+import difflib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from typing import Any, Literal
 from moa.config import MoAConfig
 from shards.config import DataConfig
 from trainer.errors import ConfigError
+from trainer.stopping import seconds_of
 
 ROOT = Path(__file__).resolve().parent.parent
 """Folder that holds `trainer/`, `ds_configs/` and the other top-level folders."""
@@ -75,18 +77,36 @@ class TrainConfig:
     """seed of the 80/20 split of every domain, DomainBed's trial seed"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto is bf16 on a GPU and fp32 on a CPU; fills the auto entries of the DeepSpeed JSON"""
+    time_limit: str | None = None
+    """save and exit 75 before this much time has passed since the start, such as 3h30m, 45m or
+    SLURM's 1-12:00:00; it leaves room for the longest step, evaluation and save so far"""
+    skip_nonfinite: int = 0
+    """steps with a loss or gradient that is not finite to leave out before giving up"""
+    step_deadline: float = 1800.0
+    """seconds in which no process gets on after which all end (three times that for the first
+    step of a start); 0 waits for ever"""
 
     def problems(self) -> list[str]:
         """Every range problem, one line each."""
         low = {
             "steps": 1, "batch_per_domain": 1, "eval_every": 1, "eval_batch": 1, "accumulation": 1,
-            "seed": 0, "trial_seed": 0,
+            "seed": 0, "trial_seed": 0, "skip_nonfinite": 0,
         }  # fmt: skip
-        return [
+        found = [
             f"train.{name}: {getattr(self, name)}; must be a whole number from {least} to 2^63 - 1"
             for name, least in low.items()
             if not least <= getattr(self, name) < 2**63
         ]
+        if not 0 <= self.step_deadline < float("inf"):
+            found.append(f"train.step_deadline: {self.step_deadline}; must be seconds >= 0")
+        try:
+            seconds_of(self.time_limit or "1s")
+        except ValueError:
+            found.append(
+                f"train.time_limit: {self.time_limit!r}; must be a duration such as 3h30m, 45m, "
+                "600s or 1-12:00:00 (days-hours:minutes:seconds; in YAML within quotes)"
+            )
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,15 +116,27 @@ class CheckpointConfig:
     every: int = 100
     """steps between checkpoints; the last step always writes one"""
     keep: int = 2
-    """newest checkpoints kept"""
+    """newest checkpoints kept; each also carries the best adapter so far"""
+    background: bool = False
+    """write them in a thread, so that training waits for the copies to the CPU only"""
+    allow_changes: tuple[str, ...] = ()
+    """settings, such as [optim.lr], that a resumed run may change although they change its result;
+    data stands for the data or the base weights themselves. Each change is kept on record"""
 
     def problems(self) -> list[str]:
         """Every range problem, one line each."""
-        return [
+        found = [
             f"checkpoint.{name}: {getattr(self, name)}; must be a whole number >= 1"
             for name in ("every", "keep")
             if getattr(self, name) < 1
         ]
+        legal = [*flat_fields(RunConfig()), "data"]
+        for name in self.allow_changes:
+            if name not in legal:
+                close = difflib.get_close_matches(name, legal, 1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                found.append(f"checkpoint.allow_changes: {name!r} is no setting{hint}")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 Raw DeepSpeed does not know "auto"; here it means: the run's configuration decides.
 """
 
+import difflib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -10,26 +11,44 @@ from typing import Any
 from trainer.config import RunConfig
 from trainer.errors import ConfigError
 
-STAGES = (1, 2)
+STAGES = (1, 2, 3)
 _OWN_SECTIONS = {
     "optimizer": "--optim.name, --optim.lr, ...",
     "scheduler": "--optim.lr (the rate is constant)",
     "fp16": "--train.precision bf16 or fp32",
     "amp": "--train.precision bf16 or fp32",
+    "activation_checkpointing": "--model.grad_checkpointing true",
 }
 
 
-def resolve(config: RunConfig, world_size: int, global_batch: int, bf16: bool) -> dict[str, Any]:
-    """The complete JSON for `deepspeed.initialize`.
+# What a file may say; a word that DeepSpeed does not know would be passed over in silence.
+_KNOWN = {
+    "": (
+        "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+        "gradient_clipping", "bf16", "data_types", "zero_optimization", "steps_per_print",
+        "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+        "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "aio",
+        "comms_logger", "flops_profiler", "memory_breakdown", "dump_state", "timers",
+    ),
+    "zero_optimization": (
+        "stage", "contiguous_gradients", "overlap_comm", "reduce_scatter", "reduce_bucket_size",
+        "allgather_partitions", "allgather_bucket_size", "round_robin_gradients",
+        "offload_optimizer", "offload_param", "sub_group_size", "ignore_unused_parameters",
+        "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size",
+        "stage3_param_persistence_threshold", "stage3_model_persistence_threshold",
+        "stage3_module_granularity_threshold", "stage3_use_all_reduce_for_fetch_params",
+        "stage3_gather_16bit_weights_on_model_save", "use_multi_rank_bucket_allreduce",
+        "allgather_sequential", "log_trace_cache_warnings", "memory_efficient_linear",
+    ),
+    "bf16": ("enabled",),
+}  # fmt: skip
 
-    Args:
-        config: the run; its `ds_config` names the file.
-        world_size: number of processes.
-        global_batch: images per optimizer step over all processes.
-        bf16: whether weights and activations are bf16.
+
+def read(config: RunConfig) -> dict[str, Any]:
+    """The JSON as it stands, once it has the sections that everything relies on.
 
     Raises:
-        ConfigError: not JSON, an entry that contradicts the run, an "auto" that has no meaning.
+        ConfigError: not JSON, or not of the right shape.
     """
     path = config.ds_config_path()
     try:
@@ -38,6 +57,25 @@ def resolve(config: RunConfig, world_size: int, global_batch: int, bf16: bool) -
         raise ConfigError(f"ds_config: {path} is not JSON: {error}") from error
     if problem := _shape_problem(content):
         raise ConfigError(f"ds_config: {problem} (in {config.ds_config})")
+    return dict(content)
+
+
+def resolve(
+    config: RunConfig, world_size: int, global_batch: int, bf16: bool, trainable: int = 0
+) -> dict[str, Any]:
+    """The complete JSON for `deepspeed.initialize`.
+
+    Args:
+        config: the run; its `ds_config` names the file.
+        world_size: number of processes.
+        global_batch: images per optimizer step over all processes.
+        bf16: whether weights and activations are bf16.
+        trainable: numbers that train, to which an "auto" bucket is fitted.
+
+    Raises:
+        ConfigError: not JSON, an entry that contradicts the run, an "auto" that has no meaning.
+    """
+    content = read(config)
     accumulation = config.train.accumulation
     wanted: dict[str, Any] = {
         "train_batch_size": global_batch,
@@ -46,7 +84,8 @@ def resolve(config: RunConfig, world_size: int, global_batch: int, bf16: bool) -
         "gradient_clipping": config.optim.clip,
         "bf16.enabled": bf16,
     }
-    problems = _section_problems(content)
+    _fit_buckets(content["zero_optimization"], trainable)
+    problems = [*_unknown(content), *_section_problems(content)]
     for dotted, value in wanted.items():
         problems += _fill(content, dotted, value)
     problems += [
@@ -55,7 +94,29 @@ def resolve(config: RunConfig, world_size: int, global_batch: int, bf16: bool) -
     ]
     if problems:
         raise ConfigError("\n".join(f"{p} (in {config.ds_config})" for p in problems))
-    return dict(content)
+    return content
+
+
+def _fit_buckets(zero: dict[str, Any], trainable: int) -> None:
+    """Fills "auto" bucket sizes: DeepSpeed allocates them in full, and adapters are small."""
+    for name in ("reduce_bucket_size", "allgather_bucket_size"):
+        if zero.get(name) == "auto":
+            zero[name] = (trainable // 2**20 + 1) * 2**20  # more than them, and aligned
+
+
+def _unknown(content: dict[str, Any]) -> list[str]:
+    """Words that no one reads, with the nearest that someone does."""
+    found = []
+    for section, known in _KNOWN.items():
+        inside = content.get(section, {}) if section else content
+        for name in inside:
+            if name in known or (not section and name in _OWN_SECTIONS):
+                continue
+            close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else f"legal are {', '.join(known)}"
+            where = f"{section}.{name}" if section else name
+            found.append(f"ds_config: {where} is not known; {hint}")
+    return found
 
 
 def check_buckets(content: dict[str, Any], trainable: int) -> None:
@@ -79,6 +140,8 @@ def _shape_problem(content: Any) -> str:
     """What keeps the content from being read at all, or an empty text."""
     if not isinstance(content, dict):
         return "must be a JSON object with sections such as zero_optimization"
+    if "zero_optimization" not in content:
+        return "has no zero_optimization section; copy one of ds_configs/"
     for name in ("zero_optimization", "bf16"):
         if not isinstance(content.get(name, {}), dict):
             return f"{name} is {content[name]!r}; it must be an object"
@@ -100,7 +163,7 @@ def _section_problems(content: dict[str, Any]) -> list[str]:
     if type(zero.get("stage")) is not int or zero["stage"] not in STAGES:
         problems.append(
             f"ds_config: zero_optimization.stage {zero.get('stage')!r}; legal are "
-            f"{', '.join(map(str, STAGES))} (ds_configs/zero1.json, ds_configs/zero2.json)"
+            f"{', '.join(map(str, STAGES))} (ds_configs/zero1.json, zero2.json, zero3.json)"
         )
     if zero.get("stage") == 2 and not zero.get("contiguous_gradients", True):
         problems.append("ds_config: zero_optimization.contiguous_gradients must be true at stage 2")

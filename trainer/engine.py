@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,22 +11,18 @@ from typing import Any, TypeVar
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
+from deepspeed.moe.utils import configure_moe_param_groups
 from torch import Tensor, nn
 
 import moa
+from trainer import zero_state
 from trainer.checkpoint import Checkpoint
 from trainer.config import OptimConfig
 from trainer.errors import CheckpointError, TrainingInvalidError
+from trainer.partition import partition
 from trainer.world import World, export_world
 
 T = TypeVar("T")
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -78,6 +74,12 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return total
 
 
+def sum_numbers(numbers: Sequence[float], device: torch.device) -> list[float]:
+    """The sum of each of some numbers over all ranks."""
+    total: list[float] = sum_over_ranks(torch.tensor(numbers, device=device)).tolist()
+    return total
+
+
 def differentiable_sum(value: Tensor) -> Tensor:
     """The sum over all ranks; in backward every rank receives the sum of all ranks' gradients.
 
@@ -117,6 +119,9 @@ class Engine:
         config: the optimizer's settings.
         ds_json: complete DeepSpeed configuration (`trainer.ds_json.resolve`).
         world: this process.
+        adapters: the configuration that `model` was injected with.
+        tokens: tokens of an adapted layer in one micro-batch of this rank, by which expert
+            parallelism chooses its transport.
 
     Attributes:
         module: the model, on the device and in the engine's precision.
@@ -126,11 +131,27 @@ class Engine:
     """
 
     def __init__(
-        self, model: nn.Module, config: OptimConfig, ds_json: dict[str, Any], world: World
+        self,
+        model: nn.Module,
+        config: OptimConfig,
+        ds_json: dict[str, Any],
+        world: World,
+        adapters: moa.MoAConfig,
+        tokens: int = 1,
     ) -> None:
-        self.module, self.device = model.to(device_of(world)), device_of(world)
+        self.module, self.device = model, device_of(world)
+        if ds_json["zero_optimization"]["stage"] == 3:
+            partition(model, ds_json, self.device)
+        else:
+            model.to(self.device)
+        if adapters.ep_size > 1:
+            from moa.expert_parallel import ExpertParallel
+
+            ExpertParallel(model, adapters.ep_size, world.rank, tokens)
         self.trainables = trainables_of(model)
         groups = parameter_groups(self.trainables)
+        if adapters.ep_size > 1:  # experts apart: they are summed over other ranks than the rest
+            groups = configure_moe_param_groups(groups)
         optimizer = OPTIMIZERS[config.name](
             groups, lr=config.lr, eps=config.eps, weight_decay=config.weight_decay
         )
@@ -188,54 +209,18 @@ class Engine:
             )
 
     def masters(self) -> dict[str, Tensor]:
-        """fp32 values of all trainables, on the CPU of every rank; a collective.
-
-        What training moves without a gradient (`moa.adapter_state_dict`) comes along as it is.
-        """
-        moved = {n: t.cpu().clone() for n, t in moa.adapter_state_dict(self.module).items()}
-        full = {n: _on_cpu(safe_get_full_fp32_param(p)) for n, p in self.trainables.items()}
-        return moved | full
+        """fp32 values of all trainables, on the CPU of every rank; a collective."""
+        return zero_state.read_masters(self.module, self.trainables)
 
     def moments(self) -> dict[str, Tensor]:
         """Adam's moments as `name|exp_avg` and `name|exp_avg_sq`, like `masters`; a collective."""
-        self._link_optimizer_state()
-        return {
-            f"{name}|{moment}": _on_cpu(safe_get_full_optimizer_state(parameter, moment))
-            for name, parameter in self.trainables.items()
-            for moment in MOMENTS
-        }
+        return zero_state.read_moments(self.ds, self.trainables)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Gives Adam its fp32 masters, moments and step count back.
-
-        The model got its weights before, but an engine in bf16 made its masters from rounded ones.
-        """
-        optimizer, step = self.ds.optimizer, checkpoint.state["step"]
-        partitions = getattr(optimizer, "single_partition_of_fp32_groups", None)
-        if partitions is None:  # DeepSpeed's bf16 optimizer (ZeRO-1 with fp32 accumulation)
-            partitions = optimizer.fp32_groups_flat_partition
-        for flat in partitions:
-            # Adam makes its state at its first step; the setters below need it now.
-            self.ds.basic_optimizer.state[flat] = {
-                "step": torch.tensor(float(step)),
-                **{moment: torch.zeros_like(flat) for moment in MOMENTS},
-            }
-        self._link_optimizer_state()
-        for name, parameter in self.trainables.items():
-            safe_set_full_fp32_param(parameter, checkpoint.masters[name].to(self.device))
-            for moment in MOMENTS:
-                value = checkpoint.moments[f"{name}|{moment}"].to(self.device)
-                safe_set_full_optimizer_state(parameter, value, moment)
-        self.ds.global_steps = step
-
-    def _link_optimizer_state(self) -> None:
-        """Connects parameters with their optimizer state anew.
-
-        DeepSpeed does it once, after the first group's first step, and so misses state that came
-        to be in another way.
-        """
-        self.ds.optimizer._hp_optimizer_states_linked = False
-        self.ds.optimizer._lazy_init_hp_params_optimizer_state()
+        """Gives Adam its fp32 masters, moments and step count back."""
+        # Adam has not seen the steps that were left out.
+        step = int(checkpoint.state["step"]) - int(checkpoint.state.get("skipped_steps", 0))
+        zero_state.write(self.ds, self.trainables, checkpoint.masters, checkpoint.moments, step)
 
 
 def trainables_of(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -258,11 +243,6 @@ def restore_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
         )
     for name, place in places.items():
         place.copy_(checkpoint.masters[name])
-
-
-def _on_cpu(value: Tensor | None) -> Tensor:
-    assert value is not None, "a trainable parameter has no fp32 state under the engine"
-    return value.detach().float().cpu().clone()
 
 
 def parameter_groups(trainables: dict[str, nn.Parameter]) -> list[dict[str, Any]]:

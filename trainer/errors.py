@@ -1,14 +1,17 @@
 """How a run ends: exit codes, and the errors that carry them to the command line."""
 
 from moa.errors import AdapterError, MoAConfigError
-from shards.errors import DamagedDataError, DataConfigError
+from shards.errors import DamagedDataError, DataConfigError, StorageError
 from shards.errors import OutputError as ShardOutputError
 
 FINISHED = 0
+FAILED = 1
 BAD_CONFIGURATION = 2
 DAMAGED_DATA = 65
+PEER_LOST = 69
 TRAINING_INVALID = 70
 CANNOT_WRITE = 73
+RESUBMIT = 75
 
 
 class ConfigError(ValueError):
@@ -23,6 +26,10 @@ class TrainingInvalidError(RuntimeError):
     """Training went wrong: loss not finite, or a trainable tensor without gradient."""
 
 
+class PeerLostError(RuntimeError):
+    """Another process of the run is gone or hangs."""
+
+
 class OutputError(OSError):
     """The output folder cannot be written or is in use."""
 
@@ -34,6 +41,8 @@ EXIT_CODES: dict[type[Exception], int] = {
     AdapterError: DAMAGED_DATA,
     CheckpointError: DAMAGED_DATA,
     DamagedDataError: DAMAGED_DATA,
+    StorageError: FAILED,
+    PeerLostError: PEER_LOST,
     TrainingInvalidError: TRAINING_INVALID,
     OutputError: CANNOT_WRITE,
     ShardOutputError: CANNOT_WRITE,

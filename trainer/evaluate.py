@@ -28,6 +28,11 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--adapter", type=Path, required=True, help="folder of a saved adapter")
     result.add_argument("--data.dataset", dest="dataset", default=data.dataset, help="%(default)s")
     result.add_argument("--data.root", dest="root", help="shard set; default: the embedded data")
+    for name in ("exclude_list", "include_list"):
+        result.add_argument(
+            f"--data.{name}", dest=name, metavar="FILE",
+            help="samples to leave out, or to keep; the rest gets a column of its own",
+        )  # fmt: skip
     result.add_argument(
         "--data.holdout_fraction", dest="holdout_fraction", type=float,
         default=data.holdout_fraction, help="share of the out split (%(default)s)",
@@ -51,14 +56,23 @@ def evaluate(args: argparse.Namespace) -> dict[str, float]:
     import moa
     from moa.state import read_adapter
     from shards import open_shards
+    from trainer.checkpoint import MANIFEST_FILE, verify
     from trainer.errors import ConfigError
-    from trainer.evaluation import SPLITS, Evaluator, accuracies
+    from trainer.evaluation import LEFT_OUT, SPLITS, Evaluator, accuracies
     from trainer.model import create_backbone
 
     if not args.adapter.is_dir():
         raise ConfigError(f"--adapter: no folder {args.adapter}; give the folder of an adapter")
+    if (args.adapter / MANIFEST_FILE).exists():  # a checkpoint is an adapter's folder, too
+        verify(args.adapter)
     info, _ = read_adapter(args.adapter)
-    data = DataConfig(dataset=args.dataset, root=args.root, holdout_fraction=args.holdout_fraction)
+    data = DataConfig(
+        dataset=args.dataset,
+        root=args.root,
+        holdout_fraction=args.holdout_fraction,
+        exclude_list=args.exclude_list,
+        include_list=args.include_list,
+    )
     if problems := data.problems():
         raise ConfigError("\n".join(problems))
     index = open_shards(data)
@@ -90,10 +104,13 @@ def evaluate(args: argparse.Namespace) -> dict[str, float]:
         console.print(json.dumps(result), soft_wrap=True, highlight=False)
         return result
     table = Table("domain", "in accuracy %", "out accuracy %", title=escape(str(args.adapter)))
+    if index.subset is not None:
+        table.add_column("left out accuracy %")
     for env, name in enumerate(index.domains):
-        table.add_row(
-            escape(name), *(f"{100 * result[f'env{env}_{split}_acc']:.1f}" for split in SPLITS)
-        )
+        keys = [f"env{env}_{split}_acc" for split in SPLITS]
+        if index.subset is not None:
+            keys.append(f"moa/env{env}_{LEFT_OUT}_acc")
+        table.add_row(escape(name), *(f"{100 * result[key]:.1f}" for key in keys))
     console.print(table)
     return result
 

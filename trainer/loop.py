@@ -1,27 +1,32 @@
 """`Trainer`: the loop from a start step to the last, with evaluation and checkpoints."""
 
-import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
-from rich.console import Console
 from torch.nn import functional as F
 
 import moa
 from moa.state import save_adapter
-from shards import Batch
+from shards import Batch, finish_images
 from trainer import checkpoint
+from trainer.background import SaveQueue
+from trainer.bad_images import BadImages
+from trainer.best import Best, Candidate, write_best
 from trainer.build import Parts
-from trainer.engine import Engine, differentiable_sum, restore_weights, sum_over_ranks
-from trainer.errors import TrainingInvalidError
+from trainer.engine import Engine, differentiable_sum, from_main, sum_numbers, sum_over_ranks
 from trainer.evaluation import SPLITS, Evaluator, accuracies
 from trainer.monitor import Monitor
-from trainer.resume import Start, state_of
+from trainer.nonfinite import NonfiniteSteps, as_json, poisoned
+from trainer.records import result_row
+from trainer.resume import state_of
 from trainer.run_folder import RunFolder, read_rows
 from trainer.selection import training_domain_validation, validation_accuracy
+from trainer.stopping import EvaluationBrokenOff, Stopped, Stopping, shielded
+from trainer.watchdog import COMPUTING, EVALUATING, LOADING, SAVING, Watchdog
 from trainer.world import World
 
 
@@ -35,6 +40,9 @@ class Trainer:
         evaluator: counts correct predictions on all domains.
         folder: the run's files.
         state: counters of a resumed run, from `state_dict`; empty for a new one.
+        best: the best adapter of a resumed run.
+        stopping: signals and the time limit; by default nothing stops the run.
+        watch: notes where this rank is; by default for no one.
     """
 
     def __init__(
@@ -45,47 +53,92 @@ class Trainer:
         evaluator: Evaluator,
         folder: RunFolder,
         state: Mapping[str, Any],
+        best: Best | None = None,
+        stopping: Stopping | None = None,
+        watch: Watchdog | None = None,
     ) -> None:
         self.parts, self.config, self.stream = parts, parts.config, parts.stream
         self.world, self.engine, self.evaluator, self.folder = world, engine, evaluator, folder
         self.step = int(state.get("step", 0))
-        self.best = float(state.get("best_validation", -1.0))
+        self.best, self.changes = best or Best(), list(state.get("changes", []))
+        self.saves = SaveQueue(self.config.checkpoint.background)
+        limit = self.config.data.max_bad_fraction
+        self.bad_images = BadImages(self.stream, limit, state.get("bad_images", {}))
+        allowed, skipped = self.config.train.skip_nonfinite, int(state.get("skipped_steps", 0))
+        self.nonfinite = NonfiniteSteps(self.stream, folder, world, allowed, skipped)
+        self.stopping = stopping or Stopping(world.is_main)
+        self.watch = watch or Watchdog(Path(), world, deadline=0)
+        due = bool(state.get("evaluation_due", False))
+        self.evaluation_due = due and self._evaluates_after(self.step - 1)
+        self.first_step = self.saved_step = self.step
         self.steps_timed, self.seconds_timed = 0, 0.0
 
     def train(self, monitor: Monitor | None) -> None:
-        """Runs the remaining steps; `monitor` is given on the main rank only."""
+        """Runs the remaining steps; `monitor` is given on the main rank only.
+
+        Raises:
+            Stopped: a signal or the time limit ended it; everything is saved.
+        """
         train, last = self.config.train, self.config.train.steps - 1
-        batches = iter(
+        batches = shielded(
             self.stream.loader(
                 self.step, train.steps, self.world.rank, self.world.size,
                 workers=self.config.data.workers, accumulation=train.accumulation,
             )
         )  # fmt: skip
+        self.stopping.begin(partial(sum_numbers, device=self.engine.device))
+        self.stopping.agree_on_signals()
+        self.evaluate_or_stop(self.step - 1, monitor)  # an evaluation that a stop broke off
         self.engine.module.train()
-        warm = False
         while self.step < train.steps:
             step, started = self.step, time.perf_counter()
-            row, waited = self.train_step(batches)
+            with self.stopping.timed("step"):
+                row, waited = self.train_step(batches)
             took = time.perf_counter() - started
             self.step = step + 1
-            if warm:  # the first step of a start also pays for warming up
+            if step > self.first_step:  # the first step of a start also pays for warming up
                 self.steps_timed += 1
                 self.seconds_timed += took
-            warm = True
             if monitor is not None:
-                self.folder.append(self.folder.metrics, row)
-                perf = {
-                    "img_s": self.stream.global_batch / took,
-                    "step_ms": 1000 * took,
-                    "data_wait_ms": 1000 * waited,
-                }
-                monitor.step(row, perf)
-                if step % monitor.every == 0 or step == last:
-                    monitor.routing(step, moa.routing_stats(self.engine.module))
-            if step % train.eval_every == 0 or step == last:
-                self.evaluate(step, monitor)
+                self._record(row, took, waited, monitor)
+            self.saves.check()
+            self.evaluation_due = self._evaluates_after(step)
+            self.evaluate_or_stop(step, monitor)
             if self.step % self.config.checkpoint.every == 0 or step == last:
                 self.save_checkpoint()
+
+    def _record(self, row: dict[str, Any], took: float, waited: float, monitor: Monitor) -> None:
+        """Notes a step that took `took` seconds, `waited` of them for data."""
+        step = row["step"]
+        self.folder.append(self.folder.metrics, as_json(row))
+        perf = {
+            "img_s": self.stream.global_batch / took,
+            "step_ms": 1000 * took,
+            "data_wait_ms": 1000 * waited,
+        }
+        monitor.step(row, perf)
+        if step % monitor.every == 0 or step == self.config.train.steps - 1:
+            monitor.routing(step, moa.routing_stats(self.engine.module))
+
+    def _evaluates_after(self, step: int) -> bool:
+        train = self.config.train
+        return step % train.eval_every == 0 or step == train.steps - 1
+
+    def evaluate_or_stop(self, step: int, monitor: Monitor | None) -> None:
+        """Evaluates after `step` if that is due; leaves the run if all ranks agreed to."""
+        if self.evaluation_due and not self.stopping.reason:
+            self.evaluate(step, monitor)
+        if self.stopping.reason and (self.evaluation_due or self.step < self.config.train.steps):
+            self._stop()
+
+    def _stop(self) -> NoReturn:
+        """Saves what is not saved yet and leaves, on all ranks at the same time."""
+        if self.saved_step != self.step:
+            self.save_checkpoint()
+        self.saves.wait()
+        kept = self.folder.checkpoints / f"step-{self.step:08d}"
+        # A rank that left before the main one has saved would make the launcher end that one.
+        raise Stopped(from_main(self.stopping.farewell(self.step, kept)))
 
     def images_per_second(self) -> float:
         """Training speed since the start, evaluations left out; 0 before the second step."""
@@ -100,28 +153,29 @@ class Trainer:
             The step's `metrics.jsonl` row, and the seconds spent waiting for data.
 
         Raises:
-            TrainingInvalidError: the loss is not finite, or (first step) gradients are missing.
+            TrainingInvalidError: one step too many is not finite, or (first step) gradients are
+                missing.
+            DamagedDataError: too many images had to be replaced.
         """
-        pieces, waited, sums = self.config.train.accumulation, 0.0, torch.zeros(2)
-        sums = sums.to(self.engine.device)
+        pieces, waited = self.config.train.accumulation, 0.0
+        sums = torch.zeros(2, device=self.engine.device)
         for _ in range(pieces):
+            self.watch.note(LOADING, self.step)
             started = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - started
+            self.bad_images.note(batch.bad)
+            self.watch.note(COMPUTING)
             if self.step == 0:
                 with self.engine.checks_gradients():
                     sums += self._micro_step(batch)
             else:
                 sums += self._micro_step(batch)
-        moa.update_balance(self.engine.module, sum_over_ranks)
-        mean = sum_over_ranks(sums) / (pieces * self.world.size)
-        ce, aux = mean.tolist()
-        digest, norm = self.stream.batch_digest(self.step), self.engine.grad_norm()
-        if not math.isfinite(ce + aux + norm):
-            raise TrainingInvalidError(
-                f"loss {ce + aux}, gradient norm {norm} at step {self.step} (batch {digest}); "
-                "lower --optim.lr or set --optim.clip in a new run"
-            )
+        self.bad_images.end_step(self.step, sum_over_ranks, self.engine.device)
+        ce, aux, losses = self._agree(sums / pieces)
+        norm = self.engine.grad_norm()
+        left_out = self.nonfinite.left_out(self.step, losses, norm)
+        moa.update_balance(self.engine.module, torch.zeros_like if left_out else sum_over_ranks)
         row = {
             "step": self.step,
             "loss": ce + aux,
@@ -129,9 +183,25 @@ class Trainer:
             "aux_loss": aux,
             "lr": self.engine.learning_rate(),
             "grad_norm": norm,
-            "batch_digest": digest,
+            "batch_digest": self.stream.batch_digest(self.step),
+            **self.nonfinite.columns(),
+            **self.bad_images.columns(),
         }
         return row, waited
+
+    def _agree(self, sums: torch.Tensor) -> tuple[float, float, list[float]]:
+        """One collective for this rank's [ce, aux] and its votes on stopping.
+
+        Returns:
+            The global mean of both, and every rank's own loss.
+        """
+        ranks = self.world.size
+        losses = sums.new_zeros(ranks)
+        losses[self.world.rank] = sums.sum()
+        votes = sums.new_tensor(self.stopping.votes_in_step(self._evaluates_after(self.step)))
+        total: list[float] = sum_over_ranks(torch.cat([sums, losses, votes])).tolist()
+        self.stopping.decide(total[2 + ranks :])
+        return total[0] / ranks, total[1] / ranks, total[2 : 2 + ranks]
 
     def _micro_step(self, batch: Batch) -> torch.Tensor:
         """Forward, backward and (after the last piece) update; [ce, aux] of this rank's piece."""
@@ -140,21 +210,35 @@ class Trainer:
             engine.module,
             moa.RoutingPosition(train.seed, self.step, batch.first_slot),
         )
-        scores = engine(batch.images.to(engine.device, engine.dtype))
+        images = finish_images(batch, engine.device, self.parts.info.data_config)
+        scores = engine(images.to(engine.dtype))
         ce = F.cross_entropy(scores.float(), batch.labels.to(engine.device))
         aux = moa.aux_loss(engine.module, differentiable_sum)
-        engine.backward(ce + aux)
+        engine.backward(poisoned(ce + aux))
         engine.step()
         return torch.stack([ce.detach(), aux.detach().to(ce.dtype)])
 
     def evaluate(self, step: int, monitor: Monitor | None) -> None:
-        """Evaluates all domains; keeps the adapter if it is the best by source validation."""
+        """Evaluates all domains; keeps the adapter if it is the best by source validation.
+
+        If the ranks agree to stop meanwhile, nothing of it is kept and it stays due.
+        """
         held_out = self.parts.held_out
-        row = self._result_row(step, accuracies(self.evaluator(self.engine.module)))
+        self.watch.note(EVALUATING)
+        try:
+            with self.stopping.timed("evaluation"):
+                found = accuracies(self.evaluator(self.engine.ds))
+        except EvaluationBrokenOff:
+            return
+        self.evaluation_due = False
+        extra = {"moa/images_per_second": self.images_per_second(), **self.bad_images.columns()}
+        row = result_row(self.parts, self.folder.path, step, found | extra)
         validation = validation_accuracy(row, held_out)
-        if better := validation > self.best:
-            self.best = validation
+        if better := self.best.is_beaten_by(validation):
             masters = self.engine.masters()
+            results = {"step": step} | {k: v for k, v in row.items() if k.endswith("_acc")}
+            found_best = Candidate(step, validation, results, masters if monitor else {})
+            self.best.put(found_best, self.config.train.eval_every)
         if monitor is None:
             return
         self.folder.append(self.folder.results, row)
@@ -165,42 +249,27 @@ class Trainer:
         }
         monitor.evaluation(step, by_domain, selected[f"env{held_out}_in_acc"])
         if better:
-            results = {"step": step} | {k: v for k, v in row.items() if k.endswith("_acc")}
-            info = replace(self.parts.info, results=results)
-            save_adapter(self.engine.module, self.folder.adapter, info, masters)
-
-    def _result_row(self, step: int, accuracy: dict[str, float]) -> dict[str, Any]:
-        """A row that DomainBed's own `collect_results` can read."""
-        config = self.config
-        return {
-            "step": step,
-            "epoch": max(self.stream.epochs(step).values()),
-            **accuracy,
-            "moa/images_per_second": self.images_per_second(),
-            "args": {
-                "dataset": config.data.dataset,
-                "algorithm": config.moa.method,
-                "test_envs": [self.parts.held_out],
-                "trial_seed": config.train.trial_seed,
-                "seed": config.train.seed,
-                "hparams_seed": 0,
-                "holdout_fraction": config.data.holdout_fraction,
-                "output_dir": str(self.folder.path),
-            },
-            "hparams": {
-                "lr": config.optim.lr,
-                "batch_size": config.train.batch_per_domain,
-                "weight_decay": config.optim.weight_decay,
-                "backbone": self.parts.info.base_model,
-            },
-        }
+            write_best(self.folder.adapter, self.parts.info, self.best)
 
     def save_checkpoint(self) -> None:
         """Writes a checkpoint; a collective."""
+        self.watch.note(SAVING)
+        with self.stopping.timed("save"):
+            self._save_checkpoint()
+        self.saved_step = self.step
+
+    def _save_checkpoint(self) -> None:
         masters, moments = self.engine.masters(), self.engine.moments()
         if self.world.is_main:
-            root, keep = self.folder.checkpoints, self.config.checkpoint.keep
-            checkpoint.save(root, self.parts.info, masters, moments, self.state_dict(), keep)
+            self.folder.sync_rows()
+            root, keep, info = self.folder.checkpoints, self.config.checkpoint.keep, self.parts.info
+            state, best = self.state_dict(), self.best.tensors_beside(self.step)
+
+            @self.stopping.timed("write")  # perhaps in another thread
+            def save() -> None:
+                checkpoint.save(root, info, masters, moments, state, keep, best)
+
+            self.saves.put(save)
 
     def save_last(self) -> None:
         """Writes the last adapter; a collective."""
@@ -212,51 +281,18 @@ class Trainer:
         """Counters, and everything that a resumed run must agree with."""
         train, epochs = self.config.train, self.stream.epochs(self.step)
         return {
-            "format_version": 1,
             "step": self.step,
-            "best_validation": self.best,
+            **self.best.state(),
             "samples_seen": dict.fromkeys(epochs, self.step * train.batch_per_domain),
             "epochs": epochs,
+            "bad_images": self.bad_images.state(),
+            "evaluation_due": self.evaluation_due,
+            "skipped_steps": self.nonfinite.skipped,
             "lr": self.config.optim.lr,
             "seeds": {"seed": train.seed, "trial_seed": train.trial_seed},
             "world_size": self.world.size,
-            "ep_size": 1,
+            "ep_size": self.config.moa.ep_size,
             "zero_stage": self.parts.ds_json["zero_optimization"]["stage"],
+            "changes": self.changes,
             **state_of(self.parts),
         }
-
-
-def train(parts: Parts, world: World, folder: RunFolder, start: Start, console: Console) -> None:
-    """Brings model and engine to the start, trains to the end, marks the folder as done."""
-    resumed = checkpoint.load(start.checkpoint) if start.checkpoint else None
-    if resumed is not None:
-        restore_weights(parts.model, resumed)
-    engine = Engine(parts.model, parts.config.optim, parts.ds_json, world)
-    if resumed is not None:
-        engine.restore(resumed)
-    if world.is_main:
-        checkpoint.set_aside_newer(folder.checkpoints, start.step)
-        folder.cut_back(start.step)
-        folder.describe(parts.config, parts.ds_json)
-    config = parts.config
-    evaluator = Evaluator(
-        index=parts.index,
-        data_config=parts.info.data_config,
-        trial_seed=config.train.trial_seed,
-        holdout_fraction=config.data.holdout_fraction,
-        batch_size=config.train.eval_batch,
-        workers=config.data.workers,
-        world=world,
-        device=engine.device,
-        dtype=engine.dtype,
-        sum_over_ranks=sum_over_ranks,
-    )
-    trainer = Trainer(parts, world, engine, evaluator, folder, resumed.state if resumed else {})
-    if world.is_main:
-        with Monitor(config, folder.tensorboard, start.step, console) as monitor:
-            trainer.train(monitor)
-    else:
-        trainer.train(None)
-    trainer.save_last()
-    if world.is_main:
-        folder.done.write_text("done\n")

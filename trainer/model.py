@@ -38,7 +38,7 @@ class Backbone:
         model: timm model with a fresh classifier.
         name: timm name `architecture.tag`.
         data_config: the model's own `input_size`, `mean`, `std`, `interpolation`.
-        sha256: `moa.base_hash` of the model.
+        sha256: `moa.base_hash` of the model; empty for an outline.
     """
 
     model: nn.Module
@@ -98,11 +98,27 @@ def create_backbone(config: ModelConfig, num_classes: int, seed: int) -> Backbon
     except UNREADABLE as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ConfigError(_no_weights(config, name, reason)) from error
+    return _finish(model, name, config, moa.base_hash(model))
+
+
+def _finish(model: nn.Module, name: str, config: ModelConfig, sha256: str) -> Backbone:
     if config.grad_checkpointing:
-        model.set_grad_checkpointing(True)
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
     data_config = timm.data.resolve_model_data_config(model)
     kept = {key: data_config[key] for key in ("input_size", "mean", "std", "interpolation")}
-    return Backbone(model, name, kept, moa.base_hash(model))
+    return Backbone(model, name, kept, sha256)
+
+
+def outline_backbone(config: ModelConfig, num_classes: int, seed: int) -> Backbone:
+    """The same model on the meta device, without weights or hash; `seed` is not needed.
+
+    Raises:
+        ConfigError: the name is unknown.
+    """
+    name = check_backbone(config)
+    with torch.device("meta"):
+        model = timm.create_model(config.backbone, pretrained=False, num_classes=num_classes)
+    return _finish(model, name, config, "")
 
 
 def _no_weights(config: ModelConfig, name: str, reason: str) -> str:

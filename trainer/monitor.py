@@ -4,6 +4,7 @@ Only the main rank has a monitor.
 """
 
 import logging
+import math
 import os
 import sys
 import time
@@ -109,9 +110,15 @@ class Monitor:
         """
         step = int(row["step"])
         for name in ("loss", "ce", "aux_loss", "lr", "grad_norm"):
-            self.writer.add_scalar(f"train/{name}", row[name], step)
+            if math.isfinite(row[name]):  # not so in a step that was left out
+                self.writer.add_scalar(f"train/{name}", row[name], step)
+        if "skipped_steps" in row:
+            self.writer.add_scalar("train/skipped_steps", row["skipped_steps"], step)
         for name, value in perf.items():
             self.writer.add_scalar(f"perf/{name}", value, step)
+        for name, count in row.items():
+            if name.startswith("moa/bad/"):
+                self.writer.add_scalar(f"data/bad/{name.removeprefix('moa/bad/')}", count, step)
         if self.progress is not None and self.task is not None:
             status = f"loss {row['loss']:.4f}  {perf['img_s']:.0f} img/s"
             self.progress.update(self.task, completed=step + 1, status=status)
@@ -121,10 +128,12 @@ class Monitor:
     def _plain_line(self, step: int, row: Mapping[str, float], perf: Mapping[str, float]) -> None:
         done, left = step + 1 - self.first_step, self.total - step - 1
         eta = (time.monotonic() - self.started) / done * left
+        bad = sum(count for name, count in row.items() if name.startswith("moa/bad/"))
         log.info(
-            "step %d/%d loss %.4f ce %.4f aux %.4f grad_norm %.3f %.0f img/s wait %.0f ms ETA %s",
+            "step %d/%d loss %.4f ce %.4f aux %.4f grad_norm %.3f %.0f img/s wait %.0f ms ETA %s%s",
             step, self.total, row["loss"], row["ce"], row["aux_loss"], row["grad_norm"],
             perf["img_s"], perf["data_wait_ms"], clock(eta),
+            f" bad images {bad:.0f}" if bad else "",
         )  # fmt: skip
 
     def evaluation(

@@ -19,6 +19,7 @@ from trainer.world import World
 if TYPE_CHECKING:
     from trainer.estimates import Batches, Term
     from trainer.footprint import Footprint
+    from trainer.scaling import Load, Prediction
 
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1)
 
@@ -50,6 +51,8 @@ class Plan:
         footprint: what was measured on the meta device.
         batches: batch arithmetic.
         warnings: what deserves a second look.
+        load: what a step computes and sends.
+        predictions: a step of as many images per process on more and more GPUs.
     """
 
     run: dict[str, Any]
@@ -62,6 +65,8 @@ class Plan:
     footprint: "Footprint"
     batches: "Batches"
     warnings: tuple[str, ...]
+    load: "Load"
+    predictions: "tuple[Prediction, ...]"
 
     @property
     def trainable(self) -> int:
@@ -187,12 +192,15 @@ def make_plan(config: RunConfig, request: Request) -> Plan:
     from moa import adapter_state_dict
     from trainer import ds_json, estimates
     from trainer.footprint import measure, outline, roles, weights_of
+    from trainer.scaling import WORLDS, Rates, load_of, predict
 
     domains, classes, sizes = known_data(config, request)
     bf16 = config.train.precision != "fp32"  # "auto" is bf16 on a GPU
     model, report = outline(config.model, config.moa, classes)
     batches = estimates.batch_arithmetic(config, request.world_size, domains, sizes)
-    content = ds_json.resolve(config, request.world_size, batches.global_batch, bf16)
+    content = ds_json.resolve(
+        config, request.world_size, batches.global_batch, bf16, report.trainable
+    )
     ds_json.check_buckets(content, report.trainable)
     tensors = adapter_state_dict(model)
     moved = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -201,6 +209,9 @@ def make_plan(config: RunConfig, request: Request) -> Plan:
     sharding = estimates.read_sharding(content, request.world_size)
     terms = estimates.memory_terms(weights_of(model), sharding, footprint)
     used = estimates.gpu_bytes(terms)
+    tokens = int(model.patch_embed.num_patches) + 1  # type: ignore[union-attr, arg-type]
+    load = load_of(model, footprint, sharding.stage, tokens, 2 if bf16 else 4)
+    ep_size, each = config.moa.ep_size, batches.per_process
     return Plan(
         run={
             "backbone": config.model.backbone,
@@ -222,6 +233,12 @@ def make_plan(config: RunConfig, request: Request) -> Plan:
         batches=batches,
         warnings=tuple(
             estimates.memory_warnings(used, request.gpu_memory, report.trainable, sharding)
+        ),
+        load=load,
+        predictions=tuple(
+            predict(load, world, each, ep_size, Rates())
+            for world in sorted({request.world_size, *WORLDS})
+            if world % ep_size == 0
         ),
     )
 

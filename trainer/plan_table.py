@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from trainer.estimates import GIB, Batches
+from trainer.scaling import Prediction
 
 if TYPE_CHECKING:
     from trainer.plan import Plan, Request
@@ -38,6 +39,11 @@ def sections(plan: "Plan", gpu_memory: float | None = None) -> dict[str, Rows]:
         ],
         "compute (multiply-add = 2 FLOPs)": _compute_rows(plan),
         "batches": _batch_rows(plan.batches),
+        "expert parallelism, sent per process and step if 8 share the experts": _traffic_rows(plan),
+        "predicted step, as many images per process (assumed rates: docs/distributed.md)": [
+            _prediction_row(p)
+            for p in plan.predictions
+        ],
     }  # fmt: skip
 
 
@@ -55,6 +61,25 @@ def _compute_rows(plan: "Plan") -> Rows:
     step = sum(parts.values()) * batches.global_batch
     whole = f"{step * batches.steps / 1e18:,.3f} EFLOP in all steps"
     return [*rows, ("step, global batch", f"{step / 1e12:,.2f} TFLOP", whole)]
+
+
+def _prediction_row(p: Prediction) -> tuple[str, str, str]:
+    rate = f"{p.world * p.images / p.seconds:,.0f} images/s"
+    return f"{p.world} GPUs", f"{1000 * p.seconds:,.1f} ms", f"{rate}, {p.efficiency:.1%} computing"
+
+
+def _traffic_rows(plan: "Plan") -> Rows:
+    load, away = plan.load, 7 / 8
+    if not load.expert_bytes:
+        return []
+    sent = {
+        "gather": 2 * load.expert_bytes * away,
+        "all_to_all": 2 * load.token_bytes * plan.batches.per_process * away,
+    }
+    return [
+        (name, f"{count / 2**20:,.2f} MiB", "chosen by auto" if name == load.transport else "")
+        for name, count in sent.items()
+    ]
 
 
 def _batch_rows(batches: Batches) -> Rows:

@@ -1,8 +1,10 @@
 """Where a run starts: afresh, after its newest whole checkpoint, or not at all."""
 
+import hashlib
+import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +12,24 @@ from trainer import checkpoint
 from trainer.build import Parts
 from trainer.config import RunConfig, flat_fields
 from trainer.errors import ConfigError, OutputError
-from trainer.run_folder import RunFolder
+from trainer.run_folder import RunFolder, read_rows
 
 log = logging.getLogger(__name__)
 
 # Settings that change where or how fast a run computes, never its result. More steps are free as
 # well, since nothing in a step depends on how many follow.
 FREE = {
-    "ds_config", "output_dir", "resume", "data.root", "data.workers", "model.weights",
-    "model.grad_checkpointing",
-    "train.steps", "train.eval_batch", "checkpoint.every", "checkpoint.keep",
+    "ds_config", "output_dir", "resume", "data.root", "data.workers",
+    "data.cache_dir", "data.cache_gib", "data.fetch_deadline", "data.fetch_retries",
+    "data.max_bad_fraction", "model.weights",
+    "model.grad_checkpointing", "moa.ep_size", "moa.transport",
+    "train.steps", "train.eval_batch", "train.time_limit", "train.skip_nonfinite",
+    "train.step_deadline", "checkpoint.every", "checkpoint.keep",
+    "checkpoint.background", "checkpoint.allow_changes",
 }  # fmt: skip
+
+# What the data stream says of itself and a setting decides, where the names differ.
+DECIDED_BY = {"sources": ("data.held_out", "data.holdout_fraction")}
 
 
 @dataclass(frozen=True)
@@ -31,11 +40,14 @@ class Start:
         checkpoint: folder to resume from; None starts afresh.
         step: completed optimizer steps.
         finished: whether nothing is left to do.
+        changes: settings that `--checkpoint.allow_changes` let differ from the checkpoint's, each
+            with `step`, `setting`, `old` and `new`.
     """
 
     checkpoint: Path | None = None
     step: int = 0
     finished: bool = False
+    changes: list[dict[str, Any]] = field(default_factory=list)
 
 
 def find_start(folder: RunFolder, parts: Parts) -> Start:
@@ -46,6 +58,7 @@ def find_start(folder: RunFolder, parts: Parts) -> Start:
         OutputError: the folder holds a run under `never`.
         CheckpointError: checkpoints exist, none is whole.
     """
+    checkpoint.clean_up(folder.checkpoints)
     mode, newest = parts.config.resume, checkpoint.load_newest(folder.checkpoints)
     if mode == "never" and (newest is not None or folder.results.exists()):
         raise OutputError(
@@ -64,7 +77,8 @@ def find_start(folder: RunFolder, parts: Parts) -> Start:
                 "or use --resume auto"
             )
         return Start()
-    check_agreement(newest.state, state_of(parts), folder.path)
+    allowed = parts.config.checkpoint.allow_changes
+    changes = check_agreement(newest.state, state_of(parts), folder.path, allowed)
     step, steps = int(newest.state["step"]), parts.config.train.steps
     if step > steps:
         raise ConfigError(
@@ -73,14 +87,30 @@ def find_start(folder: RunFolder, parts: Parts) -> Start:
         )
     finished = folder.done.exists() and step == steps
     if not finished:
-        log.info("resumed after step %d from %s", step - 1, newest.folder)
-    return Start(newest.folder, step, finished)
+        for change in changes:
+            log.warning(
+                "%(setting)s: %(old)r -> %(new)r, as --checkpoint.allow_changes says", change
+            )
+        log.info("resumed after step %d from %s%s", step - 1, newest.folder, _lost(folder, step))
+    return Start(newest.folder, step, finished, [{"step": step, **change} for change in changes])
+
+
+def _lost(folder: RunFolder, step: int) -> str:
+    """In words, how many steps on record come after the checkpoint."""
+    if not folder.metrics.exists():
+        return ""
+    lost = sum(row["step"] >= step for row in read_rows(folder.metrics, torn=True))
+    return f"; {lost} steps since then are done again" if lost else ""
 
 
 def state_of(parts: Parts) -> dict[str, Any]:
     """What a checkpoint records so that a later start can be held against it."""
     base = {"base_sha256": parts.info.base_sha256, "classes": list(parts.info.classes)}
-    return {"config": flat(parts.config), "data": parts.stream.fingerprint() | base}
+    config, data = flat(parts.config), parts.stream.fingerprint() | base
+    binding = {key: value for key, value in config.items() if key not in FREE}
+    text = json.dumps([binding, data], sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return {"config": config, "data": data, "config_sha256": digest}
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
@@ -89,24 +119,58 @@ def flat(config: RunConfig) -> dict[str, Any]:
     return {key: list(v) if isinstance(v, tuple) else v for key, v in settings.items()}
 
 
-def check_agreement(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> None:
+def check_agreement(
+    old: Mapping[str, Any], new: Mapping[str, Any], folder: Path, allowed: Collection[str] = ()
+) -> list[dict[str, Any]]:
     """Refuses to go on with settings or data that would change the result.
 
+    Args:
+        old: the checkpoint's state.
+        new: `state_of` the run that would go on from it.
+        folder: the run folder, for messages.
+        allowed: settings that may differ; `data` stands for the data and the base weights.
+
+    Returns:
+        The differences let through, each with `setting`, `old` and `new`.
+
     Raises:
-        ConfigError: names each differing setting with its old and new value.
+        ConfigError: names each other differing setting with its old and new value.
     """
-    differing = [
-        f"{key}: the run in {folder} has {old['config'].get(key)!r}, now {value!r}"
-        for key, value in new["config"].items()
-        if key not in FREE and old["config"].get(key) != value
+    settings = _differences(old["config"], new["config"])
+    changes = [change for change in settings if change["setting"] not in FREE]
+    refused = [change for change in changes if change["setting"] not in allowed]
+    if not refused:  # otherwise the data differ because a setting does
+        data = _differences(old["data"], new["data"])
+        if "data" not in allowed:
+            data = [c for c in data if not _follows(c["setting"], changes)]
+            refused = [{**c, "setting": f"data or base weights ({c['setting']})"} for c in data]
+        else:
+            changes += [{**c, "setting": f"data ({c['setting']})"} for c in data]
+    if refused:
+        raise ConfigError("\n".join(_refusal(change, folder) for change in refused))
+    return changes
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"setting": key, "old": old.get(key), "new": value}
+        for key, value in new.items()
+        if old.get(key) != value
     ]
-    if not differing:
-        differing = [
-            f"data or base weights ({key}): the run in {folder} has {old['data'].get(key)!r}, "
-            f"now {value!r}"
-            for key, value in new["data"].items()
-            if old["data"].get(key) != value
-        ]
-    if differing:
-        remedy = "; keep the old value, or start another run with another --output_dir"
-        raise ConfigError("\n".join(line + remedy for line in differing))
+
+
+def _follows(entry: str, changes: list[dict[str, Any]]) -> bool:
+    """Whether an entry of the data's description differs because of a setting let through."""
+    names = {change["setting"] for change in changes}
+    by_name = {name.rpartition(".")[2] for name in names}
+    return entry in by_name or bool(names & set(DECIDED_BY.get(entry, ())))
+
+
+def _refusal(change: Mapping[str, Any], folder: Path) -> str:
+    name = change["setting"]
+    key = "data" if name.startswith("data or") else name
+    return (
+        f"{name}: the run in {folder} has {change['old']!r}, now {change['new']!r}; keep the old "
+        "value, start another run with another --output_dir, or go on regardless with "
+        f"--checkpoint.allow_changes=[{key}]"
+    )

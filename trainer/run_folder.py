@@ -1,22 +1,22 @@
 """The run folder: claimed by one run, its JSON lines appended and cut back on resume."""
 
 import json
-import os
 import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
 from trainer.config import ROOT, RunConfig, as_plain
+from trainer.durable import replace_text, sync
 from trainer.errors import CheckpointError, OutputError
+from trainer.folder_lock import FolderLock
 
 PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "numpy")
 
@@ -35,7 +35,7 @@ class RunFolder:
         self.tensorboard, self.log = path / "tensorboard", path / "log.txt"
         self.results, self.metrics = path / "results.jsonl", path / "metrics.jsonl"
         self.done = path / "done"
-        self._lock = FileLock(path / ".lock")
+        self._lock = FolderLock(path)
 
     def claim(self) -> None:
         """Creates the folder and holds it until the process ends.
@@ -47,18 +47,11 @@ class RunFolder:
 
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(blocking=False)
+            self._lock.acquire()
             for adapter in (self.adapter, self.adapter_last):
                 recover_folder(adapter)
-            owner = f"{socket.gethostname()} pid {os.getpid()}\n"
-            (self.path / "owner.txt").write_text(owner, encoding="utf-8")
-        except Timeout as error:
-            file = self.path / "owner.txt"
-            owner = file.read_text(encoding="utf-8").strip() if file.exists() else "another run"
-            raise OutputError(
-                f"output_dir: {self.path} is in use by {owner}; give another --output_dir or end "
-                "that run"
-            ) from error
+        except OutputError:
+            raise
         except OSError as error:
             raise OutputError(
                 f"output_dir: cannot write {self.path} ({error.strerror}); give a writable "
@@ -67,7 +60,6 @@ class RunFolder:
 
     def release(self) -> None:
         """Lets others use the folder."""
-        (self.path / "owner.txt").unlink(missing_ok=True)
         self._lock.release()
 
     @contextmanager
@@ -79,8 +71,19 @@ class RunFolder:
         finally:
             self.release()
 
-    def describe(self, config: RunConfig, ds_json: Mapping[str, Any]) -> None:
-        """Writes the resolved configuration, the resolved DeepSpeed JSON and the environment."""
+    def describe(
+        self,
+        config: RunConfig,
+        ds_json: Mapping[str, Any],
+        changes: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """Writes the resolved configuration, the resolved DeepSpeed JSON and the environment.
+
+        Args:
+            config: the run.
+            ds_json: complete DeepSpeed configuration.
+            changes: what `--checkpoint.allow_changes` let through so far.
+        """
         text = yaml.safe_dump(as_plain(config), sort_keys=False)
         (self.path / "config.yaml").write_text(text, encoding="utf-8")
         (self.path / "ds_config.json").write_text(json.dumps(ds_json, indent=2) + "\n")
@@ -90,6 +93,7 @@ class RunFolder:
             "git_commit": git_commit(),
             "host": socket.gethostname(),
             "command": sys.argv,
+            "changes_on_resume": list(changes),
         }
         (self.path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
 
@@ -98,15 +102,28 @@ class RunFolder:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def cut_back(self, first_step: int) -> None:
-        """Drops what a resumed run does again: rows of `first_step` and later."""
-        self.done.unlink(missing_ok=True)
+    def sync_rows(self) -> None:
+        """Waits until all rows are on the disk, before a checkpoint that comes after them."""
         for path in (self.results, self.metrics):
             if path.exists():
-                rows = [row for row in read_rows(path, torn=True) if row["step"] < first_step]
-                temporary = path.with_suffix(".tmp")
-                temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-                temporary.replace(path)
+                sync(path)
+
+    def cut_back(self, first_step: int, first_evaluation: int | None = None) -> None:
+        """Drops what a resumed run does again: rows of `first_step` and later.
+
+        Args:
+            first_step: the next training step.
+            first_evaluation: the same for evaluations, where it is another.
+        """
+        self.done.unlink(missing_ok=True)
+        first = {
+            self.metrics: first_step,
+            self.results: first_step if first_evaluation is None else first_evaluation,
+        }
+        for path, step in first.items():
+            if path.exists():
+                rows = [row for row in read_rows(path, torn=True) if row["step"] < step]
+                replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_rows(path: Path, torn: bool = False) -> list[dict[str, Any]]:

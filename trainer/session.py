@@ -1,6 +1,7 @@
 """One run from command line to closing table, and how it ends: lines for the user, an exit code."""
 
 import errno
+import logging
 import shlex
 import sys
 import time
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from trainer.commandline import parse
 from trainer.config import RunConfig
-from trainer.errors import FINISHED, OutputError, exit_code
+from trainer.errors import FAILED, FINISHED, RESUBMIT, OutputError, exit_code
+from trainer.stopping import Stopped, Stopping, seconds_of
 from trainer.world import World, world_from_environment
 
 if TYPE_CHECKING:
@@ -30,20 +32,39 @@ that sees it end takes them down meanwhile."""
 def main(argv: Sequence[str]) -> int:
     """Runs the command line; returns the exit code."""
     world = world_from_environment()
-    return conclude(lambda: run(parse(argv), world), world)
+    stopping = Stopping(world.is_main)
+    stopping.listen()
+    try:
+        return conclude(lambda: run(parse(argv), world, stopping), world, stopping)
+    finally:
+        stopping.release()
 
 
-def conclude(action: Callable[[], object], world: World) -> int:
+def conclude(action: Callable[[], object], world: World, stopping: Stopping | None = None) -> int:
     """Runs `action` and returns the exit code it ends with.
 
-    Errors that are the user's to mend become plain lines on stderr, once for all ranks.
+    Errors that are the user's to mend become plain lines on stderr, once for all ranks. Launchers
+    end the ranks that still wait with a signal when they see the first one leave.
     """
+    stopping = stopping or Stopping(world.is_main)
     try:
         action()
+    except Stopped as stopped:
+        if not (world.is_main or stopping.begun):
+            # Perhaps only because the main rank has failed, whose exit code shall then count: srun
+            # passes on the highest, deepspeed the first.
+            stopping.leave_with(FAILED)
+            time.sleep(OTHERS_WAIT)
+            return FAILED
+        stopping.settle()
+        if world.is_main:
+            logging.getLogger("trainer").warning("%s", stopped)
+        return RESUBMIT
     except Exception as error:
         if isinstance(error, OSError) and error.errno in CANNOT_WRITE_ERRORS:
             error = OutputError(f"output_dir: cannot write ({error}); free space or give another")
         code = exit_code(error)
+        stopping.leave_with(FAILED if code is None else code)
         if code is None:
             raise
         report_error(error, world)
@@ -62,7 +83,7 @@ def report_error(error: Exception, world: World) -> None:
     sys.stderr.flush()
 
 
-def run(config: RunConfig, world: World) -> None:
+def run(config: RunConfig, world: World, stopping: Stopping) -> None:
     """Trains as configured, or shows the result of a run that is already finished.
 
     Whatever can be wrong with the configuration is found before the process group starts.
@@ -73,6 +94,8 @@ def run(config: RunConfig, world: World) -> None:
     from trainer.resume import Start, find_start
     from trainer.run_folder import RunFolder
 
+    if config.train.time_limit is not None:
+        stopping.limit = seconds_of(config.train.time_limit)
     console, parts = terminal(), build(config, world)
     folder, start = RunFolder(parts.config.run_folder(parts.held_out_name)), Start()
     with folder.claimed() if world.is_main else nullcontext():
@@ -81,12 +104,12 @@ def run(config: RunConfig, world: World) -> None:
             start = find_start(folder, parts)
 
         from trainer import engine  # imports deepspeed, which takes seconds
-        from trainer.loop import train
+        from trainer.assembly import train
 
         engine.start(world)
         start = engine.from_main(start)
         if not start.finished:
-            train(parts, world, folder, start, console)
+            train(parts, world, folder, start, console, stopping)
         if world.is_main:
             show_result(parts, folder, console)
         engine.stop()

@@ -1,0 +1,180 @@
+"""The `all_to_all` transport: tokens travel to the owners of their experts and back.
+
+Letters: N tokens of a rank, D in, O out, E experts, G ranks of a group, K pairs of a token and an
+expert that it chose.
+"""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moa.experts import KroneckerRule, kronecker_delta, lora_delta, lora_down
+from moa.router import full_precision, wide_product
+
+if TYPE_CHECKING:
+    from moa.expert_parallel import ExpertParallel
+    from moa.layer import MoALinear
+
+
+class TokenExchange:
+    """Evaluates one layer's experts where they are.
+
+    Every rank enters every collective, forward and backward, whether or not it has experts or
+    tokens for them; experts that no token chose see none and get a gradient of zero.
+
+    Args:
+        parallel: the group.
+        layer: the layer whose experts these are.
+        owners: owner of each expert.
+    """
+
+    def __init__(
+        self, parallel: "ExpertParallel", layer: "MoALinear", owners: Sequence[int]
+    ) -> None:
+        self.parallel, self.layer, self.owners = (parallel,), (layer,), list(owners)
+        order = sorted(range(len(owners)), key=lambda e: (owners[e], e))
+        self.rank_in_order = [order.index(e) for e in range(len(owners))]
+        self.order = order
+        self.local = [e for e in order if owners[e] == parallel.ep_rank]
+
+    def __call__(self, tokens: Tensor, gates: Tensor, rule: Any) -> Tensor:
+        """Sum over experts of gate_e * delta_e(x).
+
+        Args:
+            tokens: [N, D].
+            gates: [N, E] or [1, E].
+            rule: the slow weights of Kronecker experts, held (`hold_rule`); None with LoRA.
+
+        Returns:
+            [N, O].
+        """
+        gates = gates.expand(len(tokens), -1)
+        token, expert = gates.detach().nonzero(as_tuple=True)  # [K] each
+        place = torch.tensor(self.rank_in_order, device=tokens.device)[expert]
+        by_owner = place.argsort(stable=True)
+        token, expert = token[by_owner], expert[by_owner]
+        to_send, to_receive, blocks = self._sizes(expert)
+        (parallel,) = self.parallel
+        received = all_to_all(tokens[token], to_send, to_receive, parallel)
+        done = self._evaluate(received, blocks, rule)
+        returned = all_to_all(done, to_receive, to_send, parallel)  # [K, O]
+        weighted = returned * gates[token, expert].unsqueeze(1).to(returned.dtype)
+        result = weighted.new_zeros(len(tokens), returned.shape[1])
+        return result.index_add(0, token, weighted)
+
+    def _sizes(self, expert: Tensor) -> tuple[list[int], list[int], list[int]]:
+        """Rows to send to each rank, to receive from each, and per (rank, local expert)."""
+        (parallel,) = self.parallel
+        number, ranks = len(self.owners), parallel.ep_size
+        mine = expert.bincount(minlength=number)
+        gathered = mine.new_empty(ranks * number)
+        dist.all_gather_into_tensor(gathered, mine, group=parallel.group)
+        parallel.count(mine.numel() * mine.element_size() * (ranks - 1))
+        counts = gathered.view(ranks, number).tolist()
+        own = counts[parallel.ep_rank]
+        to_send = [0] * ranks
+        for e, owner in enumerate(self.owners):
+            to_send[owner] += own[e]
+        blocks = [counts[source][e] for source in range(ranks) for e in self.local]
+        width = len(self.local)
+        to_receive = [sum(blocks[s * width : (s + 1) * width]) for s in range(ranks)]
+        return to_send, to_receive, blocks
+
+    def _evaluate(self, received: Tensor, blocks: list[int], rule: Any) -> Tensor:
+        """The local experts' updates [rows, O] of received tokens, in the order of arrival."""
+        (layer,), (parallel,) = self.layer, self.parallel
+        width = len(self.local)
+        pieces = torch.split(received, blocks) if width else ()
+        done: list[Tensor] = [received.new_zeros(0)] * len(blocks)
+        for j, e in enumerate(self.local):
+            own = torch.cat(pieces[j::width])  # from every rank
+            update = self._update(layer, e, own, rule)
+            done[j::width] = torch.split(update, blocks[j::width])
+        # A sum of nothing that ties input, rule and idle ranks into the graph of every rank.
+        tie = received[:0].sum()
+        if rule is not None:
+            tie = tie + rule.left[:0].sum() + rule.right[:0].sum()
+        if parallel.idle is not None:
+            tie = tie + parallel.idle[:0].sum()
+        result = torch.cat(done) if width else received.new_zeros(0, layer.out_features)
+        return result + tie
+
+    @staticmethod
+    def _update(layer: "MoALinear", number: int, tokens: Tensor, rule: Any) -> Tensor:
+        experts: list[Any] = [layer.experts[number]]
+        if layer.config.kronecker:
+            return kronecker_delta(tokens, experts, None, rule)
+        with full_precision(tokens.device):
+            h = wide_product(tokens, lora_down(experts))
+        return lora_delta(h, experts, None)
+
+
+def hold_rule(rule: KroneckerRule) -> SimpleNamespace:
+    """The rule's factors through a node of their own; call it first in a layer's forward.
+
+    Autograd then hands a rank its gradient of the rule in this layer after everything else of the
+    layer, whether or not the rank has an expert there. DeepSpeed adds gradients up in the order in
+    which they come, which must not differ from rank to rank.
+    """
+    left, right = _Held.apply(rule.left, rule.right)
+    return SimpleNamespace(left=left, right=right)
+
+
+class _Held(torch.autograd.Function):
+    """The identity of two tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        return left.view_as(left), right.view_as(right)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients
+
+
+def all_to_all(
+    rows: Tensor, to_send: list[int], to_receive: list[int], parallel: "ExpertParallel"
+) -> Tensor:
+    """Sends rows [sum(to_send), W] in pieces to the ranks; returns [sum(to_receive), W]."""
+    anchor = torch.zeros((), device=rows.device, requires_grad=torch.is_grad_enabled())
+    result: Tensor = _AllToAll.apply(rows, anchor, to_send, to_receive, parallel)
+    return result
+
+
+class _AllToAll(torch.autograd.Function):
+    """all_to_all with uneven pieces; backward sends the gradients back.
+
+    The anchor makes the result part of every rank's graph, even where the rows are constants:
+    otherwise that rank would stay away from the others' backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        anchor: Tensor,
+        to_send: list[int],
+        to_receive: list[int],
+        parallel: "ExpertParallel",
+    ) -> Tensor:
+        ctx.to_send, ctx.to_receive, ctx.parallel = to_send, to_receive, parallel
+        return _exchange(rows, to_send, to_receive, parallel)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        back = _exchange(gradient, ctx.to_receive, ctx.to_send, ctx.parallel)
+        return back, None, None, None, None
+
+
+def _exchange(
+    rows: Tensor, to_send: list[int], to_receive: list[int], parallel: "ExpertParallel"
+) -> Tensor:
+    received = rows.new_empty(sum(to_receive), rows.shape[1])
+    dist.all_to_all_single(received, rows.contiguous(), to_receive, to_send, group=parallel.group)
+    away = sum(to_send) - to_send[parallel.ep_rank]
+    parallel.count(away * rows.shape[1] * rows.element_size())
+    return received

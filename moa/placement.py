@@ -1,0 +1,74 @@
+"""Who owns which expert, and which transport sends less: arithmetic, without any process.
+
+Letters: N tokens of a rank, E experts of a layer, G ranks of a group.
+"""
+
+import heapq
+from collections.abc import Sequence
+from typing import Literal
+
+from moa.errors import MoAConfigError
+from moa.layer import MoALinear
+
+
+def place_experts(costs: Sequence[Sequence[int]], ep_size: int) -> list[list[int]]:
+    """Which rank of the group owns each expert of each layer.
+
+    The dearest expert left goes to the rank with the least so far (longest processing time first),
+    over all layers together: ranks differ by less than one expert, and none is idle as long as
+    there are as many experts as ranks.
+
+    Args:
+        costs: per layer the cost of each expert, such as its number of parameters.
+        ep_size: G.
+
+    Returns:
+        Per layer the owner of each expert, 0 to G - 1.
+    """
+    owners = [[0] * len(layer) for layer in costs]
+    items = [(-cost, n, e) for n, layer in enumerate(costs) for e, cost in enumerate(layer)]
+    load = [(0, 0, rank) for rank in range(ep_size)]  # cost, number of experts, rank
+    for negative, n, e in sorted(items):
+        cost, number, rank = heapq.heappop(load)
+        owners[n][e] = rank
+        heapq.heappush(load, (cost - negative, number + 1, rank))
+    return owners
+
+
+def traffic(
+    layers: Sequence[MoALinear], tokens: int, ep_size: int, width: int
+) -> dict[Literal["gather", "all_to_all"], float]:
+    """Bytes that a rank sends per step, forward and backward, by transport.
+
+    Args:
+        layers: the adapted layers, with all experts.
+        tokens: N per layer and step.
+        ep_size: G.
+        width: bytes of a number.
+    """
+    away = (ep_size - 1) / ep_size
+    experts = sum(p.numel() for layer in layers for p in layer.experts.parameters())
+    sent = sum(
+        tokens * layer.config.experts_kept * (layer.in_features + layer.out_features)
+        for layer in layers
+    )
+    return {"gather": 2 * experts * away * width, "all_to_all": 2 * sent * away * width}
+
+
+def resolve_transport(layers: Sequence[MoALinear], tokens: int) -> Literal["gather", "all_to_all"]:
+    """The transport that the configuration asks for; `auto` is the one that sends fewer bytes.
+
+    Raises:
+        MoAConfigError: tokens would have to carry a dropout mask.
+    """
+    config = layers[0].config
+    if config.transport == "all_to_all" and (config.expert_dropout or config.kron_impl == "dense"):
+        raise MoAConfigError(
+            "moa.transport: 'all_to_all' with moa.expert_dropout or moa.kron_impl dense, whose "
+            "masks stay with the tokens; use --moa.transport gather"
+        )
+    if config.transport != "auto":
+        return config.transport
+    sent = traffic(layers, tokens, 2, 1)
+    masked = config.expert_dropout or config.kron_impl == "dense"
+    return "gather" if masked or sent["gather"] <= sent["all_to_all"] else "all_to_all"

@@ -1,0 +1,148 @@
+"""Images that could not be used as they are: what is noted of each, and when there are too many.
+
+A bad image is never dropped. In training another image of its domain takes its place, chosen by the
+place alone; in evaluation a grey one does, so that it counts as an error.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from shards.errors import DamagedDataError
+
+REASONS = ("crc32", "undecodable", "truncated")
+"""Columns of a count: altered bytes, no decoder reads it, incomplete but used as far as it goes."""
+
+TOLERATED_PER_EPOCH = 10
+"""Replaced images of a domain that never end a run, lest one bad file of a small set should."""
+
+_REMEDY = (
+    "check the set with `python -m shards.writer --verify --deep`, or raise data.max_bad_fraction"
+)
+_REPLACED = slice(0, 2)  # of REASONS: an image kept as far as it goes was not replaced
+
+
+class BadSample(NamedTuple):
+    """One image that could not be used as it is."""
+
+    env: int
+    """Number of its domain."""
+    key: str
+    shard: str
+    """File name of the shard."""
+    offset: int
+    """First byte of the image in the shard."""
+    reason: str
+    """One of `REASONS`."""
+    detail: str
+    """What the reader said."""
+    attempt: int = 0
+    """0 for the image that stands in the slot, 1 for its first substitute, and so on."""
+
+    def __str__(self) -> str:
+        """Describe it in one line, for the log."""
+        what = "used as far as it goes" if self.reason == "truncated" else "replaced"
+        return f"sample {self.key} ({self.shard}, offset {self.offset}): {self.detail}; {what}"
+
+
+def count_bad(samples: Iterable[BadSample], num_domains: int) -> torch.Tensor:
+    """Count the slots that were hit.
+
+    Args:
+        samples: Bad samples of some batches; substitutes that were bad too are not counted again.
+        num_domains: Domains of the set.
+
+    Returns:
+        int64 tensor [num_domains, len(REASONS)]; add these over batches and ranks.
+    """
+    counts = torch.zeros(num_domains, len(REASONS), dtype=torch.int64)
+    for sample in samples:
+        if sample.attempt == 0:
+            counts[sample.env, REASONS.index(sample.reason)] += 1
+    return counts
+
+
+def named_counts(counts: torch.Tensor, domains: Sequence[str]) -> dict[str, int]:
+    """Name the counts that are not zero.
+
+    Args:
+        counts: As from `count_bad`.
+        domains: Domain names in order.
+
+    Returns:
+        `<domain>/<reason>` to count.
+    """
+    return {
+        f"{domain}/{reason}": count
+        for domain, row in zip(domains, counts.tolist(), strict=True)
+        for reason, count in zip(REASONS, row, strict=True)
+        if count
+    }
+
+
+def counts_from_names(named: Mapping[str, int], domains: Sequence[str]) -> torch.Tensor:
+    """Undo `named_counts`.
+
+    Args:
+        named: `<domain>/<reason>` to count; names of other domains are ignored.
+        domains: Domain names in order.
+
+    Returns:
+        int64 tensor [domains, len(REASONS)].
+    """
+    rows = [[int(named.get(f"{name}/{reason}", 0)) for reason in REASONS] for name in domains]
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def check_unusable(where: str, unusable: int, total: int, limit: float) -> None:
+    """Raise if too many images of an evaluated split could not be used.
+
+    Args:
+        where: Name of the split, for the error message.
+        unusable: Images that a grey one stands for.
+        total: All images of the split.
+        limit: Largest tolerated share; `TOLERATED_PER_EPOCH` are tolerated unless it is 0.
+
+    Raises:
+        DamagedDataError: If there are more.
+    """
+    if unusable > max(limit * total, TOLERATED_PER_EPOCH if limit else 0):
+        raise DamagedDataError(
+            f"{where}: {unusable} of {total} images cannot be used, more than "
+            f"data.max_bad_fraction = {limit} allows; {_REMEDY}"
+        )
+
+
+def check_bad_fraction(
+    counts: torch.Tensor,
+    seen: Mapping[int, int],
+    sizes: Mapping[int, int],
+    domains: Sequence[str],
+    limit: float,
+) -> None:
+    """Raise if too many images of a domain had to be replaced.
+
+    A domain may have `limit` of its images replaced, and in any case `TOLERATED_PER_EPOCH` for
+    every epoch begun, unless `limit` is 0. Images that were used as far as they go do not count.
+
+    Args:
+        counts: As from `count_bad`, over all batches and ranks so far.
+        seen: Domain number to images drawn so far.
+        sizes: Domain number to the number of different images that they are drawn from.
+        domains: Domain names in order.
+        limit: Largest tolerated share.
+
+    Raises:
+        DamagedDataError: If a domain has more; names the domain, the counts and the remedy.
+    """
+    replaced = counts[:, _REPLACED].sum(dim=1).tolist()
+    for env, drawn in seen.items():
+        epochs_begun = -(-drawn // max(1, sizes[env]))
+        tolerated = max(limit * drawn, TOLERATED_PER_EPOCH * epochs_begun if limit else 0)
+        if replaced[env] > tolerated:
+            by_reason = ", ".join(f"{k} {v}" for k, v in named_counts(counts, domains).items())
+            raise DamagedDataError(
+                f"domain {domains[env]!r}: {replaced[env]} of {drawn} images had to be replaced "
+                f"({by_reason}), more than data.max_bad_fraction = {limit} allows; {_REMEDY}"
+            )

@@ -1,0 +1,238 @@
+"""Image folders to shard sets, resumable at any moment.
+
+Images are stored byte for byte, shuffled once with a fixed seed so that reading a shard from front
+to back already mixes the classes. Every file gets its final name only when complete; a shard that
+has it is not written again when an interrupted conversion continues. `index.json` comes last: a
+folder without it is an unfinished conversion. The same images always give the same bytes.
+"""
+
+import functools
+import json
+import logging
+import os
+import shutil
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import filelock
+import numpy as np
+
+from shards.datasets import DatasetSpec
+from shards.errors import DataConfigError, OutputError
+from shards.exclusion import check_sizes, report_exclusion
+from shards.index import ShardIndex
+from shards.layout import (
+    FORMAT_VERSION,
+    INDEX_NAME,
+    INFO_NAME,
+    TABLE_DTYPE,
+    DomainInfo,
+    file_sha256,
+    section_digest,
+    stock_info,
+)
+from shards.listing import dataset_folder, list_images
+from shards.packing import PackedShard, pack_shard, replaced_when_whole, sync_folder
+from shards.parallel import run_tasks
+from shards.planning import PARTIAL, STATE_NAME, Plan, ShardTask, make_plan
+from shards.progress import progress
+
+log = logging.getLogger(__name__)
+
+DEFAULT_SHARD_SIZE = 1000
+DEFAULT_SHARD_BYTES = 512 * 2**20
+_LOCK_NAME = ".writer.lock"
+
+
+def write_shards(
+    root: Path,
+    out: Path,
+    spec: DatasetSpec,
+    *,
+    exclude: Collection[str] = (),
+    shard_size: int = DEFAULT_SHARD_SIZE,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    jobs: int = 1,
+) -> ShardIndex:
+    """Convert an image folder to a shard set; do nothing if that has been done already.
+
+    Args:
+        root: Folder `<domain>/<class>/**/<image>`.
+        out: Folder of the shard set, made if needed. What an interrupted conversion of the same
+            images left there is used.
+        spec: The dataset.
+        exclude: Paths relative to `root` to leave out.
+        shard_size: Largest number of samples of one shard.
+        shard_bytes: Size in bytes that a shard of more than one sample should not exceed.
+        jobs: Number of processes; changes speed, never a byte.
+
+    Returns:
+        The opened shard set.
+
+    Raises:
+        DataConfigError: If the images or the settings do not fit.
+        DamagedDataError: If an image cannot be read, or `out` holds a damaged copy of this set.
+        OutputError: If `out` cannot be written, is too small, is in use, or holds something else.
+    """
+    _check_settings(shard_size=shard_size, shard_bytes=shard_bytes, jobs=jobs)
+    if out.resolve().is_relative_to(dataset_folder(root, spec).resolve()):
+        raise DataConfigError(f"--out {out}: must not lie inside --root {root}")
+    listing = list_images(root, spec, exclude)
+    report_exclusion(listing, exclude)
+    check_sizes(listing, spec, exclude)
+    plan = make_plan(listing, spec.name, shard_size, shard_bytes)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(out / _LOCK_NAME, timeout=0):
+            if _is_done(out, plan):
+                log.info("%s already holds this set", out)
+            else:
+                _write_set(out, plan, _prepare(out, plan), jobs)
+            (out / STATE_NAME).unlink(missing_ok=True)
+    except filelock.Timeout as error:
+        raise OutputError(f"--out {out}: another writer is at work there") from error
+    except OSError as error:
+        raise OutputError(
+            f"--out {out}: cannot be written ({error.strerror or error}); what is finished stays, "
+            "the same command continues"
+        ) from error
+    return ShardIndex.load(out)
+
+
+def _check_settings(**at_least_one: int) -> None:
+    """Raise on settings that cannot work, before anything is listed."""
+    for name, value in at_least_one.items():
+        if value < 1:
+            raise DataConfigError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+
+
+def _is_done(out: Path, plan: Plan) -> bool:
+    """Tell whether `out` holds exactly this set already; refuse any other set."""
+    try:
+        found = json.loads((out / INDEX_NAME).read_bytes()).get("source_sha256")
+    except FileNotFoundError:
+        return False
+    except (ValueError, AttributeError):
+        found = None
+    if found != plan.source_sha256:
+        raise OutputError(
+            f"--out {out}: holds another shard set; give an empty folder, or delete this one"
+        )
+    return True
+
+
+def _prepare(out: Path, plan: Plan) -> list[ShardTask]:
+    """Keep what an interrupted run of the same plan finished, delete its other left-overs.
+
+    The state file names the plan in its first line and a finished shard with its hash in each other
+    line. A folder that holds anything foreign is refused.
+    """
+    names = [name for name in sorted(os.listdir(out)) if name != _LOCK_NAME]
+    started = STATE_NAME in names
+    for name in names:
+        if not plan.writes(name) or not (started or name.endswith(PARTIAL)):
+            raise OutputError(f"--out {out}: not empty, it holds {name!r}; give an empty folder")
+    lines = (out / STATE_NAME).read_text(errors="replace").split("\n") if started else [""]
+    same = lines[0] == plan.state_sha256
+    whole_lines = lines[1:-1] if same else []  # what follows the last newline was cut short
+    recorded = dict(line.split(" ") for line in whole_lines if line.count(" ") == 1)
+    tasks = [
+        replace(task, sha256=recorded[task.file])
+        if task.file in recorded and task.file in names
+        else task
+        for task in plan.tasks
+    ]
+    kept = {task.file: task.sha256 for task in tasks if task.sha256 is not None}
+    for name in names:
+        if name != STATE_NAME and name not in kept:
+            (out / name).unlink()
+    if same:
+        log.info("continuing: %d of %d shards are there", len(kept), len(tasks))
+    elif started:
+        log.info("images or settings changed since the conversion was interrupted; starting afresh")
+    with replaced_when_whole(out / STATE_NAME) as stream:
+        records = [plan.state_sha256, *(f"{name} {sha256}" for name, sha256 in kept.items())]
+        stream.write("".join(f"{line}\n" for line in records).encode())
+    _check_space(out, plan)
+    return tasks
+
+
+def _check_space(out: Path, plan: Plan) -> None:
+    """Raise unless the file system has room for what is still to be written."""
+    there = [out / task.file for task in plan.tasks if (out / task.file).exists()]
+    needed = plan.num_bytes() - sum(path.stat().st_size for path in there)
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        raise OutputError(
+            f"--out {out}: {needed} bytes ({needed / 2**30:.1f} GiB) needed, {free} bytes "
+            f"({free / 2**30:.1f} GiB) free on its file system; free some space or give another "
+            "folder"
+        )
+
+
+def _write_set(out: Path, plan: Plan, tasks: Sequence[ShardTask], jobs: int) -> None:
+    """Write all shards, then what describes them; the index comes last."""
+    packed: dict[int, PackedShard] = {}
+    total = sum(len(task.ranks) for task in tasks)
+    with progress("writing", total) as advance, (out / STATE_NAME).open("a") as state:
+        pack = functools.partial(pack_shard, out=out)
+        for number, shard in run_tasks(pack, tasks, min(jobs, len(tasks))):
+            packed[number] = shard
+            if tasks[number].sha256 != shard.info.sha256:
+                state.write(f"{shard.info.file} {shard.info.sha256}\n")
+                state.flush()
+            advance(shard.info.samples)
+    for number in range(len(tasks)):
+        for note in packed[number].notes:
+            log.warning("%s", note)
+    shards = [packed[number] for number in range(len(tasks))]
+    domains = [_write_table(out, plan, env, shards) for env in range(len(plan.listing.domains))]
+    infos = [shard.info for shard in shards]
+    _write_json(out / INFO_NAME, stock_info(domains, infos))
+    sections = {
+        "dataset": plan.dataset,
+        "classes": list(plan.listing.classes),
+        "domains": [asdict(info) for info in domains],
+        "shards": [asdict(info) for info in infos],
+    }
+    sync_folder(out)  # first all other names, then the one that vouches for them
+    _write_json(
+        out / INDEX_NAME,
+        {
+            "format_version": FORMAT_VERSION,
+            "source_sha256": plan.source_sha256,
+            "digests": {name: section_digest(value) for name, value in sections.items()},
+            **sections,
+        },
+    )
+    sync_folder(out)
+
+
+def _write_table(out: Path, plan: Plan, env: int, shards: Sequence[PackedShard]) -> DomainInfo:
+    """Write the sample table of one domain."""
+    domain = plan.listing.domains[env]
+    table = np.zeros(len(domain.paths), dtype=TABLE_DTYPE)
+    table["rank"] = np.arange(len(table))
+    table["label"] = domain.labels
+    for number, (task, shard) in enumerate(zip(plan.tasks, shards, strict=True)):
+        if task.env == env:
+            table["shard"][task.ranks] = number
+            for column in ("offset", "size", "crc32"):
+                table[column][task.ranks] = shard.rows[column]
+    path = out / f"{plan.stems[env]}.npy"
+    with replaced_when_whole(path) as stream:
+        np.save(stream, table)
+    return DomainInfo(
+        name=domain.name,
+        key_prefix=plan.prefixes[env],
+        table=path.name,
+        samples=len(table),
+        sha256=file_sha256(path),
+    )
+
+
+def _write_json(path: Path, content: object) -> None:
+    """Write a JSON file under its name when it is whole."""
+    with replaced_when_whole(path) as stream:
+        stream.write((json.dumps(content, indent=1) + "\n").encode())

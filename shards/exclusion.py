@@ -1,0 +1,113 @@
+"""Images to leave out of a conversion, and the documented sizes that should remain."""
+
+import logging
+from collections import Counter
+from collections.abc import Collection
+from pathlib import Path
+
+from shards.datasets import DatasetSpec
+from shards.errors import DataConfigError
+from shards.listing import Listing
+
+log = logging.getLogger(__name__)
+
+
+def read_exclude_list(path: Path | None) -> list[str]:
+    """Read a list of images to leave out.
+
+    Args:
+        path: Text file, one path relative to the image folder per line, as in DomainNet's list of
+            duplicates; None for no list.
+
+    Returns:
+        The paths, with forward slashes.
+
+    Raises:
+        DataConfigError: If the file cannot be read.
+    """
+    if path is None:
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataConfigError(f"--exclude-list {path}: cannot be read ({error})") from error
+    return [line.strip().removeprefix("./") for line in lines if line.strip()]
+
+
+def report_exclusion(listing: Listing, exclude: Collection[str]) -> None:
+    """Log how many images were left out, and the entries that name none.
+
+    Args:
+        listing: What was listed.
+        exclude: The entries that were given.
+    """
+    if not exclude:
+        return
+    log.info("--exclude-list: %d images left out", listing.excluded)
+    if listing.unmatched:
+        log.warning(
+            "--exclude-list: %d of %d entries name no image (%s%s); right if these images "
+            "were deleted before, otherwise check that the paths are relative to %s",
+            len(listing.unmatched),
+            len(set(exclude)),
+            ", ".join(listing.unmatched[:5]),
+            " ..." if len(listing.unmatched) > 5 else "",
+            listing.root,
+        )
+
+
+def check_sizes(listing: Listing, spec: DatasetSpec, exclude: Collection[str]) -> None:
+    """Compare the numbers of images with those documented for the dataset.
+
+    With DomainBed's own list of duplicates the numbers must be exact, since ranks and with them the
+    80/20 split depend on every file; otherwise a difference is only logged.
+
+    Args:
+        listing: What was listed.
+        spec: The dataset.
+        exclude: The entries that were given to leave out.
+
+    Raises:
+        DataConfigError: If the dataset's list of duplicates was given and a number differs.
+    """
+    if spec.samples is None:
+        return
+    found = [len(domain.paths) for domain in listing.domains]
+    if found == list(spec.samples):
+        log.info("numbers of images: %d, as documented for %s", sum(found), spec.name)
+        return
+    differences = ", ".join(
+        f"{domain.name} {have} instead of {want}"
+        for domain, have, want in zip(listing.domains, found, spec.samples, strict=True)
+        if have != want
+    )
+    if is_duplicates_list(spec, exclude):
+        raise DataConfigError(
+            f"--root {listing.root}: with its list of duplicates, {spec.name} has other numbers "
+            f"of images: {differences}; download these domains again (not the 'cleaned' variant), "
+            "or convert what is there with --dataset folder"
+        )
+    hint = "; give its list of duplicates as --exclude-list" if spec.duplicates else ""
+    log.warning(
+        "numbers of images differ from those documented for %s, so ranks and the 80/20 split "
+        "differ from DomainBed's: %s%s",
+        spec.name,
+        differences,
+        hint,
+    )
+
+
+def is_duplicates_list(spec: DatasetSpec, exclude: Collection[str]) -> bool:
+    """Tell whether a list is DomainBed's list of duplicates of a dataset.
+
+    Args:
+        spec: The dataset.
+        exclude: The entries of the list.
+
+    Returns:
+        Whether it has exactly as many different entries of every domain as that list.
+    """
+    if spec.duplicates is None or spec.domains is None:
+        return False
+    counts = Counter(entry.partition("/")[0] for entry in set(exclude))
+    return counts == Counter(dict(zip(spec.domains, spec.duplicates, strict=True)))

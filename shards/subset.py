@@ -1,0 +1,137 @@
+"""A part of a shard set, chosen sample by sample when it is read; the shards stay as they are.
+
+A list names samples to leave out, or the only ones to keep, by key (`sketch-0000012`) or by
+original path (`sketch/cat/im_3.jpg`), one per line. The 80/20 split is made first, over all
+samples, so that a list moves no sample from one side to the other. What is left out is neither
+trained on nor counted in the usual accuracies; it is evaluated on its own, which gives both numbers
+of DomainBed-OOP (the images that a backbone was, and was not, aligned with before).
+"""
+
+import hashlib
+import json
+import logging
+import tarfile
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from shards.errors import DamagedDataError, DataConfigError
+
+if TYPE_CHECKING:
+    from shards.index import ShardIndex
+
+log = logging.getLogger(__name__)
+
+
+class Subset(NamedTuple):
+    """The samples that are kept.
+
+    Attributes:
+        kept: For every domain a bool array [num_samples], by ImageFolder rank.
+        fingerprint: Hash of which samples are kept, 16 hexadecimal digits.
+    """
+
+    kept: tuple[npt.NDArray[np.bool_], ...]
+    fingerprint: str
+
+
+def read_subset(
+    index: "ShardIndex", exclude_list: str | None, include_list: str | None
+) -> Subset | None:
+    """Read a list and find its samples in a shard set.
+
+    Args:
+        index: The shard set.
+        exclude_list: File of samples to leave out; None for no such list.
+        include_list: File of the only samples to keep; None for no such list.
+
+    Returns:
+        The part that is kept; None without a list.
+
+    Raises:
+        DataConfigError: If a list cannot be read, or names no sample of the set.
+        DamagedDataError: If a shard cannot be searched for paths.
+    """
+    if exclude_list is None and include_list is None:
+        return None
+    name = "data.exclude_list" if exclude_list is not None else "data.include_list"
+    file = Path(exclude_list or include_list or "")
+    listed = [np.zeros(index.num_samples(env), dtype=np.bool_) for env in range(len(index.domains))]
+    entries = _read_entries(name, file)
+    unknown = _mark_keys(index, entries, listed)
+    if unknown:
+        unknown = _mark_paths(index, unknown, listed, name)
+    if not any(domain.any() for domain in listed):
+        raise DataConfigError(
+            f"{name} = {str(file)!r}: names no sample of {index.root}; give keys such as "
+            f"{index.key(0, 0)!r}, or paths as in the folder that was converted"
+        )
+    if unknown:
+        log.warning(
+            "%s: %d of %d entries name no sample of the set (%s%s)",
+            name, len(unknown), len(entries), ", ".join(sorted(unknown)[:3]),
+            " ..." if len(unknown) > 3 else "",
+        )  # fmt: skip
+    kept = tuple(domain if exclude_list is None else ~domain for domain in listed)
+    digest = hashlib.blake2b(digest_size=8)
+    for domain in kept:
+        digest.update(np.packbits(domain).tobytes())
+    return Subset(kept, digest.hexdigest())
+
+
+def _read_entries(name: str, file: Path) -> set[str]:
+    """Read the lines of a list."""
+    try:
+        lines = file.expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataConfigError(f"{name} = {str(file)!r}: cannot be read ({error})") from error
+    return {line.strip().removeprefix("./") for line in lines if line.strip()}
+
+
+def _mark_keys(
+    index: "ShardIndex", entries: set[str], listed: list[npt.NDArray[np.bool_]]
+) -> set[str]:
+    """Mark the samples that are named by key; give the entries that are no keys."""
+    prefixes = {info.key_prefix: env for env, info in enumerate(index.domain_infos)}
+    rest = set()
+    for entry in entries:
+        prefix, _, number = entry.rpartition("-")
+        env = prefixes.get(prefix, -1)
+        rank = int(number) if number.isdecimal() else -1
+        if env >= 0 and 0 <= rank < len(listed[env]) and index.key(env, rank) == entry:
+            listed[env][rank] = True
+        else:
+            rest.add(entry)
+    return rest
+
+
+def _mark_paths(
+    index: "ShardIndex", entries: set[str], listed: list[npt.NDArray[np.bool_]], name: str
+) -> set[str]:
+    """Mark the samples that are named by path, in one pass over the shards; give the rest."""
+    if index.remote:
+        raise DataConfigError(
+            f"{name}: names samples by path ({min(entries)!r}), which only a local set can look "
+            f"up; name them by key, as {index.key(0, 0)!r}"
+        )
+    log.info("%s: looking up %d paths in the shards", name, len(entries))
+    rest = set(entries)
+    numbers = {domain: env for env, domain in enumerate(index.domains)}
+    for shard in index.shards:
+        try:
+            with tarfile.open(index.root / shard.file, "r:") as archive:
+                for member in archive:
+                    if member.name.endswith(".json"):
+                        stream = archive.extractfile(member)
+                        about = json.loads(stream.read()) if stream else {}
+                        if about.get("path") in entries:
+                            listed[numbers[about["domain"]]][int(about["index"])] = True
+                            rest.discard(about["path"])
+        except (OSError, tarfile.TarError, ValueError, KeyError, IndexError) as error:
+            raise DamagedDataError(
+                f"{index.root / shard.file}: cannot be searched for the paths of {name} ({error}); "
+                "check the set with `python -m shards.writer --verify`"
+            ) from error
+    return rest

@@ -1,0 +1,75 @@
+"""A web server on this machine that hands out a folder, and misbehaves as it is told."""
+
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+Change = Callable[[bytes], bytes]
+
+
+class Server:
+    """Serves a folder under `url`.
+
+    Attributes:
+        script: file name -> what its next requests get: a status, `cut` (closed half-way), `stall`
+            (silence half-way), or a function that changes the content. An entry is used once,
+            unless it is the last and `forever` holds the name.
+        requests: file name -> how often it was asked for.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.script: dict[str, list[int | str | Change]] = defaultdict(list)
+        self.forever: set[str] = set()
+        self.requests: Counter[str] = Counter()
+        self.stopping = threading.Event()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                server.answer(self)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_port}/sets/one"
+        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.01,))
+
+    def __enter__(self) -> "Server":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopping.set()
+        self.http.shutdown()
+        self.thread.join()
+        self.http.server_close()
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        name = request.path.rpartition("/")[2].partition("?")[0]
+        self.requests[name] += 1
+        script = self.script[name]
+        act = script[0] if script else None
+        if script and name not in self.forever:
+            script.pop(0)
+        path = self.folder / name
+        if isinstance(act, int) or not path.is_file():
+            request.send_error(act if isinstance(act, int) else 404)
+            return
+        content = path.read_bytes()
+        if callable(act):
+            content = act(content)
+        request.send_response(200)
+        request.send_header("Content-Length", str(len(content)))
+        request.end_headers()
+        if act in ("cut", "stall"):
+            request.wfile.write(content[: len(content) // 2])
+            request.wfile.flush()
+            if act == "stall":
+                self.stopping.wait(30)
+            return
+        request.wfile.write(content)

@@ -1,0 +1,68 @@
+"""The trainer with a fault built in: `stopping_worker.py FAULT ARGUMENT...`."""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch  # noqa: E402  (needs the repaired path, as in run.py)
+from torch.nn import functional as F  # noqa: E402
+
+from trainer import loop, session  # noqa: E402
+from trainer.stopping import Stopping  # noqa: E402
+
+RANK = int(os.environ.get("RANK", 0))
+FAULTS: dict[int, float] = {2: float("inf"), 4: float("nan")}
+"""Step -> what rank 1 gets as its loss; an infinite one has a finite gradient."""
+
+
+def signal_in_evaluation() -> None:
+    """Rank 1 gets a signal at its third pause; the others learn of it from the votes."""
+    original, calls = Stopping.pause, 0
+
+    def pause(self: Stopping, more: bool) -> bool:
+        nonlocal calls
+        calls += 1
+        if RANK == 1 and calls == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return original(self, more)
+
+    Stopping.pause = pause  # type: ignore[method-assign]
+
+
+def losses_not_finite() -> None:
+    """Rank 1's loss goes wrong in some steps; each rank notes its state before and after a step."""
+    loss, train_step, hashes = F.cross_entropy, loop.Trainer.train_step, []
+    calls = 0
+
+    def cross_entropy(*args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return loss(*args, **kwargs) + (FAULTS.get(calls - 1, 0.0) if RANK == 1 else 0.0)
+
+    def state(trainer: loop.Trainer) -> str:
+        engine, digest = trainer.engine, hashlib.sha256()
+        held = {**engine.masters(), **engine.moments(), **engine.module.state_dict()}
+        for name, tensor in sorted(held.items()):
+            digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def noted(self: loop.Trainer, batches: Any) -> Any:
+        before = state(self) if self.step else ""
+        result = train_step(self, batches)
+        hashes.append([before, state(self)])
+        (self.folder.path / f"states-{RANK}.json").write_text(json.dumps(hashes))
+        return result
+
+    F.cross_entropy = cross_entropy  # type: ignore[assignment]
+    loop.Trainer.train_step = noted  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    {"evaluation": signal_in_evaluation, "nonfinite": losses_not_finite}[sys.argv[1]]()
+    sys.exit(session.main(sys.argv[2:]))

@@ -1,0 +1,104 @@
+"""Bad images in a whole run: counted in every record, kept over a resume, and at last its end."""
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from shards_fixtures import damage
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trainer_fixtures import arguments, launch, rows
+
+from shards import DataConfig, DomainStream, ShardIndex, open_shards
+from shards.bad_samples import BadSample
+from shards.errors import DamagedDataError
+from trainer.bad_images import BadImages
+
+SOURCES = range(5)
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
+    """The embedded data with a byte flipped in every 40th image."""
+    folder = tmp_path_factory.mktemp("damaged") / "digits"
+    shutil.copytree(open_shards(DataConfig()).root, folder)
+    index = ShardIndex.load(folder)
+    for env in range(6):
+        for row in index.table(env)[::40]:
+            damage(folder / index.shards[int(row["shard"])].file, int(row["offset"]) + 40)
+    return index
+
+
+def expected_counts(index: ShardIndex, steps: int) -> dict[str, int]:
+    stream = stream_of(index)
+    counts: Counter[str] = Counter()
+    for step in range(steps):
+        for env, _, rank in zip(*stream.slots(step), strict=True):
+            if rank % 40 == 0:
+                counts[f"moa/bad/{index.domains[env]}/crc32"] += 1
+    return dict(counts)
+
+
+def stream_of(index: ShardIndex) -> DomainStream:
+    return DomainStream(
+        index, sources=SOURCES, batch_per_domain=4, seed=3, trial_seed=0,
+        transform=lambda x: x,  # type: ignore[arg-type, return-value]
+    )  # fmt: skip
+
+
+def columns(row: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in row.items() if name.startswith("moa/bad/")}
+
+
+def test_counts_reach_every_record_and_survive_a_resume(
+    damaged: ShardIndex, tmp_path: Path
+) -> None:
+    output, given = tmp_path / "run", {"data.root": str(damaged.root)}
+    command = arguments(output, **given, train__steps="8")
+    assert launch(*command).returncode == 0
+    result = launch(*arguments(output, **given))
+    assert result.returncode == 0, result.stderr
+    metrics = rows(output / "metrics.jsonl")
+    for row in metrics:
+        assert columns(row) == expected_counts(damaged, int(row["step"]) + 1)  # type: ignore[call-overload]
+    total = expected_counts(damaged, 13)
+    assert sum(total.values()) > 3
+    results = rows(output / "results.jsonl")
+    assert columns(results[-1]) == total
+    unusable = sum(v for k, v in results[-1].items() if k.startswith("moa/unusable/"))  # type: ignore[misc]
+    assert unusable == sum(-(-damaged.num_samples(env) // 40) for env in range(6))
+    assert f"bad images {sum(total.values())}" in result.stdout
+    assert "is damaged" in (output / "log.txt").read_text()
+    events = EventAccumulator(str(output / "tensorboard")).Reload()
+    for name, count in total.items():
+        assert events.Scalars(name.replace("moa/", "data/", 1))[-1].value == count
+
+
+def test_too_many_end_the_run_on_all_ranks(damaged: ShardIndex, tmp_path: Path) -> None:
+    command = arguments(
+        tmp_path / "run", **{"data.root": str(damaged.root), "data.max_bad_fraction": "0"}
+    )
+    result = launch(*command, processes=2)
+    assert result.returncode == 65
+    assert "more than data.max_bad_fraction = 0.0 allows" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_ranks_are_added_up_and_agree(damaged: ShardIndex) -> None:
+    stream = stream_of(damaged)
+    ranks = [BadImages(stream, 0.1, {"plain/undecodable": 2}) for _ in range(2)]
+
+    def sample(env: int) -> BadSample:
+        return BadSample(env, "k", "s", 0, "crc32", "")
+
+    ranks[0].note([sample(0), sample(0), sample(1)])
+    ranks[1].note([sample(1)])
+    together = ranks[0]._new + ranks[1]._new
+    for rank in ranks:
+        rank.end_step(4, lambda _: together, torch.device("cpu"))
+    for rank in ranks:
+        assert rank.state() == {"plain/crc32": 2, "plain/undecodable": 2, "inverted/crc32": 2}
+        rank.note([sample(1)] * 9)
+        with pytest.raises(DamagedDataError, match="'inverted': 11 of 24 images"):
+            rank.end_step(5, lambda value: value, torch.device("cpu"))

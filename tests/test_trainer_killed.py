@@ -1,0 +1,73 @@
+"""Real runs killed with SIGKILL, continued and extended, against one that nobody disturbed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trainer_fixtures import arguments, kill_after_step, launch, rows
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    """The rows of evaluations without what is measured by the clock, and the folder's name."""
+    found: list[dict[str, Any]] = rows(folder / "results.jsonl")
+    for row in found:
+        del row["moa/images_per_second"], row["args"]["output_dir"]
+    return found
+
+
+def test_killed_continued_and_extended_runs_equal_an_undisturbed_one(tmp_path: Path) -> None:
+    """Checkpoints every 4 steps, evaluations after 0, 6 and 12, or after the last one, 10.
+
+    The second start is killed on its way to step 11 with checkpoints in the background; the third
+    finishes with the evaluation after step 10; the fourth goes on to 13 steps.
+    """
+    whole, output = tmp_path / "whole", tmp_path / "run"
+    assert launch(*arguments(whole)).returncode == 0
+    short = arguments(output, train__steps="11", checkpoint__background="true")
+    kill_after_step(short, output / "metrics.jsonl", 6)
+    stray = output / "checkpoints" / "step-00000099.tmp"
+    stray.mkdir(parents=True)
+    result = launch(*short)
+    assert result.returncode == 0, result.stderr
+    assert "resumed after step 3" in result.stdout
+    assert "steps since then are done again" in result.stdout
+    assert f"removed {stray}" in result.stdout
+    assert not stray.exists()
+    assert [row["step"] for row in results(output)] == [0, 6, 10]
+    state = json.loads((output / "checkpoints" / "step-00000011" / "state.json").read_text())
+    assert state["step"] == 11
+    assert {"world_size", "ep_size", "zero_stage", "config_sha256", "seeds", "best"} <= set(state)
+
+    result = launch(*arguments(output))
+    assert result.returncode == 0, result.stderr
+    assert "resumed after step 10" in result.stdout
+    assert (output / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert results(output) == results(whole)
+    for adapter in ("adapter", "adapter-last"):
+        for file in (whole / adapter).iterdir():
+            assert (output / adapter / file.name).read_bytes() == file.read_bytes(), file
+    events = EventAccumulator(str(output / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(13))
+    for name in ("step-00000012", "step-00000013"):
+        for file in ("optimizer.safetensors", "adapter_model.safetensors"):
+            path = Path("checkpoints") / name / file
+            assert (output / path).read_bytes() == (whole / path).read_bytes()
+
+
+def test_an_allowed_change_is_kept_on_record(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    few = {"moa__method": "linear", "train__steps": "1", "optim__lr": "0.1"}
+    assert launch(*arguments(output, **few)).returncode == 0
+    more = few | {"train__steps": "2", "optim__lr": "0.2"}
+    result = launch(*arguments(output, **more), "--checkpoint.allow_changes=[optim.lr]")
+    assert result.returncode == 0, result.stderr
+    assert "optim.lr: 0.1 -> 0.2, as --checkpoint.allow_changes says" in result.stdout
+    assert [row["lr"] for row in rows(output / "metrics.jsonl")] == [0.1, 0.2]
+    change = {"step": 1, "setting": "optim.lr", "old": 0.1, "new": 0.2}
+    environment = json.loads((output / "environment.json").read_text())
+    state = json.loads((output / "checkpoints" / "step-00000002" / "state.json").read_text())
+    assert environment["changes_on_resume"] == state["changes"] == [change]
+    assert state["config"]["optim.lr"] == pytest.approx(0.2)

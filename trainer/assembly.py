@@ -1,0 +1,94 @@
+"""Puts a run together from its parts, brings it to its start, and trains to the end."""
+
+from rich.console import Console
+
+from trainer import checkpoint
+from trainer.best import Best, is_left_out, restored_best, write_best
+from trainer.build import Parts, decoder
+from trainer.engine import Engine, restore_weights, sum_over_ranks
+from trainer.evaluation import Evaluator
+from trainer.loop import Trainer
+from trainer.monitor import Monitor
+from trainer.resume import Start
+from trainer.run_folder import RunFolder
+from trainer.stopping import Stopping
+from trainer.watchdog import EVALUATING, Watchdog
+from trainer.world import World
+
+
+def train(
+    parts: Parts,
+    world: World,
+    folder: RunFolder,
+    start: Start,
+    console: Console,
+    stopping: Stopping,
+) -> None:
+    """Brings model and engine to the start, trains to the end, marks the folder as done.
+
+    Raises:
+        Stopped: a signal or the time limit ended it; everything is saved.
+        PeerLostError: another rank is gone.
+    """
+    watch = Watchdog(folder.path, world, parts.config.train.step_deadline, start.step)
+    with watch.watching():
+        trainer = assemble(parts, world, folder, start, stopping, watch)
+        with trainer.saves:
+            if world.is_main:
+                with Monitor(parts.config, folder.tensorboard, start.step, console) as monitor:
+                    trainer.train(monitor)
+            else:
+                trainer.train(None)
+        trainer.save_last()
+    if world.is_main:
+        folder.done.write_text("done\n")
+
+
+def assemble(
+    parts: Parts,
+    world: World,
+    folder: RunFolder,
+    start: Start,
+    stopping: Stopping,
+    watch: Watchdog,
+) -> Trainer:
+    """A trainer that stands where the run starts, in a folder that is cut back to there."""
+    config = parts.config
+    resumed = checkpoint.load(start.checkpoint) if start.checkpoint else None
+    if resumed is not None:
+        restore_weights(parts.model, resumed)
+    engine = Engine(
+        parts.model, config.optim, parts.ds_json, world, config.moa, parts.tokens(world)
+    )
+    if resumed is not None:
+        engine.restore(resumed)
+    state = resumed.state | {"changes": resumed.state["changes"] + start.changes} if resumed else {}
+    schedule = (config.train.steps, config.train.eval_every)
+    best = restored_best(resumed, *schedule) if resumed else Best()
+    if world.is_main:
+        last_again = bool(state.get("evaluation_due")) or is_left_out(start.step - 1, *schedule)
+        checkpoint.set_aside_newer(folder.checkpoints, start.step)
+        folder.cut_back(start.step, start.step - last_again)
+        write_best(folder.adapter, parts.info, best)
+        folder.describe(config, parts.ds_json, state.get("changes", []))
+
+    def pause(more: bool) -> bool:
+        watch.note(EVALUATING)
+        return stopping.pause(more)
+
+    evaluator = Evaluator(
+        index=parts.index,
+        data_config=parts.info.data_config,
+        trial_seed=config.train.trial_seed,
+        holdout_fraction=config.data.holdout_fraction,
+        batch_size=config.train.eval_batch,
+        workers=config.data.workers,
+        world=world,
+        device=engine.device,
+        dtype=engine.dtype,
+        decoder=decoder(config.data),
+        max_bad_fraction=config.data.max_bad_fraction,
+        sum_over_ranks=sum_over_ranks,
+        pause=pause,
+    )
+    return Trainer(parts, world, engine, evaluator, folder, state, best, stopping, watch)

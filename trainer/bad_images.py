@@ -1,0 +1,60 @@
+"""Images of the training stream that could not be used: counted over all ranks, and limited."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from shards.bad_samples import (
+    BadSample,
+    check_bad_fraction,
+    count_bad,
+    counts_from_names,
+    named_counts,
+)
+from shards.stream import DomainStream
+
+PREFIX = "moa/bad/"
+"""Of the keys in `metrics.jsonl` and `results.jsonl`: `moa/bad/<domain>/<reason>`."""
+
+
+class BadImages:
+    """Running counts per domain and reason, the same on every rank.
+
+    Args:
+        stream: the training data.
+        limit: largest share of a domain's images that may be replaced.
+        named: counts of a resumed run, from `state`; empty for a new one.
+    """
+
+    def __init__(self, stream: DomainStream, limit: float, named: Mapping[str, int]) -> None:
+        self.stream, self.limit = stream, limit
+        self.domains = stream.index.domains
+        self.total = counts_from_names(named, self.domains)
+        self._new = torch.zeros_like(self.total)
+
+    def note(self, bad: Sequence[BadSample]) -> None:
+        """Adds what this rank met in one batch."""
+        self._new += count_bad(bad, len(self.domains))
+
+    def end_step(
+        self, step: int, sum_over_ranks: Callable[[Tensor], Tensor], device: torch.device
+    ) -> None:
+        """Adds what all ranks met in a step; a collective.
+
+        Raises:
+            DamagedDataError: too many images of a domain had to be replaced; on all ranks alike.
+        """
+        self.total += sum_over_ranks(self._new.to(device)).cpu()
+        self._new.zero_()
+        stream, drawn = self.stream, (step + 1) * self.stream.batch_per_domain
+        sizes = {env: stream.num_train(env) for env in stream.sources}
+        check_bad_fraction(self.total, dict.fromkeys(sizes, drawn), sizes, self.domains, self.limit)
+
+    def state(self) -> dict[str, int]:
+        """Counts that are not zero, by `<domain>/<reason>`."""
+        return named_counts(self.total, self.domains)
+
+    def columns(self) -> dict[str, int]:
+        """The same as columns of a row."""
+        return {PREFIX + name: count for name, count in self.state().items()}

@@ -1,0 +1,132 @@
+"""What the optimizer holds, by name and whole, whatever stage and world it is spread over.
+
+DeepSpeed keeps fp32 masters and Adam's moments in flat partitions; here they become one fp32 tensor
+per trainable name on the CPU of every rank, and go back. All functions are collectives.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+import moa
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+EXPERT_PARALLEL = "expert_parallel"
+"""The model's attribute under expert parallelism (`moa.expert_parallel.NAME`)."""
+
+
+def read_masters(module: nn.Module, trainables: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """fp32 values of all trainables, and as it is what training moves without a gradient."""
+    moved = {n: t for n, t in moa.adapter_state_dict(module).items() if n not in trainables}
+    full = {n: _on_cpu(safe_get_full_fp32_param(p)) for n, p in trainables.items()}
+    return _whole(module, {n: t.detach().cpu().clone() for n, t in moved.items()} | full)
+
+
+def read_moments(ds: Any, trainables: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Adam's moments as `name|exp_avg` and `name|exp_avg_sq`."""
+    _link(ds.optimizer)
+    local = {
+        f"{name}|{moment}": _on_cpu(safe_get_full_optimizer_state(parameter, moment))
+        for name, parameter in trainables.items()
+        for moment in MOMENTS
+    }
+    return _whole(ds.module, local)
+
+
+def write(
+    ds: Any,
+    trainables: Mapping[str, nn.Parameter],
+    masters: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
+    step: int,
+) -> None:
+    """Gives the optimizer its fp32 masters, moments and step count back.
+
+    The model got its weights before, but an engine in bf16 made its masters from rounded ones.
+    """
+    for flat in _flat_masters(ds.optimizer):
+        # Adam makes its state at its first step; the setters below need it now.
+        ds.basic_optimizer.state[flat] = {
+            "step": torch.tensor(float(step)),
+            **{moment: torch.zeros_like(flat) for moment in MOMENTS},
+        }
+    _link(ds.optimizer)
+    for name, parameter in trainables.items():
+        _write_one(parameter, masters[name], None)
+        for moment in MOMENTS:
+            _write_one(parameter, moments[f"{name}|{moment}"], moment)
+    ds.global_steps = step
+
+
+def _flat_masters(optimizer: Any) -> list[Tensor]:
+    """The flat fp32 tensors that the inner optimizer steps, by DeepSpeed's name for the stage."""
+    for name in (
+        "single_partition_of_fp32_groups",  # ZeRO-1 and 2
+        "fp32_partitioned_groups_flat",  # ZeRO-3
+        "fp32_groups_flat_partition",  # ZeRO-1 with fp32 accumulation in bf16
+    ):
+        flat: list[Tensor] | None = getattr(optimizer, name, None)
+        if flat is not None:
+            return flat
+    raise AssertionError(f"{type(optimizer).__name__} keeps its masters in an unknown place")
+
+
+def _link(optimizer: Any) -> None:
+    """Connects parameters with their optimizer state anew.
+
+    DeepSpeed does it once, after the first group's first step, and so misses the groups of experts
+    and state that came to be in another way. ZeRO-3 looks the state up and needs no link.
+    """
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _write_one(parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
+    """Sets a master (`moment` None) or a moment from its whole value."""
+    if not hasattr(parameter, "ds_tensor"):
+        value = value.to(parameter.device)
+        if moment is None:
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, moment)
+        return
+    # DeepSpeed's own setter of whole values fails at ZeRO-3 where ranks do not divide the size.
+    size = parameter.ds_tensor.numel()
+    ranks = dist.get_world_size()
+    padded = torch.zeros(size * ranks)
+    padded[: value.numel()] = value.reshape(-1)
+    own = padded[size * dist.get_rank() : size * (dist.get_rank() + 1)]
+    own = own.to(parameter.ds_tensor.device)
+    if moment is None:
+        safe_set_local_fp32_param(parameter, own)
+    else:
+        safe_set_local_optimizer_state(parameter, own, moment)
+
+
+def _whole(module: nn.Module, local: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With the experts that other ranks own; without the number that an idle rank holds."""
+    parallel = getattr(module, EXPERT_PARALLEL, None)
+    if parallel is None:
+        return local
+    own = {n: t for n, t in local.items() if not n.startswith(f"{EXPERT_PARALLEL}.")}
+    parts: list[dict[str, Tensor]] = [{} for _ in range(parallel.ep_size)]
+    experts = {n: t for n, t in own.items() if ".experts." in n}
+    dist.all_gather_object(parts, experts, group=parallel.group)
+    return own | {name: tensor for part in parts for name, tensor in part.items()}
+
+
+def _on_cpu(value: Tensor | None) -> Tensor:
+    assert value is not None, "a trainable parameter has no fp32 state under the engine"
+    return value.detach().float().cpu().clone()
