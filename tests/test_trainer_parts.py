@@ -66,23 +66,24 @@ def config_with(content: dict[str, Any], tmp_path: Path, **train: Any) -> RunCon
     return RunConfig(ds_config=str(path), train=TrainConfig(**train))
 
 
-@pytest.mark.parametrize("name", ["zero1", "zero2"])
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"])
 def test_shipped_json_resolves_completely(name: str) -> None:
     config = replace(RunConfig(), ds_config=f"ds_configs/{name}.json")
-    resolved = ds_json.resolve(config, world_size=4, global_batch=160, bf16=True)
+    resolved = ds_json.resolve(config, world_size=4, global_batch=160, bf16=True, trainable=999_999)
     assert resolved["train_batch_size"] == 160
     assert resolved["train_micro_batch_size_per_gpu"] == 40
     assert resolved["gradient_accumulation_steps"] == 1
     assert resolved["gradient_clipping"] == 0.0, "DeepSpeed's own default would clip at 1"
     assert resolved["bf16"]["enabled"] is True
-    assert resolved["zero_optimization"]["stage"] == int(name[-1])
+    assert resolved["zero_optimization"]["stage"] == int(name[4])
+    assert resolved["zero_optimization"]["reduce_bucket_size"] > 1_000_000
     assert "auto" not in json.dumps(resolved)
 
 
 @pytest.mark.parametrize(
     ("content", "word"),
     [
-        ({"zero_optimization": {"stage": 3}}, "stage 3"),
+        ({"zero_optimization": {"stage": 4}}, "stage 4"),
         ({"zero_optimization": {"stage": True}}, "stage True"),
         ({"zero_optimization": None}, "must be an object"),
         ([], "must be a JSON object"),
@@ -91,7 +92,11 @@ def test_shipped_json_resolves_completely(name: str) -> None:
         ({"zero_optimization": {"stage": 2, "contiguous_gradients": False}}, "contiguous"),
         ({"zero_optimization": {"stage": 2}, "optimizer": {}}, "--optim.name"),
         ({"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0}, "gradient_clipping is 1.0"),
-        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, "reduce_bucket_size"),
+        ({"zero_optimization": {"stage": 2, "overlap_comm": "auto"}}, "overlap_comm"),
+        ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "did you mean 'overlap_comm'"),
+        ({"zero_optimization": {"stage": 2}, "bf16": {"on": True}}, "bf16.on is not known"),
+        ({"zero_optimisation": {"stage": 2}}, "has no zero_optimization section"),
+        ({"zero_optimization": {"stage": 2}, "activation_checkpointing": {}}, "grad_checkpointing"),
     ],
 )
 def test_json_that_cannot_work(content: dict[str, Any], word: str, tmp_path: Path) -> None:
