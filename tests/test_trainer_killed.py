@@ -1,6 +1,7 @@
 """Real runs killed with SIGKILL, continued and extended, against one that nobody disturbed."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,20 @@ def results(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_killed_continued_and_extended_runs_equal_an_undisturbed_one(tmp_path: Path) -> None:
-    """Checkpoints every 4 steps, evaluations after 0, 6 and 12, or after the last one, 10.
+    """Checkpoints every 4 steps in the background, evaluations after 0, 6 and the last step, 10.
 
-    The second start is killed on its way to step 11 with checkpoints in the background; the third
-    finishes with the evaluation after step 10; the fourth goes on to 13 steps.
+    One start is killed, the next finishes the 11 steps, the last one goes on to 13.
     """
     whole, output = tmp_path / "whole", tmp_path / "run"
     assert launch(*arguments(whole)).returncode == 0
     short = arguments(output, train__steps="11", checkpoint__background="true")
-    kill_after_step(short, output / "metrics.jsonl", 6)
+    # After step 9 the save of step 8 may be under way, and so that of step 4 must be complete.
+    kill_after_step(short, output / "metrics.jsonl", 9)
     stray = output / "checkpoints" / "step-00000099.tmp"
     stray.mkdir(parents=True)
     result = launch(*short)
     assert result.returncode == 0, result.stderr
-    assert "resumed after step 3" in result.stdout
-    assert "steps since then are done again" in result.stdout
+    assert re.search(r"resumed after step (3 .*repeat: 6|7 .*repeat: 2)\n", result.stdout)
     assert f"removed {stray}" in result.stdout
     assert not stray.exists()
     assert [row["step"] for row in results(output)] == [0, 6, 10]

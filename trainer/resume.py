@@ -100,7 +100,7 @@ def _lost(folder: RunFolder, step: int) -> str:
     if not folder.metrics.exists():
         return ""
     lost = sum(row["step"] >= step for row in read_rows(folder.metrics, torn=True))
-    return f"; {lost} steps since then are done again" if lost else ""
+    return f"; steps to repeat: {lost}" if lost else ""
 
 
 def state_of(parts: Parts) -> dict[str, Any]:
