@@ -8,22 +8,36 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moa.config import MoAConfig
-    from moa.errors import AdapterError, MoAConfigError, NoMatchingModuleError
+    from moa.errors import (
+        AdapterError,
+        MissingAdapterError,
+        MoAConfigError,
+        NoMatchingModuleError,
+    )
     from moa.injection import InjectReport, inject
     from moa.layer import MoALinear
     from moa.merging import merge
-    from moa.model import aux_loss, routing_stats, set_routing_position, update_balance
+    from moa.model import (
+        aux_loss,
+        recorded_routes,
+        routing_stats,
+        set_routing_position,
+        update_balance,
+    )
     from moa.noise import RoutingPosition
+    from moa.origin import Origin
     from moa.peft_bridge import export_peft, import_peft
     from moa.state import adapter_state_dict, base_hash, load_adapter, save_adapter
 
 _OWNERS = {
     "AdapterError": "errors",
     "InjectReport": "injection",
+    "MissingAdapterError": "errors",
     "MoAConfig": "config",
     "MoAConfigError": "errors",
     "MoALinear": "layer",
     "NoMatchingModuleError": "errors",
+    "Origin": "origin",
     "RoutingPosition": "noise",
     "adapter_state_dict": "state",
     "aux_loss": "model",
@@ -33,6 +47,7 @@ _OWNERS = {
     "inject": "injection",
     "load_adapter": "state",
     "merge": "merging",
+    "recorded_routes": "model",
     "routing_stats": "model",
     "save_adapter": "state",
     "set_routing_position": "model",
@@ -42,10 +57,12 @@ _OWNERS = {
 __all__ = [
     "AdapterError",
     "InjectReport",
+    "MissingAdapterError",
     "MoAConfig",
     "MoAConfigError",
     "MoALinear",
     "NoMatchingModuleError",
+    "Origin",
     "RoutingPosition",
     "adapter_state_dict",
     "aux_loss",
@@ -55,6 +72,7 @@ __all__ = [
     "inject",
     "load_adapter",
     "merge",
+    "recorded_routes",
     "routing_stats",
     "save_adapter",
     "set_routing_position",

@@ -1,28 +1,19 @@
 """`MoAConfig`: what is adapted and how. Imports nothing heavy, so `--help` stays fast."""
 
-import re
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from moa.blocks import BLOCKS
 from moa.errors import MoAConfigError
 
 Method = Literal[
-    "full",
-    "linear",
-    "bias",
-    "attention",
-    "lora",
-    "kadaptation",
-    "multi_lora",
-    "moa_lora",
+    "full", "linear", "bias", "attention", "lora", "kadaptation", "multi_lora", "moa_lora",
     "moa_kron",
-]
+]  # fmt: skip
 Router = Literal["cosine", "linear", "soft", "uniform"]
 
 ADAPTER_METHODS = ("lora", "kadaptation", "multi_lora", "moa_lora", "moa_kron")
 """Methods that wrap linear layers; the others only choose what is trainable."""
-
-_BLOCKS = re.compile(r"all|(every|last)_([1-9]\d*)")
 
 # Per method: ranks, targets, blocks, router. `lora` is the paper's baseline (r = 2 on qkv and proj
 # of all blocks); the mixtures adapt qkv of every second block ("every qkv" in the paper).
@@ -37,10 +28,17 @@ _DEFAULTS: dict[str, tuple[tuple[int, ...], tuple[str, ...], str, Router | None]
     "moa_kron": (*_MIXED, "cosine"),
 }
 
+# Settings that only methods with several experts use, and those that all adapters use.
+_OF_MIXTURES = (
+    "router", "router_dim", "top_k", "gate_noise", "balance", "aux_weight", "balance_rate",
+    "transport",
+)  # fmt: skip
+_OF_ADAPTERS = ("ranks", "expert_dropout")
+
 
 @dataclass(frozen=True, kw_only=True)
 class MoAConfig:
-    """Which layers get which adapters, and how tokens are routed (design: paper section 3)."""
+    """Which layers get which adapters, and how tokens are routed (section 3 of the paper)."""
 
     method: Method = "moa_kron"
     """full (everything trains), linear (the head only), bias and attention (those parts of the
@@ -134,6 +132,11 @@ class MoAConfig:
         return self.mixes and self.resolved().router != "uniform"
 
     @property
+    def masked(self) -> bool:
+        """Whether the experts may be used under dropout masks, which stay with the tokens."""
+        return self.expert_dropout > 0 or self.kron_impl == "dense"
+
+    @property
     def experts_kept(self) -> int:
         """Experts with a weight above zero per token."""
         whole = self.resolved()
@@ -141,16 +144,51 @@ class MoAConfig:
 
     def problems(self) -> list[str]:
         """Every range problem of this configuration, one line each, empty if it is legal."""
-        found = self._wrong_choices()
+        found = self._wrong_types()
+        if found:  # the other checks compare these values
+            return found
+        found = [*self._wrong_choices(), *self._wrong_places(), *self._wrong_numbers()]
         if self.ep_size < 1 or (self.ep_size > 1 and not self.mixes):
             found.append(
                 f"moa.ep_size: {self.ep_size} with {self.method}; must be >= 1, and above 1 only "
                 "with multi_lora, moa_lora or moa_kron, which have experts to distribute"
             )
-        if self.adapts or self.unfreezes:
-            found += self._wrong_places()
         if self.adapts:
             found += [*self._wrong_experts(), *self._wrong_routing()]
+        return found
+
+    def unused(self) -> list[str]:
+        """Names of settings that were given, although the method does not use them.
+
+        They must be legal all the same, and have no effect: one command or recipe can serve several
+        methods.
+        """
+        used = dict.fromkeys(_OF_MIXTURES, self.mixes) | dict.fromkeys(_OF_ADAPTERS, self.adapts)
+        used |= {"kron_dim": self.kronecker}
+        used |= dict.fromkeys(("targets", "blocks"), self.adapts or self.unfreezes)
+        default = MoAConfig(method=self.method)
+        usual = (default, default.resolved())
+        return [
+            name
+            for name, is_used in used.items()
+            if not is_used and all(getattr(self, name) != getattr(each, name) for each in usual)
+        ]
+
+    def _wrong_types(self) -> list[str]:
+        """Values of another kind than their setting takes; a command line cannot give them."""
+        kinds: dict[str, tuple[type, str]] = {"ranks": (int, "whole numbers >= 1")}
+        kinds["targets"] = (str, "module paths such as attn.qkv")
+        if not isinstance(self.blocks, str):
+            kinds["blocks"] = (int, "block numbers")
+        found = []
+        for name, (kind, legal) in kinds.items():
+            value = getattr(self, name)
+            whole = isinstance(value, tuple) and all(type(item) is kind for item in value)
+            if value is not None and not whole:
+                found.append(f"moa.{name}: {value!r}; give a list of {legal}")
+        for name in ("router_dim", "top_k", "shared_rank", "kron_dim", "ep_size"):
+            if type(getattr(self, name)) is not int:
+                found.append(f"moa.{name}: {getattr(self, name)!r}; must be a whole number")
         return found
 
     def _wrong_choices(self) -> list[str]:
@@ -168,20 +206,35 @@ class MoAConfig:
         ]
 
     def _wrong_places(self) -> list[str]:
-        whole, found = self.resolved(), []
-        if not whole.targets:
+        found = []
+        if self.targets == () and (self.adapts or self.unfreezes):
             found.append("moa.targets: []; name at least one linear layer, such as [attn.qkv]")
-        if isinstance(whole.blocks, str) and not _BLOCKS.fullmatch(whole.blocks):
+        if isinstance(self.blocks, str) and not BLOCKS.fullmatch(self.blocks):
             found.append(
                 f"moa.blocks: {self.blocks!r}; legal are all, every_K, last_K (K >= 1), or a list "
                 "of block numbers"
             )
         return found
 
+    def _wrong_numbers(self) -> list[str]:
+        """What is out of range for every method."""
+        found = []
+        if (self.ranks == () and self.adapts) or any(rank < 1 for rank in self.ranks or ()):
+            found.append(
+                f"moa.ranks: {list(self.ranks or ())}; give one or more whole numbers >= 1"
+            )
+        for name in ("kron_dim", "router_dim", *(() if self.mixes else ("top_k",))):
+            if getattr(self, name) < 1:
+                found.append(f"moa.{name}: {getattr(self, name)}; must be >= 1")
+        if not 0 <= self.expert_dropout < 1:
+            found.append(f"moa.expert_dropout: {self.expert_dropout}; must be >= 0 and below 1")
+        for name in ("gate_noise", "aux_weight", "balance_rate"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                found.append(f"moa.{name}: {getattr(self, name)}; must be a finite number >= 0")
+        return found
+
     def _wrong_experts(self) -> list[str]:
         ranks, kind, found = self.resolved().ranks or (), self.method, []
-        if not ranks or any(r < 1 for r in ranks):
-            found.append(f"moa.ranks: {list(ranks)}; give one or more whole numbers >= 1")
         if self.mixes and len(ranks) == 1:
             found.append(
                 f"moa.ranks: {list(ranks)} gives {kind} one expert; give two or more, or "
@@ -197,16 +250,21 @@ class MoAConfig:
                 f"moa.shared_rank: {self.shared_rank} with {kind}; must be >= 0, and above 0 only "
                 "with multi_lora, moa_lora or moa_kron"
             )
-        if self.kron_dim < 1:
-            found.append(f"moa.kron_dim: {self.kron_dim}; must be >= 1")
         if self.kron_impl == "dense" and not self.kronecker:
             found.append(
                 f"moa.kron_impl: 'dense' with {kind}, which has no Kronecker experts; leave it at "
                 "factored, or use --moa.method moa_kron or kadaptation"
             )
-        if not 0 <= self.expert_dropout < 1:
-            found.append(f"moa.expert_dropout: {self.expert_dropout}; must be >= 0 and below 1")
-        return found
+        return found + (self.transport_problems() if self.ep_size > 1 else [])
+
+    def transport_problems(self) -> list[str]:
+        """What forbids the transport where experts are shared, a line or none."""
+        if not (self.masked and self.transport == "all_to_all"):
+            return []
+        return [
+            "moa.transport: 'all_to_all' with moa.expert_dropout or moa.kron_impl dense, whose "
+            "masks stay with the tokens; use --moa.transport gather"
+        ]
 
     def _wrong_routing(self) -> list[str]:
         whole, found = self.resolved(), []
@@ -228,41 +286,9 @@ class MoAConfig:
                 f"moa.balance: 'bias' with router {whole.router!r}, which chooses nothing; leave "
                 "it at loss, or use --moa.router cosine or linear"
             )
-        if self.router_dim < 1:
-            found.append(f"moa.router_dim: {self.router_dim}; must be >= 1")
-        for name in ("gate_noise", "aux_weight", "balance_rate"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                found.append(f"moa.{name}: {getattr(self, name)}; must be a finite number >= 0")
         return found
 
     def check(self) -> None:
         """Raises `MoAConfigError` with every problem, one a line."""
         if problems := self.problems():
             raise MoAConfigError("\n".join(problems))
-
-
-def select_blocks(blocks: str | tuple[int, ...], depth: int) -> list[int]:
-    """The block numbers that a `blocks` setting selects in a model of `depth` blocks.
-
-    Raises:
-        MoAConfigError: a listed block does not exist, or `last_K` asks for more than there are.
-    """
-    if not isinstance(blocks, str):
-        bad = [b for b in blocks if not 0 <= b < depth]
-        if bad or not blocks:
-            raise MoAConfigError(
-                f"moa.blocks: {list(blocks)}; the model has blocks 0 to {depth - 1}, list one or "
-                "more of them"
-            )
-        return sorted(set(blocks))
-    match = _BLOCKS.fullmatch(blocks)
-    if match is None:
-        raise MoAConfigError(f"moa.blocks: {blocks!r}; legal are all, every_K, last_K, or a list")
-    if blocks == "all":
-        return list(range(depth))
-    number = int(match[2])
-    if match[1] == "every":
-        return list(range(0, depth, number))
-    if number > depth:
-        raise MoAConfigError(f"moa.blocks: {blocks!r}; the model has only {depth} blocks")
-    return list(range(depth - number, depth))

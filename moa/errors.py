@@ -11,3 +11,7 @@ class NoMatchingModuleError(MoAConfigError):
 
 class AdapterError(RuntimeError):
     """An adapter folder is damaged, incomplete, or belongs to another base model."""
+
+
+class MissingAdapterError(AdapterError):
+    """There is no adapter at the place named."""

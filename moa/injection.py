@@ -6,7 +6,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from moa.config import MoAConfig, select_blocks
+from moa.blocks import select_blocks
+from moa.config import MoAConfig
 from moa.errors import MoAConfigError, NoMatchingModuleError
 from moa.experts import KroneckerRule
 from moa.layer import MoALinear, check_kron_dim

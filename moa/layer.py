@@ -63,6 +63,8 @@ class MoALinear(nn.Module):
     """under expert parallelism by `all_to_all`: the experts' sum from tokens, gates and rule"""
     hold_rule: Callable[[KroneckerRule], Any] | None = None
     """what that transport does with the rule before anything else"""
+    record_gates: Callable[[Tensor], object] | None = None
+    """receives every forward's gates [B, ..., E] of a router that decides per token"""
 
     def __init__(
         self, base: nn.Linear, config: MoAConfig, kron_rule: KroneckerRule | None = None
@@ -102,12 +104,18 @@ class MoALinear(nn.Module):
             return KroneckerExpert(*sizes, self.config.kron_dim, weight)
         return LoRAExpert(*sizes, weight)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which cannot take balance counts that hang in a graph."""
+        return {**self.__dict__, "_counts": None}
+
     def extra_repr(self) -> str:
         """The settings that tell two layers apart."""
         return f"method={self.config.method}, ranks={self.ranks}"
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, ..., D] to [B, ..., O]; the first axis counts images (for the gate noise)."""
+        if x.dim() == 1:  # a lone token, which a linear layer takes too
+            return self.forward(x.unsqueeze(0)).squeeze(0)
         rule: Any = self._shared_rule[0] if self._shared_rule else None
         if rule is not None and self.hold_rule is not None:
             rule = self.hold_rule(rule)
@@ -151,6 +159,8 @@ class MoALinear(nn.Module):
                 width = router.weight.shape[0]
                 projected, h = both[:, :width], both[:, width:]
             routing = self._choose(x, router(projected), router.balance_steps, key)
+        if self.record_gates is not None:
+            self.record_gates(routing.gates.detach().view(*x.shape[:-1], -1))
         self._record(routing)
         return routing.gates, h
 

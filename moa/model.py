@@ -3,7 +3,9 @@
 Letters: E experts, L adapted layers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -82,3 +84,23 @@ def update_balance(model: nn.Module, sum_over_ranks: SumOverRanks | None = None)
 def routing_stats(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """Per layer path the statistics of the last training forward, detached and on the device."""
     return {name: stats for name, layer in moa_layers(model) if (stats := layer.stats())}
+
+
+@contextmanager
+def recorded_routes(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Within the block, every forward leaves the gates of its tokens in the dictionary given.
+
+    Yields:
+        Per layer path the gates [B, ..., E] of the last forward, detached and on the device, zero
+        where an expert was not chosen; filled anew by each forward. Layers whose gates are the same
+        for all tokens, or that have no router, are not in it.
+    """
+    routes: dict[str, Tensor] = {}
+    before = [(layer, layer.record_gates) for _, layer in moa_layers(model)]
+    for name, layer in moa_layers(model):
+        layer.record_gates = partial(routes.__setitem__, name)
+    try:
+        yield routes
+    finally:
+        for layer, recorder in before:
+            layer.record_gates = recorder

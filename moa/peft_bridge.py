@@ -24,7 +24,7 @@ from moa.experts import LoRAExpert
 from moa.injection import InjectReport, classifier, inject, matching_layers
 from moa.layer import MoALinear, moa_layers
 from moa.merging import fixed_layers, lora_factors
-from moa.state import CONFIG_FILE, WEIGHTS_FILE, _check_fit, _outline, replaced_folder
+from moa.state import CONFIG_FILE, WEIGHTS_FILE, _check_fit, _outline, replaced_adapter
 
 PREFIX = "base_model.model."  # of every tensor name
 
@@ -58,11 +58,12 @@ def export_peft(model: nn.Module, folder: str | Path, base_model_name: str) -> N
 
     Args:
         model: an injected model with `lora`, or LoRA experts mixed by `router = uniform`.
-        folder: destination; an older one is replaced.
+        folder: destination; an older adapter there is replaced.
         base_model_name: timm name of the base, such as vit_base_patch16_clip_224.openai.
 
     Raises:
         MoAConfigError: the model has no adapters, or ones that PEFT's LoRA cannot express.
+        FileExistsError: `folder` is neither new, nor empty, nor an older adapter.
     """
     layers = fixed_layers(model, "exported")
     for path, layer in layers.items():
@@ -88,7 +89,7 @@ def export_peft(model: nn.Module, folder: str | Path, base_model_name: str) -> N
         "target_modules": "|".join(re.escape(path) for path in layers),
         "modules_to_save": [head],
     }
-    with replaced_folder(Path(folder)) as temporary:
+    with replaced_adapter(folder) as temporary:
         (temporary / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
         (temporary / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
 

@@ -36,7 +36,7 @@ def place_experts(costs: Sequence[Sequence[int]], ep_size: int) -> list[list[int
 
 
 def traffic(
-    layers: Sequence[MoALinear], tokens: int, ep_size: int, width: int
+    layers: Sequence[MoALinear], tokens: int, ep_size: int, width: int, micro_batches: int = 1
 ) -> dict[Literal["gather", "all_to_all"], float]:
     """Bytes that a rank sends per step, forward and backward, by transport.
 
@@ -45,6 +45,7 @@ def traffic(
         tokens: N per layer and step.
         ep_size: G.
         width: bytes of a number.
+        micro_batches: of a step; each gathers the experts anew.
     """
     away = (ep_size - 1) / ep_size
     experts = sum(p.numel() for layer in layers for p in layer.experts.parameters())
@@ -52,7 +53,8 @@ def traffic(
         tokens * layer.config.experts_kept * (layer.in_features + layer.out_features)
         for layer in layers
     )
-    return {"gather": 2 * experts * away * width, "all_to_all": 2 * sent * away * width}
+    gathered = micro_batches * experts
+    return {"gather": 2 * gathered * away * width, "all_to_all": 2 * sent * away * width}
 
 
 def resolve_transport(layers: Sequence[MoALinear], tokens: int) -> Literal["gather", "all_to_all"]:
@@ -62,13 +64,9 @@ def resolve_transport(layers: Sequence[MoALinear], tokens: int) -> Literal["gath
         MoAConfigError: tokens would have to carry a dropout mask.
     """
     config = layers[0].config
-    if config.transport == "all_to_all" and (config.expert_dropout or config.kron_impl == "dense"):
-        raise MoAConfigError(
-            "moa.transport: 'all_to_all' with moa.expert_dropout or moa.kron_impl dense, whose "
-            "masks stay with the tokens; use --moa.transport gather"
-        )
+    if problems := config.transport_problems():
+        raise MoAConfigError("\n".join(problems))
     if config.transport != "auto":
         return config.transport
     sent = traffic(layers, tokens, 2, 1)
-    masked = config.expert_dropout or config.kron_impl == "dense"
-    return "gather" if masked or sent["gather"] <= sent["all_to_all"] else "all_to_all"
+    return "gather" if config.masked or sent["gather"] <= sent["all_to_all"] else "all_to_all"

@@ -92,7 +92,9 @@ class CosineRouter(TokenRouter):
         """Scaled cosines [N, E] from `x weight^T` [N, M], in its dtype."""
         wide = projected.dtype
         z = projected + self.proj.bias.to(wide)
-        cosine = F.normalize(z, dim=-1) @ F.normalize(self.embed.to(wide), dim=0)
+        # Dividing the product by the length of z, not z itself, keeps one [N, M] less for backward.
+        length = torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp(min=1e-12)
+        cosine: Tensor = (z @ F.normalize(self.embed.to(wide), dim=0)) / length
         return self.temperature.to(wide).clamp(max=MAX_LOG_SCALE).exp() * cosine
 
 

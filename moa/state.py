@@ -8,8 +8,6 @@ a file does not depend on the world size or the engine that trained it.
 import copy
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -21,16 +19,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from moa.card import creation, model_card
 from moa.config import MoAConfig
 from moa.errors import AdapterError
+from moa.folders import replaced_folder
+from moa.hub import CARD_FILE as CARD_FILE
+from moa.hub import CONFIG_FILE as CONFIG_FILE
+from moa.hub import WEIGHTS_FILE as WEIGHTS_FILE
+from moa.hub import adapter_folder
 from moa.injection import classifier, inject
+from moa.origin import Origin, origin_from
 
 FORMAT_VERSION = 1
-CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "README.md",
-)
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class AdapterInfo:
         classes: class names in label order.
         data_config: the base's `input_size`, `mean`, `std`, `interpolation`.
         results: figures for the model card.
+        origin: the run it comes from; None if unknown.
+        head: how the classifier began, if not at random.
     """
 
     base_model: str
@@ -52,6 +54,8 @@ class AdapterInfo:
     classes: tuple[str, ...]
     data_config: Mapping[str, Any]
     results: Mapping[str, float] = field(default_factory=dict)
+    origin: Origin | None = None
+    head: Mapping[str, Any] = field(default_factory=dict)
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -75,48 +79,6 @@ def base_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder to write into, which takes the place of `folder` when all went well.
-
-    Files are synced before the rename, and the rename before this returns, so `folder` is at no
-    time half written. An error leaves it as it was, and nothing beside it. A kill may leave the new
-    one half written or the old one aside; `recover_folder` cleans up.
-    """
-    recover_folder(folder)
-    temporary, old = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for path in (*temporary.iterdir(), temporary):
-            _sync(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    _sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def recover_folder(folder: Path) -> None:
-    """Finishes or undoes a `replaced_folder` that was killed."""
-    temporary, old = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
-    if old.exists() and not folder.exists():
-        old.rename(folder)
-    for rest in (old, temporary):
-        shutil.rmtree(rest, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_adapter(folder: Path, tensors: Mapping[str, Tensor], info: AdapterInfo) -> None:
     """Writes the three files of an adapter into an existing folder."""
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
@@ -131,9 +93,36 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], info: AdapterInfo
         "classes": list(info.classes),
         "data_config": dict(info.data_config),
         "results": dict(info.results),
+        "origin": None if info.origin is None else info.origin.plain(),
+        "head": dict(info.head),
     }
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / CARD_FILE).write_text(model_card(info), encoding="utf-8")
+
+
+def check_replaceable(folder: str | Path) -> None:
+    """Refuses to let an adapter take the place of other work.
+
+    Raises:
+        FileExistsError: `folder` is there, and is neither empty nor an adapter's folder.
+    """
+    folder = Path(folder)
+    if not folder.exists() or (folder / CONFIG_FILE).exists():
+        return
+    held = next(folder.iterdir(), None) if folder.is_dir() else folder
+    if held is not None:
+        raise FileExistsError(
+            f"{folder} is no adapter and would be replaced with all that it holds ({held.name}); "
+            "give a new or empty folder, or that of an older adapter"
+        )
+
+
+@contextmanager
+def replaced_adapter(folder: str | Path) -> Iterator[Path]:
+    """Like `replaced_folder`, after `check_replaceable`."""
+    check_replaceable(folder)
+    with replaced_folder(Path(folder)) as temporary:
+        yield temporary
 
 
 def save_adapter(
@@ -149,18 +138,22 @@ def save_adapter(
         folder: destination.
         info: what the tensors belong to.
         tensors: values to write instead of the model's, such as an optimizer's fp32 masters.
+
+    Raises:
+        FileExistsError: `folder` is neither new, nor empty, nor an older adapter.
     """
-    with replaced_folder(Path(folder)) as temporary:
+    with replaced_adapter(folder) as temporary:
         write_adapter(temporary, adapter_state_dict(model) if tensors is None else tensors, info)
 
 
 def read_adapter(folder: str | Path) -> tuple[AdapterInfo, dict[str, Tensor]]:
-    """Reads an adapter folder without a model.
+    """Reads an adapter without a model, from a folder or from `hf-hub:organisation/name`.
 
     Raises:
+        MissingAdapterError: there is nothing at that place.
         AdapterError: a file is missing or damaged, of another format version, or not finite.
     """
-    folder = Path(folder)
+    folder = adapter_folder(folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise AdapterError(f"{folder}: no {name}; give the folder of a saved adapter")
@@ -197,6 +190,8 @@ def _info(folder: Path, config: dict[str, Any]) -> AdapterInfo:
             classes=tuple(config["classes"]),
             data_config=config["data_config"],
             results=config.get("results", {}),
+            origin=None if config.get("origin") is None else origin_from(config["origin"]),
+            head=config.get("head", {}),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"{folder}: {CONFIG_FILE} is not legal: {error}") from error
@@ -206,26 +201,51 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterInfo:
     """Injects and loads a saved adapter into a fresh base model, which keeps its dtype and device.
 
     The classifier is replaced if its number of classes differs. Everything is checked first, so a
-    refused adapter leaves the model as it was.
+    refused adapter leaves the model as it was. The base is known by the bits of its weights, so one
+    converted to bf16 is another base: load in fp32, as the trainer does, and convert afterwards.
+
+    Args:
+        model: the timm model that the adapter was trained on, as `timm.create_model` gives it.
+        folder: an adapter folder, or `hf-hub:organisation/name[@revision]`.
 
     Raises:
+        MissingAdapterError: there is nothing at that place.
         AdapterError: damaged folder, another base, or names or shapes that do not fit exactly.
     """
     info, tensors = read_adapter(folder)
-    actual = base_hash(model)
-    if actual != info.base_sha256:
-        raise AdapterError(
-            f"{folder}: trained on {info.base_model} with base weights {info.base_sha256[:12]}, "
-            f"the given model's are {actual[:12]}; create it with "
-            f"timm.create_model({info.base_model!r}, pretrained=True)"
-        )
+    dtype = next(model.parameters()).dtype
+    check_base(str(folder), info, base_hash(model), dtype)
+    attach(model, info, tensors, str(folder))
+    return info
+
+
+def check_base(name: str, info: AdapterInfo, actual: str, dtype: torch.dtype) -> None:
+    """Raises `AdapterError` unless the base weights' hash is what the adapter `name` expects."""
+    if actual == info.base_sha256:
+        return
+    remedy = f"create it with: {'; '.join(creation(info))}"
+    if dtype != torch.float32:  # whatever was rounded has another hash
+        remedy = f"they are in {dtype}: load the adapter in fp32, then convert; {remedy}"
+    raise AdapterError(
+        f"{name}: trained on {info.base_model} with base weights {info.base_sha256[:12]}, "
+        f"the given model's are {actual[:12]}; {remedy}"
+    )
+
+
+def attach(
+    model: nn.Module, info: AdapterInfo, tensors: Mapping[str, Tensor], name: str = "adapter"
+) -> None:
+    """Injects what `info` says into a fresh model and gives its trainables the values `tensors`.
+
+    Raises:
+        AdapterError: names or shapes do not fit exactly; the model is as it was.
+    """
     outline = _outline(model)
     _prepare(outline, info)
-    _check_fit(str(folder), adapter_state_dict(outline), tensors)
+    _check_fit(name, adapter_state_dict(outline), tensors)
     _prepare(model, info)
-    for name, place in adapter_state_dict(model).items():
-        place.copy_(tensors[name])
-    return info
+    for key, place in adapter_state_dict(model).items():
+        place.copy_(tensors[key])
 
 
 def _outline(model: nn.Module) -> nn.Module:
@@ -257,29 +277,3 @@ def _check_fit(folder: str, wanted: Mapping[str, Tensor], given: Mapping[str, Te
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise AdapterError(f"{folder}: does not fit the model: {'; '.join(problems[:4])}{more}")
-
-
-def model_card(info: AdapterInfo) -> str:
-    """Markdown card of an adapter, with the front matter that model hubs read."""
-    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in info.results.items())
-    return f"""---
-library_name: moa-trainer
-base_model: timm/{info.base_model}
-tags: [domain-generalization, mixture-of-adapters]
----
-# {info.moa.method} adapter for {info.base_model}
-
-{len(info.classes)} classes; ranks {list(info.moa.resolved().ranks or ())}. Base weights (SHA-256)
-`{info.base_sha256}`.
-
-```python
-import moa, timm
-
-model = timm.create_model("{info.base_model}", pretrained=True, num_classes={len(info.classes)})
-moa.load_adapter(model, "path/to/this/folder")
-```
-
-| result | value |
-|---|---|
-{rows}
-"""

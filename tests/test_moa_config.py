@@ -7,7 +7,7 @@ import pytest
 
 import moa
 from moa import MoAConfig, MoAConfigError
-from moa.config import select_blocks
+from moa.blocks import select_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 ADAPTERS = ("lora", "kadaptation", "moa_lora", "moa_kron")
@@ -121,6 +121,17 @@ ILLEGAL = [
     ({"blocks": "all_2"}, "moa.blocks: 'all_2'; legal are"),
     ({"blocks": "last_"}, "moa.blocks: 'last_'; legal are"),
     ({"blocks": "every_2x"}, "moa.blocks: 'every_2x'; legal are"),
+    ({"method": "linear", "ranks": (0,)}, "moa.ranks: [0]; give one or more whole numbers >= 1"),
+    ({"method": "full", "blocks": "no"}, "moa.blocks: 'no'; legal are"),
+    ({"method": "lora", "top_k": 0}, "moa.top_k: 0; must be >= 1"),
+    ({"method": "bias", "expert_dropout": 9.0}, "moa.expert_dropout: 9.0; must be"),
+    ({"ep_size": 2, "transport": "all_to_all", "expert_dropout": 0.1}, "moa.transport: 'all_to"),
+    ({"ranks": (1, 2.5)}, "moa.ranks: (1, 2.5); give a list of whole numbers >= 1"),
+    ({"ranks": (1, True)}, "moa.ranks: (1, True); give a list of whole numbers >= 1"),
+    ({"targets": "attn.qkv"}, "moa.targets: 'attn.qkv'; give a list of module paths"),
+    ({"blocks": (0.5,)}, "moa.blocks: (0.5,); give a list of block numbers"),
+    ({"top_k": 1.5}, "moa.top_k: 1.5; must be a whole number"),
+    ({"kron_dim": 8.0}, "moa.kron_dim: 8.0; must be a whole number"),
 ]
 
 
@@ -149,16 +160,9 @@ def test_all_problems_are_reported_at_once() -> None:
     )
     names = [problem.partition(":")[0].removeprefix("moa.") for problem in config.problems()]
     assert names == [
-        "router",
-        "targets",
-        "blocks",
-        "ranks",
-        "kron_dim",
-        "top_k",
-        "router_dim",
-        "gate_noise",
-        "aux_weight",
-    ]
+        "router", "targets", "blocks", "ranks", "kron_dim", "router_dim", "gate_noise",
+        "aux_weight", "top_k",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -168,7 +172,8 @@ def test_all_problems_are_reported_at_once() -> None:
         {"gate_noise": 0.0, "aux_weight": 0.0},
         {"ranks": (1, 1), "router_dim": 1, "kron_dim": 1},
         {"method": "lora", "top_k": 9},  # not used without a router
-        {"method": "linear", "ranks": (0,), "blocks": "no"},  # adapts nothing
+        {"method": "linear", "ranks": (3,), "blocks": "last_99"},  # adapts nothing
+        {"transport": "all_to_all", "expert_dropout": 0.1},  # nothing travels
         {"blocks": "every_12"},
         {"blocks": (3, 1)},
     ],
@@ -223,3 +228,21 @@ def test_configuration_imports_no_torch() -> None:
         "import sys, moa.config; moa.config.MoAConfig().check(); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"method": "moa_kron", "top_k": 2, "ranks": (1, 3), "kron_dim": 8}, []),
+        ({"method": "moa_lora", "kron_dim": 8}, ["kron_dim"]),
+        ({"method": "lora", "ranks": (3,), "router": "linear"}, ["router"]),
+        ({"method": "multi_lora", "router": "uniform"}, []),
+        ({"method": "bias", "ranks": (1,), "blocks": "all"}, ["ranks"]),
+        ({"method": "linear", "targets": ("attn.qkv",)}, ["targets"]),
+        ({"method": "full", "aux_weight": 0.5}, ["aux_weight"]),
+    ],
+)
+def test_settings_without_effect_are_told(changes: dict[str, object], names: list[str]) -> None:
+    config = MoAConfig(**changes)  # type: ignore[arg-type]
+    assert config.problems() == []
+    assert config.unused() == config.resolved().unused() == names

@@ -63,6 +63,8 @@ def test_traffic_by_the_formula() -> None:
     sent = traffic(layers, tokens=100, ep_size=4, width=2)
     assert sent["gather"] == 2 * 2 * 6 * (16 + 48) * 2 * 3 / 4
     assert sent["all_to_all"] == 2 * 2 * 100 * 2 * (16 + 48) * 2 * 3 / 4
+    pieces = traffic(layers, tokens=100, ep_size=4, width=2, micro_batches=5)
+    assert pieces == {"gather": 5 * sent["gather"], "all_to_all": sent["all_to_all"]}
 
 
 def test_large_vit_sends_thousandfold_less_by_gather() -> None:

@@ -1,5 +1,6 @@
 import copy
 import math
+import pickle
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -138,6 +139,17 @@ def test_output_equals_the_dense_formula(method: str, shape: tuple[int, ...]) ->
 
 
 @pytest.mark.parametrize("method", ADAPTERS)
+def test_a_lone_token(method: str) -> None:
+    """As one of a batch of one, in training too."""
+    layer, x = lone_layer(method), torch.randn(DIM)
+    outputs = []
+    for tokens in (x, x.view(1, DIM)):
+        set_routing_position(layer, position())
+        outputs.append(layer(tokens))
+    assert torch.equal(outputs[0], outputs[1][0])
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
 def test_base_without_bias(method: str) -> None:
     config = small_config(method)
     layer = MoALinear(nn.Linear(DIM, 24, bias=False), config)
@@ -233,6 +245,17 @@ def test_copies_use_their_own_shared_rule(lone: bool) -> None:
                 expert.left.zero_()  # type: ignore[operator]
     assert not torch.equal(twin(x), before)
     torch.testing.assert_close(twin(x), without(x))  # no layer kept the old rule
+
+
+@pytest.mark.parametrize("method", MIXTURES)
+def test_a_copy_between_forward_and_loss(method: str) -> None:
+    """The copy has no balance counts, the original keeps its own."""
+    layer = lone_layer(method)
+    layer(tokens(2, 3))
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert other.take_counts() is None
+        assert torch.equal(other.eval()(tokens(2, 3)), copy.deepcopy(layer).eval()(tokens(2, 3)))
+    assert (aux_loss(layer) > 0) == layer.config.routed
 
 
 def test_the_rule_follows_a_change_of_dtype() -> None:

@@ -22,17 +22,18 @@ from moa import (
     AdapterError,
     adapter_state_dict,
     base_hash,
+    export_peft,
     inject,
     load_adapter,
     save_adapter,
 )
+from moa.folders import replaced_folder
 from moa.state import (
     CARD_FILE,
     CONFIG_FILE,
     WEIGHTS_FILE,
     AdapterInfo,
     read_adapter,
-    replaced_folder,
 )
 
 DATA_CONFIG = {"input_size": [3, 16, 16], "mean": [0.5, 0.5, 0.5], "interpolation": "bicubic"}
@@ -58,6 +59,20 @@ def saved(tmp_path: Path) -> Path:
     model, info = trained("moa_kron")
     save_adapter(model, folder, info)
     return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_converted_base_is_refused_with_the_way_that_works(
+    dtype: torch.dtype, saved: Path
+) -> None:
+    with pytest.raises(AdapterError, match=rf"in {dtype}: load the adapter in fp32.*then convert"):
+        load_adapter(tiny_vit().to(dtype), saved)
+    with pytest.raises(AdapterError, match=r"create it with: model = timm\.create_model") as caught:
+        load_adapter(tiny_vit(seed=1), saved)
+    assert "then convert" not in str(caught.value)
+    model = tiny_vit()
+    load_adapter(model, saved)
+    assert model.to(dtype)(images(1).to(dtype)).dtype == dtype
 
 
 def stored_names(folder: Path) -> set[str]:
@@ -190,7 +205,7 @@ def truncate(folder: Path, size: int) -> None:
 
 EXPERT = "blocks.0.attn.qkv.experts.1.left"
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no folder": (lambda f: f.rename(f.with_name("moved")), "no adapter_config.json"),
+    "no folder": (lambda f: f.rename(f.with_name("moved")), "no such folder"),
     "no config": (lambda f: (f / CONFIG_FILE).unlink(), "no adapter_config.json"),
     "no weights": (lambda f: (f / WEIGHTS_FILE).unlink(), "no adapter_model.safetensors"),
     "cut tensors": (lambda f: truncate(f, -100), "damaged adapter"),
@@ -324,6 +339,31 @@ def test_repeated_save_replaces(saved: Path) -> None:
     assert not (saved / "stray.txt").exists()
     assert stored_names(saved) == set(adapter_state_dict(model))
     assert read_adapter(saved)[0].moa.method == "lora"
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_other_work_is_not_replaced(peft: bool, tmp_path: Path) -> None:
+    model, info = trained("lora")
+
+    def save(folder: Path) -> None:
+        if peft:
+            export_peft(model, folder, info.base_model)
+        else:
+            save_adapter(model, folder, info)
+
+    work = tmp_path / "results"
+    (work / "run").mkdir(parents=True)
+    (work / "run" / "thesis.tex").write_text("years of work")
+    for taken in (work, work / "run", work / "run" / "thesis.tex"):
+        with pytest.raises(FileExistsError, match=r"no adapter and would be .* give a new"):
+            save(taken)
+    assert (work / "run" / "thesis.tex").read_text() == "years of work"
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]
+    (tmp_path / "empty").mkdir()
+    for free in ("new", "empty"):
+        save(tmp_path / free)
+        save(tmp_path / free)  # an older adapter is replaced
+        assert (tmp_path / free / WEIGHTS_FILE).exists()
 
 
 def contents(folder: Path) -> dict[str, bytes]:

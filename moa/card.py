@@ -1,0 +1,177 @@
+"""The model card of an adapter folder: figures, command and identities, for people and for hubs."""
+
+import json
+import re
+from typing import TYPE_CHECKING
+
+import timm
+from huggingface_hub import EvalResult, ModelCardData
+
+from moa.origin import Origin
+
+if TYPE_CHECKING:
+    from moa.state import AdapterInfo
+
+SPLITS = ("in", "out", "all", "left_out")
+_FIGURE = re.compile(r"(?:moa/)?env(\d+)_(in|out|all|left_out)_acc")
+
+
+def model_card(info: "AdapterInfo") -> str:
+    """Markdown card of an adapter, with the front matter that model hubs read.
+
+    The front matter's `model-index` holds the accuracy on the held-out domain, the one number that
+    may be compared with those of others; the table below has every domain.
+    """
+    base = "\n".join(creation(info))
+    return f"""---
+{_front_matter(info).to_yaml()}
+---
+# {_title(info)}
+
+{len(info.classes)} classes; ranks {list(info.moa.resolved().ranks or ())}. Base weights (SHA-256)
+`{info.base_sha256}`.
+
+```python
+{_imports(info.base_model)}
+
+{base}
+moa.load_adapter(model, "path/to/this/folder")  # or "hf-hub:organisation/name"
+```
+
+## Results
+
+{_results(info)}
+{"" if info.origin is None else _training(info.origin)}"""
+
+
+def _title(info: "AdapterInfo") -> str:
+    held_out = "" if info.origin is None else f", {' and '.join(info.origin.withheld)} held out"
+    return f"{info.moa.method} adapter for {info.base_model}{held_out}"
+
+
+def creation(info: "AdapterInfo") -> list[str]:
+    """Lines of Python that make the fresh base of an adapter as `model`."""
+    weights = "" if info.origin is None else info.origin.weights
+    if info.origin is not None and weights == "random":
+        call = f'timm.create_model("{info.base_model}", num_classes={len(info.classes)})'
+        return ["import torch", f"torch.manual_seed({info.origin.seed})", f"model = {call}"]
+    arguments = [f'"{info.base_model}"', "pretrained=True"]
+    if weights not in ("", "pretrained"):
+        arguments.append(f'pretrained_cfg_overlay={{"file": {json.dumps(weights)}}}')
+    arguments.append(f"num_classes={len(info.classes)}")
+    return [f"model = timm.create_model({', '.join(arguments)})"]
+
+
+def _imports(base_model: str) -> str:
+    """What a reader must import so that timm knows the base."""
+    name = base_model.partition(".")[0]
+    module = timm.model_entrypoint(name).__module__ if timm.is_model(name) else "timm"
+    registers = "" if module.partition(".")[0] == "timm" else f"\nimport {module}"
+    return f"import moa, timm{registers}"
+
+
+def hub_name(base_model: str) -> str:
+    """The base's name on the hub if timm loads it from there, else timm's name."""
+    known = timm.is_model(base_model.partition(".")[0])
+    config = timm.get_pretrained_cfg(base_model) if known else None
+    embedded = config is not None and not config.hf_hub_id
+    return base_model if embedded else f"timm/{base_model}"
+
+
+def _front_matter(info: "AdapterInfo") -> ModelCardData:
+    origin = info.origin
+    return ModelCardData(
+        library_name="moa-trainer",
+        base_model=hub_name(info.base_model),
+        datasets=None if origin is None else [origin.dataset],
+        pipeline_tag="image-classification",
+        tags=["domain-generalization", "mixture-of-adapters", info.moa.method],
+        model_name=_title(info),
+        eval_results=None if origin is None else _held_out_results(info, origin) or None,
+    )
+
+
+def _held_out_results(info: "AdapterInfo", origin: Origin) -> list[EvalResult]:
+    """The held-out domain's accuracies, in per cent."""
+    found = []
+    for name, value in info.results.items():
+        match = _FIGURE.fullmatch(name)
+        if match is None or _domain(origin, int(match[1])) != origin.held_out:
+            continue
+        found.append(
+            EvalResult(
+                task_type="image-classification",
+                task_name="Domain generalization",
+                dataset_type=origin.dataset,
+                dataset_name=f"{origin.dataset}, {origin.held_out} (held out)",
+                dataset_config=origin.held_out,
+                dataset_split=match[2],
+                dataset_args={
+                    "trial_seed": origin.trial_seed,
+                    "holdout_fraction": origin.holdout_fraction,
+                    "data_hash": origin.data_hash,
+                    "split_hash": origin.split_hash,
+                },
+                metric_type="accuracy",
+                metric_name=f"accuracy % ({match[2]} split)",
+                metric_value=round(100 * value, 2),
+            )
+        )
+    return found
+
+
+def _domain(origin: Origin, number: int) -> str:
+    return origin.domains[number] if number < len(origin.domains) else f"env{number}"
+
+
+def _results(info: "AdapterInfo") -> str:
+    """Tables of accuracies by domain, where the domains are known, and of all other figures."""
+    cells: dict[int, dict[str, float]] = {}
+    rest = dict(info.results)
+    if info.origin is not None:
+        for name in list(rest):
+            if match := _FIGURE.fullmatch(name):
+                cells.setdefault(int(match[1]), {})[match[2]] = rest.pop(name)
+    tables = []
+    if info.origin is not None and cells:
+        splits = [s for s in SPLITS if any(s in c for c in cells.values())]
+        lines = [["domain", *(f"{s.replace('_', ' ')} accuracy %" for s in splits)]]
+        lines.append(["---"] * len(lines[0]))
+        for number, row in sorted(cells.items()):
+            domain = _domain(info.origin, number)
+            name = f"**{domain}** (held out)" if domain in info.origin.withheld else domain
+            shown = (f"{100 * row[s]:.1f}" if s in row else "-" for s in splits)
+            lines.append([name, *shown])
+        tables.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    if rest:
+        figures = (f"| {name} | {_figure(value)} |" for name, value in rest.items())
+        tables.append("\n".join(["| result | value |", "|---|---|", *figures]))
+    return "\n\n".join(tables) or "None on record."
+
+
+def _figure(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.4f}"
+
+
+def _training(origin: Origin) -> str:
+    """How it came about."""
+    mean = ""
+    if origin.averaged:
+        mean = "The mean of these adapters, tensor by tensor: " + ", ".join(
+            f"`{name}`" for name in origin.averaged
+        )
+        mean += ".\n\n"
+    withheld = "` and `".join(origin.withheld)
+    return f"""
+## Training
+
+{mean}Dataset `{origin.dataset}` (data hash `{origin.data_hash}`), domain `{withheld}` held
+out, seed {origin.seed}. Trial seed {origin.trial_seed} splits every domain and holds
+{origin.holdout_fraction:g} of it back as `out` (split hash `{origin.split_hash}`).
+
+```bash
+{origin.command}
+```
+
+ran on {origin.processes} process{"" if origin.processes == 1 else "es"}.
+"""

@@ -1,0 +1,77 @@
+"""Where an adapter's files are: a folder, or `hf-hub:organisation/name[@revision]`."""
+
+import re
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from moa.errors import MissingAdapterError
+
+HUB_PREFIX = "hf-hub:"
+CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "README.md",
+)
+_FILES = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]
+_NAME = re.compile(r"([^@]+)(?:@(.+))?")
+
+
+def adapter_folder(source: str | Path) -> Path:
+    """The local folder of an adapter; fetched from the hub into its cache where needed.
+
+    Args:
+        source: a folder, or `hf-hub:organisation/name`, with `@revision` for another than `main`.
+
+    Raises:
+        MissingAdapterError: no such folder or repository, or the hub cannot be reached.
+    """
+    text = str(source)
+    if text.startswith(HUB_PREFIX):
+        return _fetched(text)
+    folder = Path(source)
+    if folder.is_dir():
+        if (folder / CONFIG_FILE).exists():
+            return folder
+        best = folder / "adapter"
+        hint = f"its best adapter is {best}" if (best / CONFIG_FILE).exists() else ""
+        raise MissingAdapterError(
+            f"{text}: no {CONFIG_FILE}; {hint or 'give the folder of a saved adapter'}"
+        )
+    what = "a file" if folder.exists() else "no such folder"
+    raise MissingAdapterError(
+        f"{text}: {what}; give the folder of a saved adapter, or hf-hub:organisation/name"
+    )
+
+
+def _fetched(source: str) -> Path:
+    match = _NAME.fullmatch(source.removeprefix(HUB_PREFIX))
+    name, revision = (match[1], match[2]) if match else ("", None)
+    try:
+        found = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_FILES)
+    except HFValidationError as error:
+        reason = f"not a name of the form organisation/name ({' '.join(str(error).split())})"
+    except GatedRepoError:
+        reason = "a gated repository: accept its terms on the hub, then log in with HF_TOKEN"
+    except RevisionNotFoundError:
+        reason = f"the repository has no revision {revision!r}"
+    except RepositoryNotFoundError:
+        reason = "no such repository, or a private one: check the name, or log in with HF_TOKEN"
+    except LocalEntryNotFoundError:
+        reason = (
+            "the hub cannot be reached and the adapter is not in its cache; fetch it where there "
+            "is a network and copy the folder, or copy the cache and set HF_HOME"
+        )
+    except (HfHubHTTPError, OSError) as error:
+        reason = f"the hub answers with an error: {' '.join(str(error).split())[:300]}"
+    else:
+        return Path(found)
+    raise MissingAdapterError(f"{source}: {reason}")
