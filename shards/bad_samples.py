@@ -1,7 +1,8 @@
 """Images that could not be used as they are: what is noted of each, and when there are too many.
 
 A bad image is never dropped. In training another image of its domain takes its place, chosen by the
-place alone; in evaluation a grey one does, so that it counts as an error.
+place alone; in evaluation a grey one does. What the model says to that counts like any other, so it
+is right by chance, and how many there were is told beside the accuracy.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from shards.errors import DamagedDataError
+from shards.errors import DamagedDataError, verify_command
 
 REASONS = ("crc32", "undecodable", "truncated")
 """Columns of a count: altered bytes, no decoder reads it, incomplete but used as far as it goes."""
@@ -17,9 +18,7 @@ REASONS = ("crc32", "undecodable", "truncated")
 TOLERATED_PER_EPOCH = 10
 """Replaced images of a domain that never end a run, lest one bad file of a small set should."""
 
-_REMEDY = (
-    "check the set with `python -m shards.writer --verify --deep`, or raise data.max_bad_fraction"
-)
+_REMEDY = f"check the set with {verify_command()}, or raise data.max_bad_fraction"
 _REPLACED = slice(0, 2)  # of REASONS: an image kept as far as it goes was not replaced
 
 

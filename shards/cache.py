@@ -2,22 +2,40 @@
 
 A file gets its name only when it is whole and verified; one process at a time makes a file, and
 others wait for it or go on. When space is needed, the files that were wanted longest ago go first,
-and those of the windows being read last.
+and those of the windows being read last. What others are fetching stays, and whoever finds no room
+beside it waits until that is done.
 What is open stays readable after it has gone, so no reader can be disturbed.
 """
 
+import contextlib
 import os
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import filelock
 
-from shards.errors import DataConfigError, OutputError
+from shards.errors import DataConfigError, OutputError, StorageError
 
 PARTIAL = ".partial"
 _GIB = 2**30
+_POLL = 0.1  # seconds between looks for room
 _LONG_AGO = 10 * 365 * 86400  # seconds by which passing files are older than all others
+
+
+def cannot_write(path: Path, error: OSError) -> OutputError:
+    """Phrase that a local copy cannot be written.
+
+    Args:
+        path: The copy.
+        error: What the system reported.
+
+    Returns:
+        The error to raise.
+    """
+    return OutputError(
+        f"data.cache_dir: cannot write {path} ({error.strerror}); free space, or give another"
+    )
 
 
 class NodeCache:
@@ -27,15 +45,17 @@ class NodeCache:
         root: The folder (`data.cache_dir`); its size is bounded as a whole.
         name: Name of this set's own folder.
         limit: Largest size of all sets together, in bytes.
+        patience: Seconds that other processes may fetch the same files, while these leave no room.
 
     Raises:
         OutputError: If the folder cannot be written.
     """
 
-    def __init__(self, root: Path, name: str, limit: int) -> None:
+    def __init__(self, root: Path, name: str, limit: int, patience: float = 60.0) -> None:
         self.root = root
         self.folder = root / name
         self.limit = limit
+        self.patience = patience
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             probe = self.folder / f".probe-{os.getpid()}"
@@ -84,31 +104,48 @@ class NodeCache:
             size: Its size in bytes.
             make: Writes it to the path it is given, and verifies it.
             live: Files of this set that go last to make room.
-            wait: Whether to wait if another process is making it.
+            wait: Whether to wait for another process that is making it, or others that take all
+                room.
 
         Returns:
-            Whether the file is there now; False only if another process is making it.
+            Whether the file is there now; False only if that would have meant waiting.
 
         Raises:
-            DataConfigError: If there is no room for it.
-            Exception: Whatever `make` raises.
+            DataConfigError: If it is larger than the bound.
+            StorageError: If other processes leave no room, and get nowhere.
+            OutputError: If the folder cannot be written.
+            Exception: Whatever else `make` raises.
         """
         lock = filelock.FileLock(self.folder / f"{file}.lock", timeout=-1 if wait else 0)
         try:
             with lock:
-                if not self.holds(file):
-                    self._make(file, size, make, live)
+                return self.holds(file) or self._make(file, size, make, live, wait)
         except filelock.Timeout:
             return False
-        return True
+        except StorageError:
+            raise
+        except OSError as error:
+            raise cannot_write(self.path(file), error) from error
 
-    def discard(self, file: str) -> None:
-        """Delete a file that proved damaged.
+    def discard(self, file: str, descriptor: int) -> bool:
+        """Delete a file that proved damaged, unless another process has replaced it already.
 
         Args:
             file: File name.
+            descriptor: The file as it was opened.
+
+        Returns:
+            Whether it was deleted.
         """
-        self.path(file).unlink(missing_ok=True)
+        path = self.path(file)
+        with self._room():  # nothing gets its name meanwhile
+            try:
+                if not os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return False
+                path.unlink()
+            except FileNotFoundError:
+                return False
+        return True
 
     def touch(self, files: Collection[str], passing: bool = False) -> None:
         """Note that files are wanted, so that others go before them.
@@ -125,58 +162,95 @@ class NodeCache:
                 pass
 
     def _make(
-        self, file: str, size: int, make: Callable[[Path], object], live: Collection[str]
-    ) -> None:
-        """Make room, have the file made under another name, and rename it."""
+        self,
+        file: str,
+        size: int,
+        make: Callable[[Path], object],
+        live: Collection[str],
+        wait: bool,
+    ) -> bool:
+        """Make room, have the file made under another name, and rename it; False without room."""
         partial = self.path(file + PARTIAL)
-        self._reserve(partial, size, {self.path(name) for name in (*live, file)})
+        if not self._reserve(partial, size, {self.path(name) for name in live}, wait):
+            return False
         try:
             make(partial)
             with self._room():  # whoever is counting must not miss it
                 partial.replace(self.path(file))
         finally:
             partial.unlink(missing_ok=True)
+        return True
 
-    def _reserve(self, partial: Path, size: int, live: Collection[Path]) -> None:
-        """Make room and take it, while no other process does the same."""
+    def _reserve(self, partial: Path, size: int, live: Collection[Path], wait: bool) -> bool:
+        """Take room for a file, waiting for others to finish theirs if `wait` says so."""
+        name = partial.name.removesuffix(PARTIAL)
+        if size > self.limit:
+            raise DataConfigError(
+                f"data.cache_gib = {self.limit / _GIB:g}: {self.root} has no room for {name} "
+                f"({size} bytes), however much is deleted; raise it"
+            )
+        seen: frozenset[str] = frozenset()
+        since = time.monotonic()
+        while in_flight := self._take(partial, size, live):
+            if not wait:
+                return False
+            if in_flight != seen:
+                seen, since = in_flight, time.monotonic()
+            elif time.monotonic() - since > self.patience:  # they are stopped, not slow
+                raise StorageError(
+                    f"data.cache_dir = {str(self.root)!r}: no room for {name}, since other "
+                    f"processes have been fetching {', '.join(sorted(in_flight))} for "
+                    f"{self.patience:g} s; end them if they hang, or raise data.cache_gib"
+                )
+            time.sleep(_POLL)
+        return True
+
+    def _take(self, partial: Path, size: int, live: Collection[Path]) -> frozenset[str]:
+        """Take room for a file now, or name the unfinished files of others that leave too little.
+
+        Nothing is deleted when that would not be enough.
+        """
         with self._room():
             partial.unlink(missing_ok=True)  # left over from a process that was killed
-            kept, total = [], 0
-            for path in [*self.root.glob("*/*.tar"), *self.root.glob(f"*/*.tar{PARTIAL}")]:
-                try:
-                    status = path.stat()
-                except FileNotFoundError:
-                    continue  # given up meanwhile
-                total += status.st_size
-                kept.append((status.st_mtime, path, status.st_size))
-            kept.sort(key=lambda entry: (entry[1] in live, entry[0]))
-            for _, path, bytes_ in kept:
-                if total + size <= self.limit:
-                    break
-                if self._remove(path):
-                    total -= bytes_
-            if total + size > self.limit:
-                raise DataConfigError(
-                    f"data.cache_gib = {self.limit / _GIB:g}: {self.root} has no room for "
-                    f"{partial.name.removesuffix(PARTIAL)} ({size} bytes); raise it, or give "
-                    "every job a data.cache_dir of its own"
-                )
+            for path in self.root.glob(f"*/*.tar{PARTIAL}"):
+                self._remove_abandoned(path)
+            in_flight = _statuses(self.root.glob(f"*/*.tar{PARTIAL}"))
+            room = self.limit - size - sum(status.st_size for status in in_flight.values())
+            if room < 0:
+                return frozenset(path.name.removesuffix(PARTIAL) for path in in_flight)
+            self._shrink(room, live)
             with partial.open("wb") as stream:
                 stream.truncate(size)  # counts from now on
+        return frozenset()
+
+    def _shrink(self, room: int, live: Collection[Path]) -> None:
+        """Delete finished files, the least wanted first, until the others fit into some bytes."""
+        kept = _statuses(self.root.glob("*/*.tar"))
+        total = sum(status.st_size for status in kept.values())
+        for path in sorted(kept, key=lambda path: (path in live, kept[path].st_mtime)):
+            if total <= room:
+                return
+            path.unlink(missing_ok=True)
+            total -= kept[path].st_size
 
     def _room(self) -> filelock.BaseFileLock:
         """Give the lock under which files are counted and get their names."""
         return filelock.FileLock(self.root / ".room.lock")
 
-    def _remove(self, path: Path) -> bool:
-        """Delete a file, but none that another process is making."""
-        if path.suffix != PARTIAL:
-            path.unlink(missing_ok=True)
-            return True
-        name = path.name.removesuffix(PARTIAL)
+    def _remove_abandoned(self, partial: Path) -> None:
+        """Delete an unfinished file, unless another process is making it."""
+        lock = partial.with_name(f"{partial.name.removesuffix(PARTIAL)}.lock")
         try:
-            with filelock.FileLock(path.with_name(f"{name}.lock"), timeout=0):
-                path.unlink(missing_ok=True)
-                return True
+            with filelock.FileLock(lock, timeout=0):
+                partial.unlink(missing_ok=True)
         except filelock.Timeout:
-            return False
+            pass
+
+
+def _statuses(paths: Iterable[Path]) -> dict[Path, os.stat_result]:
+    """Ask for the sizes and times of files, except those that are given up meanwhile."""
+    found = {}
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            found[path] = path.stat()
+    return found

@@ -1,7 +1,9 @@
 """DomainBed's colour augmentation: jitter, then sometimes grey, from numbers that are drawn first.
 
 Drawing and applying are apart, so that the loader may draw and the model's device apply, a whole
-batch at a time, to the same effect up to rounding.
+batch at a time, to the same effect up to rounding. From step to step pixels stay *levels*: whole
+numbers from 0 to 255 as float32. They are what torchvision's steps give on uint8, without its
+repeated conversions, which take as long as the arithmetic.
 """
 
 from collections.abc import Callable
@@ -17,7 +19,7 @@ DRAWS = 9
 
 _JITTER = 0.3
 _GREY = 0.1
-_TO_LEVEL = 255.999 / 255  # then cut off: torchvision's way from [0, 1] to grey levels
+_TO_LEVEL = 255.999 / 255  # then cut off: torchvision's way from [0, 1] to levels
 _SECTORS = torch.tensor([5.0, 3.0, 1.0])[:, None, None]  # where R, G, B fall off in the hue circle
 
 
@@ -43,21 +45,15 @@ def apply_colour(image: Pixels, draw: torch.Tensor) -> Pixels:
         draw: float32 tensor [DRAWS].
 
     Returns:
-        An image of the same kind.
+        Levels [3, H, W]; Pillow's image if it was one.
     """
-    brightness, contrast, saturation, turn, grey = draw[4:].tolist()
-    for step in draw[:4].int().tolist():
-        if step == 0:
-            image = functional.adjust_brightness(image, brightness)
-        elif step == 1:
-            image = functional.adjust_contrast(image, contrast)
-        elif step == 2:
-            image = functional.adjust_saturation(image, saturation)
-        elif isinstance(image, Image.Image):
-            image = functional.adjust_hue(image, turn)
-        else:
-            image = shift_hue(image, turn)
-    return functional.rgb_to_grayscale(image, num_output_channels=3) if grey else image
+    if isinstance(image, Image.Image):
+        return _apply_in_pillow(image, draw)
+    levels = image.float()
+    amounts = draw[4:8].tolist()
+    for number in draw[:4].int().tolist():
+        levels = _STEPS[number](levels, amounts[number])
+    return _grey(levels) if draw[-1] else levels
 
 
 def apply_colour_batch(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
@@ -68,70 +64,101 @@ def apply_colour_batch(images: torch.Tensor, draws: torch.Tensor) -> torch.Tenso
         draws: float32 tensor [b, DRAWS] on the CPU, where choosing rows waits for no device.
 
     Returns:
-        uint8 tensor [b, 3, H, W]; `images` is left as it was.
+        Levels [b, 3, H, W].
     """
-    images = images.clone()
-    steps: tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], ...] = (
-        _brightness, _contrast, _saturation, shift_hue,
-    )  # fmt: skip
+    levels = images.float()
     for place in range(4):
-        for number, step in enumerate(steps):
+        for number, step in enumerate(_STEPS):
             rows = (draws[:, place] == number).nonzero()[:, 0]
             if len(rows):
-                amount = draws[rows, 4 + number].to(images.device)[:, None, None, None]
-                rows = rows.to(images.device)
-                images[rows] = step(images[rows], amount)
-    grey = draws[:, -1].nonzero()[:, 0].to(images.device)
-    if len(grey):
-        images[grey] = _luminance(images[grey]).to(torch.uint8).expand(-1, 3, -1, -1)
-    return images
+                amount = draws[rows, 4 + number].to(levels.device)[:, None, None, None]
+                rows = rows.to(levels.device)
+                levels[rows] = step(levels[rows], amount)
+    rows = draws[:, -1].nonzero()[:, 0].to(levels.device)
+    if len(rows):
+        levels[rows] = _grey(levels[rows])
+    return levels
 
 
-def shift_hue(image: torch.Tensor, shift: float | torch.Tensor) -> torch.Tensor:
-    """Turn the hue of images; equals torchvision's `adjust_hue` to one grey level.
+def shift_hue(levels: torch.Tensor, shift: float | torch.Tensor) -> torch.Tensor:
+    """Turn the hue of images; equals torchvision's `adjust_hue` to one level.
 
     Args:
-        image: uint8 tensor [..., 3, H, W].
+        levels: Levels [..., 3, H, W].
         shift: Part of a full turn of the colour circle, in [-0.5, 0.5]; a tensor must broadcast
             against [..., 1, H, W].
 
     Returns:
-        uint8 tensor [..., 3, H, W].
+        Levels [..., 3, H, W]; `levels` stays as it was.
     """
-    rgb = image.float()
-    red, green, blue = rgb.unbind(dim=-3)
+    red, green, blue = levels.unbind(dim=-3)
     value = torch.maximum(torch.maximum(red, green), blue)
     chroma = value - torch.minimum(torch.minimum(red, green), blue)
     is_red, is_green = red == value, green == value
     distance = torch.where(is_red, green - blue, torch.where(is_green, blue - red, red - green))
     distance /= chroma.clamp(min=1)
     # hue in sixths of a turn: 2 x the channel of the maximum + the signed distance of the others
-    hue = (torch.where(is_red, 0.0, torch.where(is_green, 2.0, 4.0)) + distance).unsqueeze(-3)
-    sector = (hue + shift * 6) + _SECTORS.to(image.device)
-    sector -= (sector * (1 / 6)).floor_() * 6  # the remainder, several times faster
-    ramp = torch.minimum(sector, 4 - sector).clamp_(0, 1)
-    level = (value.unsqueeze(-3) - chroma.unsqueeze(-3) * ramp) * _TO_LEVEL
-    return level.to(torch.uint8)
+    hue = torch.where(is_green, 2.0, 4.0).masked_fill_(is_red, 0.0).add_(distance).unsqueeze(-3)
+    sector = hue.add_(shift * 6) + _SECTORS.to(levels.device)
+    turns = sector * (1 / 6)
+    sector -= turns.floor_().mul_(6)  # the remainder, several times faster
+    ramp = torch.minimum(sector, torch.sub(4, sector, out=turns), out=turns).clamp_(0, 1)
+    fall = ramp.mul_(chroma.unsqueeze(-3))
+    return torch.sub(value.unsqueeze(-3), fall, out=fall).mul_(_TO_LEVEL).floor_()
 
 
-def _brightness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Blend with black; like the next two, torchvision's function with one factor per image."""
-    return (images * factor).clamp_(0, 255).to(torch.uint8)
+def _brightness(levels: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
+    """Blend with black, in place; like the next two, torchvision's function."""
+    return levels.mul_(factor).clamp_(0, 255).floor_()
 
 
-def _contrast(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Blend with the mean luminance."""
-    mean = _luminance(images).floor_().mean(dim=(-3, -2, -1), keepdim=True)
-    return (images * factor + mean * (1 - factor)).clamp_(0, 255).to(torch.uint8)
+def _contrast(levels: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
+    """Blend with the mean luminance, in place."""
+    return _blend(levels, _luminance(levels).mean(dim=(-3, -2, -1), keepdim=True), factor)
 
 
-def _saturation(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Blend with the luminance."""
-    grey = _luminance(images).floor_()
-    return (images * factor + grey * (1 - factor)).clamp_(0, 255).to(torch.uint8)
+def _saturation(levels: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
+    """Blend with the luminance, in place."""
+    return _blend(levels, _luminance(levels), factor)
 
 
-def _luminance(images: torch.Tensor) -> torch.Tensor:
-    """Weigh the channels: float32 [b, 1, H, W]."""
-    red, green, blue = images.unbind(dim=-3)
-    return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)[:, None]
+_STEPS: tuple[Callable[[torch.Tensor, float | torch.Tensor], torch.Tensor], ...] = (
+    _brightness, _contrast, _saturation, shift_hue,
+)  # fmt: skip
+
+
+def _blend(levels: torch.Tensor, other: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
+    """Blend in place; one factor is rounded as torchvision's blend rounds it."""
+    if isinstance(factor, torch.Tensor):
+        levels.mul_(factor).add_(other * (1 - factor))
+    else:
+        levels.mul_(factor).add_(other, alpha=1 - factor)
+    return levels.clamp_(0, 255).floor_()
+
+
+def _grey(levels: torch.Tensor) -> torch.Tensor:
+    """Take the luminance for all three channels."""
+    return _luminance(levels).expand_as(levels)
+
+
+def _luminance(levels: torch.Tensor) -> torch.Tensor:
+    """Weigh the channels: levels [..., 1, H, W]."""
+    red, green, blue = levels.unbind(dim=-3)
+    weighed = red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+    return weighed.floor_().unsqueeze(-3)
+
+
+def _apply_in_pillow(image: Image.Image, draw: torch.Tensor) -> Image.Image:
+    """Apply a draw with Pillow, by way of torchvision."""
+    steps: tuple[Callable[[Image.Image, float], Image.Image], ...] = (
+        functional.adjust_brightness,
+        functional.adjust_contrast,
+        functional.adjust_saturation,
+        functional.adjust_hue,
+    )
+    amounts = draw[4:8].tolist()
+    for number in draw[:4].int().tolist():
+        image = steps[number](image, amounts[number])
+    if draw[-1]:
+        image = functional.rgb_to_grayscale(image, num_output_channels=3)
+    return image

@@ -32,7 +32,7 @@ from shards.layout import (
     section_digest,
     stock_info,
 )
-from shards.listing import dataset_folder, list_images
+from shards.listing import dataset_folder, list_images, report_passed_over
 from shards.packing import PackedShard, pack_shard, replaced_when_whole, sync_folder
 from shards.parallel import run_tasks
 from shards.planning import PARTIAL, STATE_NAME, Plan, ShardTask, make_plan
@@ -75,10 +75,11 @@ def write_shards(
         DamagedDataError: If an image cannot be read, or `out` holds a damaged copy of this set.
         OutputError: If `out` cannot be written, is too small, is in use, or holds something else.
     """
-    _check_settings(shard_size=shard_size, shard_bytes=shard_bytes, jobs=jobs)
+    check_at_least_one(shard_size=shard_size, shard_bytes=shard_bytes, jobs=jobs)
     if out.resolve().is_relative_to(dataset_folder(root, spec).resolve()):
         raise DataConfigError(f"--out {out}: must not lie inside --root {root}")
     listing = list_images(root, spec, exclude)
+    report_passed_over(listing)
     report_exclusion(listing, exclude)
     check_sizes(listing, spec, exclude)
     plan = make_plan(listing, spec.name, shard_size, shard_bytes)
@@ -86,7 +87,11 @@ def write_shards(
         out.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(out / _LOCK_NAME, timeout=0):
             if _is_done(out, plan):
-                log.info("%s already holds this set", out)
+                log.info(
+                    "%s already holds this set (same names and sizes; move it away if images were "
+                    "edited)",
+                    out,
+                )
             else:
                 _write_set(out, plan, _prepare(out, plan), jobs)
             (out / STATE_NAME).unlink(missing_ok=True)
@@ -100,15 +105,22 @@ def write_shards(
     return ShardIndex.load(out)
 
 
-def _check_settings(**at_least_one: int) -> None:
-    """Raise on settings that cannot work, before anything is listed."""
-    for name, value in at_least_one.items():
+def check_at_least_one(**settings: int) -> None:
+    """Raise on numbers that cannot work, before anything is listed.
+
+    Args:
+        settings: Name of a flag, with `_` for `-`, and its value.
+
+    Raises:
+        DataConfigError: If a value is below 1.
+    """
+    for name, value in settings.items():
         if value < 1:
             raise DataConfigError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
 
 
 def _is_done(out: Path, plan: Plan) -> bool:
-    """Tell whether `out` holds exactly this set already; refuse any other set."""
+    """Tell whether `out` holds this set already, by names and sizes; refuse any other set."""
     try:
         found = json.loads((out / INDEX_NAME).read_bytes()).get("source_sha256")
     except FileNotFoundError:
@@ -117,7 +129,7 @@ def _is_done(out: Path, plan: Plan) -> bool:
         found = None
     if found != plan.source_sha256:
         raise OutputError(
-            f"--out {out}: holds another shard set; give an empty folder, or delete this one"
+            f"--out {out}: holds another shard set; give an empty folder, or move this one away"
         )
     return True
 

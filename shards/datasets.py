@@ -1,10 +1,11 @@
 """The datasets this package knows: domains in order, classes, documented sizes and schedules."""
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shards.errors import DataConfigError
+from shards.errors import DataConfigError, make_command
 
 if TYPE_CHECKING:
     from shards.config import DataConfig
@@ -168,8 +169,8 @@ def check_dataset(index: "ShardIndex", spec: DatasetSpec, setting: str = "data.d
         wrong = _first_difference("class", index.classes, tuple(sorted(set(index.classes))))
     if wrong is not None:
         raise DataConfigError(
-            f"{here} {wrong}; make the set again with `python -m shards.writer --dataset "
-            f"{spec.name}`, or use --dataset folder for data of your own"
+            f"{here} {wrong}; make the set again with {make_command(spec.name, out='NEW_SET')}, or "
+            "use --dataset folder for data of your own"
         )
 
 
@@ -205,7 +206,7 @@ def open_shards(config: "DataConfig") -> "ShardIndex":
     if config.root is not None:
         from shards.remote import StorageOptions
 
-        index = ShardIndex.load(config.root, StorageOptions.of(config))
+        index = ShardIndex.load(config.root, StorageOptions.of(config), config.dataset)
     elif config.dataset == "digits":
         from shards.digits import embedded_shards
 
@@ -218,3 +219,22 @@ def open_shards(config: "DataConfig") -> "ShardIndex":
     check_dataset(index, dataset_spec(config.dataset))
     index.subset = read_subset(index, config.exclude_list, config.include_list)
     return index
+
+
+def held_out_names(text: str, domains: Sequence[str]) -> tuple[str, ...]:
+    """Read `data.held_out`: one domain, or several joined by `+`.
+
+    Args:
+        text: Such as `sketch` or `sketch+photo`; a domain's own name may contain a `+`.
+        domains: Domain names.
+
+    Returns:
+        The names, the first of which is the target; whether there are such domains is not checked.
+
+    Raises:
+        DataConfigError: If a name is given twice.
+    """
+    names = (text,) if text in domains else tuple(text.split("+"))
+    if len(set(names)) < len(names):
+        raise DataConfigError(f"data.held_out = {text!r}: names a domain twice; give each once")
+    return names

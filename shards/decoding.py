@@ -15,6 +15,7 @@ Pixels: TypeAlias = torch.Tensor | Image.Image
 """uint8 tensor [3, h, w] in RGB, or (with `decode: pil`) Pillow's RGB image."""
 
 _JPEG_MAGIC = b"\xff\xd8\xff"
+_JPEG_FRAMES = {bytes([code]) for code in range(0xC0, 0xD0) if code not in (0xC4, 0xC8, 0xCC)}
 
 
 class Decoded(NamedTuple):
@@ -74,7 +75,7 @@ def decode_image(data: bytes) -> torch.Tensor:
     Raises:
         ValueError: If no decoder can read it.
     """
-    if data.startswith(_JPEG_MAGIC):
+    if data.startswith(_JPEG_MAGIC) and not _is_bomb(data):
         try:
             buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             decoded: torch.Tensor = decode_jpeg(buffer, mode=ImageReadMode.RGB)
@@ -91,6 +92,24 @@ def undecodable_placeholder() -> torch.Tensor:
         uint8 tensor [3, 32, 32], mid-grey.
     """
     return torch.full((3, 32, 32), 127, dtype=torch.uint8)
+
+
+def _is_bomb(data: bytes) -> bool:
+    """Tell whether a JPEG is so large that Pillow refuses it, which torchvision would not."""
+    return Image.MAX_IMAGE_PIXELS is not None and _jpeg_pixels(data) > 2 * Image.MAX_IMAGE_PIXELS
+
+
+def _jpeg_pixels(data: bytes) -> int:
+    """Read height times width from a JPEG's frame header; 0 if there is none."""
+    place = 2
+    while data[place : place + 1] == b"\xff":
+        marker = data[place + 1 : place + 2]
+        if marker in _JPEG_FRAMES:
+            height, width = data[place + 5 : place + 7], data[place + 7 : place + 9]
+            return int.from_bytes(height) * int.from_bytes(width)
+        filling = marker == b"\xff"  # any number of these may stand before a marker
+        place += 1 if filling else 2 + int.from_bytes(data[place + 2 : place + 4])
+    return 0
 
 
 def _open_with_pillow(data: bytes) -> Image.Image:

@@ -1,5 +1,8 @@
 """Errors of the data path; the command lines turn each into its own exit code."""
 
+import shlex
+from pathlib import Path
+
 
 class DataConfigError(ValueError):
     """A setting that cannot work: the message names it, its value, what is legal and the remedy."""
@@ -19,3 +22,32 @@ class DamagedSampleError(DamagedDataError):
 
 class StorageError(OSError):
     """A disk, server or command that does not give the data, however often it is asked."""
+
+
+def make_command(dataset: str, root: Path | str = "IMAGE_FOLDER", out: Path | str = "SET") -> str:
+    """Phrase the command that makes a shard set, as it can be typed.
+
+    Args:
+        dataset: Name of the dataset.
+        root: Image folder; words in capitals stand for what is not known.
+        out: Folder of the shard set.
+
+    Returns:
+        The command in backquotes.
+    """
+    source = "" if dataset == "digits" else f" --root {shlex.quote(str(root))}"
+    return f"`python -m shards.writer --dataset {dataset}{source} --out {shlex.quote(str(out))}`"
+
+
+def verify_command(out: Path | str = "SET", *, deep: bool = True) -> str:
+    """Phrase the command that checks a shard set, as it can be typed.
+
+    Args:
+        out: Folder of the shard set.
+        deep: Also decode every image.
+
+    Returns:
+        The command in backquotes.
+    """
+    command = f"python -m shards.writer --out {shlex.quote(str(out))} --verify"
+    return f"`{command} --deep`" if deep else f"`{command}`"

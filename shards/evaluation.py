@@ -98,7 +98,7 @@ def evaluation_loader(
     source = _EvaluationBatches(
         index, env, ranks, mine, batch_size, transform, decoder or Decoder()
     )
-    return BatchLoader(source, workers=workers, pin_memory=pin_memory)
+    return BatchLoader(source, reported=index.reported, workers=workers, pin_memory=pin_memory)
 
 
 def _by_place(index: ShardIndex, env: int, ranks: Int64Array) -> Int64Array:

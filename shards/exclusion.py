@@ -12,25 +12,28 @@ from shards.listing import Listing
 log = logging.getLogger(__name__)
 
 
-def read_exclude_list(path: Path | None) -> list[str]:
-    """Read a list of images to leave out.
+def read_list(setting: str, path: Path) -> list[str]:
+    """Read a list of images or samples, one per line.
 
     Args:
-        path: Text file, one path relative to the image folder per line, as in DomainNet's list of
-            duplicates; None for no list.
+        setting: What the user set, for the error message.
+        path: Text file of paths with forward slashes, or keys. Names of files need not be UTF-8.
 
     Returns:
-        The paths, with forward slashes.
+        The lines without blank ones, spaces around them, and `./` before them.
 
     Raises:
-        DataConfigError: If the file cannot be read.
+        DataConfigError: If the file cannot be read, or is no text.
     """
-    if path is None:
-        return []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataConfigError(f"--exclude-list {path}: cannot be read ({error})") from error
+        data = path.expanduser().read_bytes()
+    except OSError as error:
+        raise DataConfigError(f"{setting}: cannot be read ({error.strerror})") from error
+    if b"\0" in data:
+        raise DataConfigError(
+            f"{setting}: cannot be read (not plain text); save it as UTF-8, one entry a line"
+        )
+    lines = data.decode("utf-8-sig", "surrogateescape").split("\n")
     return [line.strip().removeprefix("./") for line in lines if line.strip()]
 
 

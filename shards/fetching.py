@@ -9,8 +9,9 @@ from http.client import HTTPException
 from pathlib import Path
 from subprocess import TimeoutExpired
 
+from shards.cache import cannot_write
 from shards.errors import DamagedDataError, OutputError, StorageError
-from shards.transport import FinalAnswerError, chunks
+from shards.transport import FinalAnswerError, chunks, without_secrets
 
 log = logging.getLogger(__name__)
 
@@ -81,13 +82,14 @@ def fetch(
             if isinstance(error, OutputError):
                 raise
             failure = error
-            log.debug("%s: attempt %d: %s", url, attempts, error)
+            log.debug("%s", without_secrets(f"{url}: attempt {attempts}: {error}"))
     times = f"{attempts} attempt{'s' if attempts != 1 else ''}"
     if isinstance(failure, DamagedDataError):
         raise DamagedDataError(f"{failure} ({times}); restore the file where it is stored")
     raise StorageError(
-        f"{url}: cannot be had ({failure}) in {times} within {policy.deadline:g} s; check the "
-        "storage, or raise data.fetch_retries and data.fetch_deadline"
+        without_secrets(f"{url}: cannot be had ({failure}) in {times}")
+        + f" within {policy.deadline:g} s; check the storage, or raise data.fetch_retries and "
+        "data.fetch_deadline"
     ) from failure
 
 
@@ -95,17 +97,20 @@ def _copy(url: str, path: Path, stall: float, end: float) -> tuple[int, str]:
     """Write all chunks to the file; give size and sha256 of what arrived."""
     digest, size = hashlib.sha256(), 0
     try:
-        sink = path.open("r+b" if path.is_file() else "wb")  # keeps the size reserved for it
+        # Keeps the size reserved for it. Unbuffered: a full disk is noticed while writing.
+        sink = path.open("r+b" if path.is_file() else "wb", buffering=0)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     with sink, contextlib.closing(chunks(url, stall)) as arriving:
         for chunk in arriving:
             digest.update(chunk)
             size += len(chunk)
             try:
-                sink.write(chunk)
+                rest = memoryview(chunk)
+                while rest:
+                    rest = rest[sink.write(rest) :]
             except OSError as error:
-                raise _cannot_write(path, error) from error
+                raise cannot_write(path, error) from error
             if time.monotonic() > end:
                 raise TimeoutError(f"only {size} bytes came before the deadline")
         if sink.seekable():
@@ -113,15 +118,9 @@ def _copy(url: str, path: Path, stall: float, end: float) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
-def _cannot_write(path: Path, error: OSError) -> OutputError:
-    """Phrase that the local copy cannot be written."""
-    return OutputError(
-        f"data.cache_dir: cannot write {path} ({error.strerror}); free space, or give another"
-    )
-
-
 def _compare(url: str, found: tuple[int, str], wanted: tuple[int | None, str | None]) -> None:
     """Raise if size or hash is known and another."""
     for what, have, want in zip(("bytes", "sha256"), found, wanted, strict=True):
         if want is not None and have != want:
-            raise DamagedDataError(f"{url}: {what} {have}, the index promises {want}")
+            shown = without_secrets(url)
+            raise DamagedDataError(f"{shown}: {what} {have}, the index promises {want}")

@@ -21,6 +21,7 @@ from shards.layout import (
     DomainInfo,
     ShardInfo,
     load_table,
+    map_table,
     no_index,
     parse_index,
     sample_key,
@@ -53,6 +54,7 @@ class ShardIndex:
         reader: What reads the shards.
         remote: Whether shards have to be fetched.
         subset: The samples that are used; None for all.
+        reported: Keys of the bad samples that the log has named, by whatever loader met them.
     """
 
     def __init__(
@@ -74,9 +76,15 @@ class ShardIndex:
         self.reader = reader or ShardReader(LocalShards(root, self.shards))
         self.remote = False
         self.subset: Subset | None = None
+        self.reported: set[str] = set()
 
     @classmethod
-    def load(cls, root: str | Path, options: StorageOptions = DEFAULT_STORAGE) -> "ShardIndex":
+    def load(
+        cls,
+        root: str | Path,
+        options: StorageOptions = DEFAULT_STORAGE,
+        dataset: str = "folder",
+    ) -> "ShardIndex":
         """Open a shard set and check that it is whole.
 
         Checks that every shard exists with the size recorded and that the sample tables are
@@ -85,6 +93,7 @@ class ShardIndex:
         Args:
             root: Folder of the set, or the URL or command of a remote one.
             options: Patience with the storage, and the cache of a remote set.
+            dataset: What it should hold, for the advice how to make a set that is missing.
 
         Returns:
             The opened set.
@@ -102,7 +111,7 @@ class ShardIndex:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise DataConfigError(no_index(folder, error)) from error
+            raise DataConfigError(no_index(folder, error, dataset)) from error
         content = parse_index(path, data)
         try:
             tables = [load_table(folder, DomainInfo(**entry)) for entry in content["domains"]]
@@ -177,11 +186,12 @@ class ShardIndex:
         """
         return sample_key(self.domain_infos[env].key_prefix, rank)
 
-    def domain_number(self, name: str) -> int:
+    def domain_number(self, name: str, setting: str = "data.held_out") -> int:
         """Give the number of a domain.
 
         Args:
             name: Name of the domain.
+            setting: What the error says it was given as.
 
         Returns:
             Its place in `domains`.
@@ -191,7 +201,7 @@ class ShardIndex:
         """
         if name not in self.domains:
             raise DataConfigError(
-                f"data.held_out = {name!r}: not a domain of {self.dataset}; "
+                f"{setting} = {name!r}: not a domain of {self.dataset}; "
                 f"legal: {', '.join(self.domains)}{nearest(name, list(self.domains))}"
             )
         return self.domains.index(name)
@@ -243,7 +253,7 @@ class ShardIndex:
             raise DataConfigError(
                 f"{self.root}: only the cache of a remote set; verify it where it is stored"
             )
-        return verify_shards(self, deep=deep)
+        return verify_shards(self, deep=deep).problems
 
     def close(self) -> None:
         """Close the shard files; the next read opens them again."""
@@ -265,10 +275,7 @@ class ShardIndex:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._tables = tuple(
-            np.load(self.root / info.table, mmap_mode="r", allow_pickle=False)
-            for info in self.domain_infos
-        )
+        self._tables = tuple(map_table(self.root / info.table) for info in self.domain_infos)
 
 
 def _sound(image: bytes, row: npt.NDArray[np.void]) -> bool:

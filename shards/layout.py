@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shards.errors import DamagedDataError, DataConfigError
+from shards.errors import DamagedDataError, DataConfigError, make_command
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
@@ -32,7 +32,7 @@ TABLE_DTYPE = np.dtype(
         ("crc32", "<u4"),  # of the image bytes
     ]
 )
-REMEDY = "restore the file, or delete the folder and make the shard set again"
+REMEDY = "restore the file, or move the folder away and make the shard set again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,16 +99,19 @@ def sample_key(prefix: str, rank: int) -> str:
     return f"{prefix}-{rank:07d}"
 
 
-def no_index(root: Path, error: OSError) -> str:
+def no_index(root: Path, error: OSError, dataset: str) -> str:
     """Phrase the absence of a shard set together with the command that makes one."""
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
-        what = f"holds no {INDEX_NAME}" if root.is_dir() else "does not exist"
-    else:
+    here = f"shard set {str(root)!r} (data.root): the folder"
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
         what = f"cannot be read ({error.strerror})"
-    return (
-        f"shard set {str(root)!r} (data.root): the folder {what}; make a shard set with "
-        f"`python -m shards.writer --dataset folder --root IMAGE_FOLDER --out {root}`"
-    )
+    elif next(root.glob("[!.]*/"), None) is not None:  # a shard set has no folders inside
+        return (
+            f"{here} holds no {INDEX_NAME} but other folders, as an image folder does; make a "
+            f"shard set of it with {make_command(dataset, root, 'my_shards')} and give that one"
+        )
+    else:
+        what = f"holds no {INDEX_NAME}" if root.is_dir() else "does not exist"
+    return f"{here} {what}; make a shard set with {make_command(dataset, out=root)}"
 
 
 def parse_index(path: Path, data: bytes) -> dict[str, Any]:
@@ -185,10 +188,14 @@ def load_table(root: Path, info: DomainInfo) -> npt.NDArray[np.void]:
     try:
         if file_sha256(path) != info.sha256:
             raise DamagedDataError(f"{path}: sha256 differs from {INDEX_NAME}; {REMEDY}")
-        table = np.load(path, mmap_mode="r", allow_pickle=False)
+        table = map_table(path)
     except (OSError, ValueError) as error:
         raise DamagedDataError(f"{path}: cannot be read ({error}); {REMEDY}") from error
     if table.dtype != TABLE_DTYPE or len(table) != info.samples:
         raise DamagedDataError(f"{path}: not the table {INDEX_NAME} describes; {REMEDY}")
-    assert isinstance(table, np.ndarray)
     return table
+
+
+def map_table(path: Path) -> npt.NDArray[np.void]:
+    """Map a table into memory, as a plain array: numpy's own kind is slow at giving single rows."""
+    return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))

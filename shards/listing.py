@@ -4,15 +4,22 @@
 by a sorted walk. Ranks, labels and the 80/20 split all rest on this order.
 """
 
+import logging
 import os
-from collections.abc import Collection
+import shlex
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from shards.datasets import DatasetSpec
 from shards.errors import DataConfigError
 
+log = logging.getLogger(__name__)
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+_OTHER_IMAGES = {".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +41,8 @@ class Listing:
     excluded: int
     unmatched: tuple[str, ...]
     """Entries to leave out that name no image, sorted."""
+    passed_over: Mapping[str, int]
+    """Files in class folders that are no images by their names: ending -> how many."""
 
 
 def list_images(root: Path, spec: DatasetSpec, exclude: Collection[str] = ()) -> Listing:
@@ -49,8 +58,9 @@ def list_images(root: Path, spec: DatasetSpec, exclude: Collection[str] = ()) ->
         The listing.
 
     Raises:
-        DataConfigError: If the folder is missing, domains or class lists differ from what they
-            should be, or a domain or class is empty. The message names the first difference.
+        DataConfigError: If a folder is missing or cannot be listed, domains or class lists differ
+            from what they should be, or a domain or class is empty. The message names the first
+            difference.
     """
     if not root.is_dir():
         raise DataConfigError(
@@ -60,23 +70,40 @@ def list_images(root: Path, spec: DatasetSpec, exclude: Collection[str] = ()) ->
     names = _domain_names(root, spec)
     classes = _subfolders(root / names[0])
     for name in names:
-        _check_classes(root, name, classes, names[0])
+        _check_classes(root, name, classes, names)
     if spec.num_classes is not None and len(classes) != spec.num_classes:
         raise DataConfigError(
             f"--root {root}: {len(classes)} classes found, dataset {spec.name} has "
-            f"{spec.num_classes}; found: {_some(classes)}; complete the folders or remove what is "
-            "no class, or use --dataset folder"
+            f"{spec.num_classes}; found: {_some(classes)}; complete the folders or move what is no "
+            f"class away, or use --dataset folder{_hidden(root / names[0], *classes)}"
         )
     remaining = set(exclude)
     wanted = len(remaining)
-    domains = tuple(_list_domain(root, name, classes, remaining) for name in names)
+    passed_over: Counter[str] = Counter()
+    domains = tuple(_list_domain(root, name, classes, remaining, passed_over) for name in names)
     return Listing(
         root=root,
         domains=domains,
         classes=tuple(classes),
         excluded=wanted - len(remaining),
         unmatched=tuple(sorted(remaining)),
+        passed_over=passed_over,
     )
+
+
+def report_passed_over(listing: Listing) -> None:
+    """Log how many files of class folders are no images by their names.
+
+    Args:
+        listing: What was listed.
+    """
+    if listing.passed_over:
+        counts = Counter(listing.passed_over).most_common()
+        log.log(
+            logging.WARNING if _OTHER_IMAGES & listing.passed_over.keys() else logging.INFO,
+            "not images by their names, passed over: %s",
+            _some([f"{count} {ending or 'without ending'}" for ending, count in counts]),
+        )
 
 
 def dataset_folder(root: Path, spec: DatasetSpec) -> Path:
@@ -108,7 +135,15 @@ def _subfolders(folder: Path) -> list[str]:
         with os.scandir(folder) as entries:
             return sorted(entry.name for entry in entries if entry.is_dir())
     except OSError as error:
-        raise DataConfigError(f"{folder}: cannot be listed ({error.strerror})") from error
+        _refuse(error)
+
+
+def _refuse(error: OSError) -> NoReturn:
+    """Raise that a folder cannot be listed; its images must not be missing without a word."""
+    raise DataConfigError(
+        f"--root: {error.filename}: cannot be listed ({error.strerror}); check its permissions and "
+        "the disk, or move it away"
+    ) from error
 
 
 def _domain_names(root: Path, spec: DatasetSpec) -> list[str]:
@@ -125,35 +160,72 @@ def _domain_names(root: Path, spec: DatasetSpec) -> list[str]:
     if missing or stray:
         raise DataConfigError(
             f"--root {root}: folder {_some(missing + stray)}; dataset {spec.name} has the domains "
-            f"{', '.join(spec.domains)}"
+            f"{', '.join(spec.domains)}{_hidden(root, *found)}"
         )
     return list(spec.domains)
 
 
-def _check_classes(root: Path, domain: str, classes: list[str], first: str) -> None:
-    """Raise unless a domain has exactly the class folders of the first domain."""
+def _check_classes(root: Path, domain: str, classes: list[str], domains: list[str]) -> None:
+    """Raise unless a domain has exactly the class folders of the first one."""
     found = _subfolders(root / domain)
     if not found:
-        raise DataConfigError(
-            f"--root {root}: domain {domain!r} holds no class folder; "
-            "remove the folder if it is not a domain"
-        )
+        raise DataConfigError(_no_class_folder(root, domain, domains))
+    first = domains[0]
     for name in sorted(set(classes) ^ set(found)):
         kind = "lacks the class" if name in classes else "has the extra class"
+        holder = first if name in classes else domain
         raise DataConfigError(
             f"--root {root}: domain {domain!r} {kind} {name!r} compared with domain {first!r}; "
             "all domains need the same class folders"
+            f"{_hidden(root, domain, first, f'{holder}/{name}')}"
         )
 
 
-def _list_domain(root: Path, domain: str, classes: list[str], exclude: set[str]) -> DomainListing:
-    """List one domain's images by rank; entries of `exclude` that matched are taken out of it."""
+def _no_class_folder(root: Path, domain: str, domains: list[str]) -> str:
+    """Phrase that a domain holds no class folder, and what to do; no image is to be lost by it."""
+    where = f"--root {root}: domain {domain!r} holds"
+    if hidden := _hidden(root, domain):
+        return f"{where} no class folder{hidden}"
+    if not any(map(_is_image, _all_files(root, domain))):
+        return f"{where} no class folder; move the folder away if it is not a domain"
+    if any(_subfolders(root / name) for name in domains if not name.startswith(".")):
+        return (
+            f"{where} images but no class folder; sort them into class folders, or move the folder "
+            "away if it is not a domain"
+        )
+    parent = os.path.dirname(os.path.abspath(root))
+    return (
+        f"{where} images but no class folder; --root seems to be one level too deep: expected "
+        f"<domain>/<class>/<image> below it; give its parent folder, --root {shlex.quote(parent)}"
+    )
+
+
+def _hidden(root: Path, *paths: str) -> str:
+    """Phrase what to do about the first hidden folder of some below a root, if there is one."""
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        if name.startswith("."):
+            precious = any(map(_is_image, _all_files(root / folder, name)))
+            remedy = "move it away" + ("" if precious else " or delete it")
+            return f"; {path!r} is a hidden folder: {remedy}"
+    return ""
+
+
+def _list_domain(
+    root: Path, domain: str, classes: list[str], exclude: set[str], passed_over: Counter[str]
+) -> DomainListing:
+    """List one domain's images by rank.
+
+    Entries of `exclude` that matched are taken out of it, and other files counted by their endings.
+    """
     paths: list[str] = []
     labels: list[int] = []
     for label, class_name in enumerate(classes):
         before = len(paths)
-        for path in _class_files(root / domain, class_name):
-            if f"{domain}/{path}" in exclude:
+        for path in _all_files(root / domain, class_name):
+            if not _is_image(path):
+                passed_over[os.path.splitext(path)[1].lower()] += 1
+            elif f"{domain}/{path}" in exclude:
                 exclude.remove(f"{domain}/{path}")
             else:
                 paths.append(path)
@@ -162,17 +234,23 @@ def _list_domain(root: Path, domain: str, classes: list[str], exclude: set[str])
             raise DataConfigError(
                 f"--root {root}: class {class_name!r} of domain {domain!r} holds no image to use; "
                 f"images end in {' '.join(EXTENSIONS)} (upper or lower case)"
+                f"{_hidden(root, domain, f'{domain}/{class_name}')}"
             )
     return DomainListing(name=domain, paths=tuple(paths), labels=tuple(labels))
 
 
-def _class_files(domain_folder: Path, class_name: str) -> list[str]:
-    """List the images of one class, relative to the domain folder, in ImageFolder's order."""
+def _is_image(path: str) -> bool:
+    """Tell by the name whether a file is an image."""
+    return path.lower().endswith(EXTENSIONS)
+
+
+def _all_files(domain_folder: Path, class_name: str) -> list[str]:
+    """List the files of one class, relative to the domain folder, in ImageFolder's order."""
     top = os.fspath(domain_folder)
     files = []
-    for folder, _, names in sorted(os.walk(os.path.join(top, class_name), followlinks=True)):
+    walk = os.walk(os.path.join(top, class_name), onerror=_refuse, followlinks=True)
+    for folder, _, names in sorted(walk):
         for name in sorted(names):
-            if name.lower().endswith(EXTENSIONS):
-                path = os.path.relpath(os.path.join(folder, name), top)
-                files.append(path.replace(os.sep, "/"))
+            path = os.path.relpath(os.path.join(folder, name), top)
+            files.append(path.replace(os.sep, "/"))
     return files

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from shards.bad_samples import BadSample
 from shards.decoding import Pixels
-from shards.errors import DamagedDataError, DataConfigError
+from shards.errors import DamagedDataError, DataConfigError, OutputError
 from shards.transforms import finish_batch
 
 log = logging.getLogger(__name__)
@@ -155,6 +155,7 @@ class BatchLoader(DataLoader[Batch]):
 
     Args:
         source: The batches.
+        reported: Keys of bad samples that the log has named; shared by the loaders of a set.
         workers: Loader processes; 0 loads in this process.
         pin_memory: Put batches into page-locked memory.
         start_method: How loader processes are started; None for the platform's own way.
@@ -164,6 +165,7 @@ class BatchLoader(DataLoader[Batch]):
         self,
         source: BatchSource,
         *,
+        reported: set[str],
         workers: int,
         pin_memory: bool = False,
         start_method: StartMethod | None = None,
@@ -180,13 +182,15 @@ class BatchLoader(DataLoader[Batch]):
             collate_fn=_as_it_is,
             multiprocessing_context=start_method if workers else None,
         )
-        self._reported: set[str] = set()
+        self._reported = reported
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         """Yield the batches in order.
 
         Raises:
             DamagedDataError: If stored data is not what the index promises.
+            DataConfigError: If a shard is larger than the cache of a remote set.
+            OutputError: If that cache cannot be written.
             OSError: If the storage fails.
         """
         for batch in super().__iter__():
@@ -221,7 +225,7 @@ class _BatchDataset(Dataset["Batch | Exception"]):
         try:
             with undisturbed():
                 return self.source.build(number)
-        except (DamagedDataError, OSError) as error:
+        except (DamagedDataError, DataConfigError, OutputError, OSError) as error:
             return error
 
 

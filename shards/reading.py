@@ -16,13 +16,19 @@ _MAX_OPEN_SHARDS = 128  # far below the usual limit of 1,024 open files
 
 
 class ShardStore(Protocol):
-    """Where the shards of a set are."""
+    """Where the shards of a set are.
+
+    Attributes:
+        shards: All shards of the set.
+    """
+
+    shards: Sequence[ShardInfo]
 
     def open(self, shard: int) -> int:
         """Open a shard and give its descriptor."""
 
-    def refetch(self, shard: int) -> bool:
-        """Throw away a damaged copy; False if there is nothing but the original."""
+    def refetch(self, shard: int, descriptor: int) -> bool:
+        """Throw away the damaged copy that was opened; False if there is but the original."""
 
     def expect(self, windows: Windows) -> None:
         """Take note of the shards being read and those that come next."""
@@ -54,11 +60,12 @@ class LocalShards:
         """
         return os.open(self.root / self.shards[shard].file, os.O_RDONLY | os.O_CLOEXEC)
 
-    def refetch(self, shard: int) -> bool:
+    def refetch(self, shard: int, descriptor: int) -> bool:
         """Tell that there is no other copy.
 
         Args:
-            shard: Its number.
+            shard: Not used.
+            descriptor: Not used.
 
         Returns:
             False.
@@ -112,7 +119,7 @@ class ShardReader:
             if attempt:
                 time.sleep(self.policy.pause * 2 ** (attempt - 1))
             try:
-                return os.pread(self._descriptor(shard), size, offset)
+                return _read_at(self._descriptor(shard), size, offset)
             except StorageError:
                 raise  # was tried often enough
             except OSError as error:
@@ -120,8 +127,8 @@ class ShardReader:
                 self.forget(shard)  # on network disks an open file may have gone stale
         raise StorageError(
             failure.errno,
-            f"shard {shard}: {failure.strerror or failure} after {self.policy.retries + 1} "
-            "attempts; check the storage, or raise data.fetch_retries",
+            f"{self.store.shards[shard].file}: {failure.strerror or failure} after "
+            f"{self.policy.retries + 1} attempts; check the storage, or raise data.fetch_retries",
         ) from failure
 
     def forget(self, shard: int) -> None:
@@ -142,8 +149,9 @@ class ShardReader:
         Returns:
             Whether reading again makes sense.
         """
+        again = self.store.refetch(shard, self._descriptor(shard))
         self.forget(shard)
-        return self.store.refetch(shard)
+        return again
 
     def close(self) -> None:
         """Close all shards."""
@@ -169,3 +177,11 @@ class ShardReader:
     def __del__(self) -> None:
         if hasattr(self, "_open_files"):
             self.close()
+
+
+def _read_at(descriptor: int, size: int, offset: int) -> bytes:
+    """Read until there is enough or the file ends: a single read may give less before that."""
+    data = os.pread(descriptor, size, offset)
+    while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
+        data += more
+    return data

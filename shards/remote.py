@@ -1,23 +1,25 @@
 """Shard sets on a server or behind a command: whole shards, through a cache on the node."""
 
+import contextlib
+import functools
 import hashlib
 import json
 import logging
 import os
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from shards.cache import NodeCache
-from shards.config import DataConfig
+from shards.config import DataConfig, cache_dir_missing
 from shards.errors import DamagedDataError, DataConfigError, OutputError, StorageError
 from shards.fetching import FetchPolicy, fetch
-from shards.layout import INDEX_NAME, ShardInfo, file_sha256
+from shards.layout import INDEX_NAME, ShardInfo
 from shards.order import Windows
-from shards.transport import check_names, check_remote, file_url
+from shards.transport import check_names, check_remote, file_url, without_secrets
 
 log = logging.getLogger(__name__)
 
@@ -97,25 +99,27 @@ class RemoteShards:
         while True:
             fetched = not self.cache.holds(info.file)
             self._obtain(info, wait=True)
-            passing = info.file not in self._live
-            if fetched and passing:
-                self.cache.touch([info.file], passing=True)
             try:
-                return os.open(self.cache.path(info.file), os.O_RDONLY | os.O_CLOEXEC)
+                descriptor = os.open(self.cache.path(info.file), os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
                 continue  # another process needed the room
+            if fetched and info.file not in self._live:
+                self.cache.touch([info.file], passing=True)  # not before, or it may go unread
+            return descriptor
 
-    def refetch(self, shard: int) -> bool:
+    def refetch(self, shard: int, descriptor: int) -> bool:
         """Throw away the copy of a shard that proved damaged.
 
         Args:
             shard: Its number.
+            descriptor: The copy as it was opened.
 
         Returns:
             True: opening it again gives a new copy.
         """
-        log.warning("%s: damaged in the cache; fetched again", self.shards[shard].file)
-        self.cache.discard(self.shards[shard].file)
+        file = self.shards[shard].file
+        if self.cache.discard(file, descriptor):
+            log.warning("%s: damaged in the cache; fetched again", file)
         return True
 
     def expect(self, windows: Windows) -> None:
@@ -199,38 +203,35 @@ def fetch_index(root: str, options: StorageOptions) -> NodeCache:
     """
     check_remote(root)
     if options.cache_dir is None:
-        raise DataConfigError(
-            f"data.cache_dir is not set: data.root = {root!r} needs a folder on the node's own "
-            "disk to keep shards in"
-        )
+        raise DataConfigError(cache_dir_missing(root))
     staging = NodeCache(options.cache_dir.expanduser(), "index", options.cache_bytes)
     with tempfile.NamedTemporaryFile(dir=staging.folder) as temporary:
         fetch(file_url(root, INDEX_NAME), Path(temporary.name), options.policy)
         data = Path(temporary.name).read_bytes()
-    name = hashlib.sha256(data).hexdigest()[:32]
-    cache = NodeCache(staging.root, name, options.cache_bytes)
-    _place(cache, INDEX_NAME, lambda path: path.write_bytes(data))
+    digest = hashlib.sha256(data).hexdigest()
+    cache = NodeCache(staging.root, digest[:32], options.cache_bytes, options.policy.deadline)
+    _place(cache, INDEX_NAME, digest, lambda path: path.write_bytes(data))
     try:
         content = json.loads(data)
         check_names(entry["file"] for entry in content["shards"])
         tables = [(entry["table"], entry["sha256"]) for entry in content["domains"]]
         check_names(name for name, _ in tables)
     except (ValueError, KeyError, TypeError) as error:
-        raise DamagedDataError(
-            f"{file_url(root, INDEX_NAME)}: not a shard index ({error}); check data.root"
-        ) from error
+        shown = without_secrets(file_url(root, INDEX_NAME))
+        raise DamagedDataError(f"{shown}: not a shard index ({error}); check data.root") from error
     for table, sha256 in tables:
-        if cache.holds(table) and file_sha256(cache.path(table)) != sha256:
-            cache.discard(table)
         url = file_url(root, table)
-        _place(
-            cache,
-            table,
-            lambda path, url=url, sha256=sha256: fetch(url, path, options.policy, sha256=sha256),
-        )
+        make = functools.partial(fetch, url, policy=options.policy, sha256=sha256)
+        _place(cache, table, sha256, make)
     return cache
 
 
-def _place(cache: NodeCache, file: str, make: Any) -> None:
-    """Have a small file made in the cache; it takes no part in the bound."""
+def _place(cache: NodeCache, file: str, sha256: str, make: Callable[[Path], object]) -> None:
+    """Have a small file made in the cache; it takes no part in the bound.
+
+    A copy that is not what it should be is replaced: a loss of power may have emptied it.
+    """
+    with contextlib.suppress(FileNotFoundError), cache.path(file).open("rb") as stream:
+        if hashlib.file_digest(stream, "sha256").hexdigest() != sha256:
+            cache.discard(file, stream.fileno())
     cache.obtain(file, 0, make)

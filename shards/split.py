@@ -8,6 +8,16 @@ from shards.errors import DataConfigError
 from shards.order import Int64Array
 
 
+def seed_hash(*parts: object) -> int:
+    """Derive a seed from anything that has a `repr`, as DomainBed's function of this name does.
+
+    Returns:
+        A number in [0, 2**31).
+    """
+    digest = hashlib.md5(str(parts).encode(), usedforsecurity=False)
+    return int(digest.hexdigest(), 16) % 2**31
+
+
 def split_seed(trial_seed: int, env: int) -> int:
     """Give the seed of the split of one domain (DomainBed's `seed_hash(trial_seed, env)`).
 
@@ -18,8 +28,7 @@ def split_seed(trial_seed: int, env: int) -> int:
     Returns:
         A number in [0, 2**31).
     """
-    digest = hashlib.md5(str((int(trial_seed), int(env))).encode(), usedforsecurity=False)
-    return int(digest.hexdigest(), 16) % 2**31
+    return seed_hash(int(trial_seed), int(env))
 
 
 def split_indices(

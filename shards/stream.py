@@ -10,7 +10,7 @@ import torch
 from shards.bad_samples import BadSample
 from shards.config import SamplingMode
 from shards.decoding import Decoder
-from shards.errors import DamagedDataError, DataConfigError
+from shards.errors import DamagedDataError, DataConfigError, verify_command
 from shards.images import open_image
 from shards.index import ShardIndex
 from shards.loading import (
@@ -111,12 +111,18 @@ class DomainStream(DomainMix):
             raise DataConfigError(
                 f"steps {start_step} to {stop_step}: need 0 <= start_step <= stop_step"
             )
+        if stop_step * self.global_batch >= 2**63:  # positions, and numbers of batches, are int64
+            raise DataConfigError(
+                f"steps {start_step} to {stop_step}: must stay below {2**63 // self.global_batch}, "
+                f"or images of {self.global_batch} a step cannot be counted in 64 bits"
+            )
         self.check_world_size(world_size, accumulation)
         mine = rank_range(self.global_batch, rank, world_size)
         source = _TrainingBatches(self, range(start_step, stop_step), mine, accumulation)
         return BatchLoader(
-            source, workers=workers, pin_memory=pin_memory, start_method=start_method
-        )
+            source, reported=self.index.reported, workers=workers, pin_memory=pin_memory,
+            start_method=start_method,
+        )  # fmt: skip
 
     def announce(self, step: int) -> None:
         """Have remote shards fetched one window ahead of a step.
@@ -169,9 +175,10 @@ class DomainStream(DomainMix):
                 )
                 image, draw = (made, None) if isinstance(made, torch.Tensor) else made
                 return LoadedImage(image, found.label, env, attempt > 0, bad, draw)
+        check = verify_command() if self.index.remote else verify_command(self.index.root)
         raise DamagedDataError(
             f"domain {name!r}: {_MAX_SUBSTITUTES + 1} images in a row cannot be used, the last: "
-            f"{bad[-1]}; check the set with `python -m shards.writer --verify --deep`"
+            f"{bad[-1]}; check the set with {check}"
         )
 
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from shards.errors import DamagedDataError, DataConfigError
+from shards.errors import DamagedDataError, DataConfigError, verify_command
+from shards.exclusion import read_list
 
 if TYPE_CHECKING:
     from shards.index import ShardIndex
@@ -59,7 +60,7 @@ def read_subset(
     name = "data.exclude_list" if exclude_list is not None else "data.include_list"
     file = Path(exclude_list or include_list or "")
     listed = [np.zeros(index.num_samples(env), dtype=np.bool_) for env in range(len(index.domains))]
-    entries = _read_entries(name, file)
+    entries = set(read_list(f"{name} = {str(file)!r}", file))
     unknown = _mark_keys(index, entries, listed)
     if unknown:
         unknown = _mark_paths(index, unknown, listed, name)
@@ -79,15 +80,6 @@ def read_subset(
     for domain in kept:
         digest.update(np.packbits(domain).tobytes())
     return Subset(kept, digest.hexdigest())
-
-
-def _read_entries(name: str, file: Path) -> set[str]:
-    """Read the lines of a list."""
-    try:
-        lines = file.expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataConfigError(f"{name} = {str(file)!r}: cannot be read ({error})") from error
-    return {line.strip().removeprefix("./") for line in lines if line.strip()}
 
 
 def _mark_keys(
@@ -132,6 +124,6 @@ def _mark_paths(
         except (OSError, tarfile.TarError, ValueError, KeyError, IndexError) as error:
             raise DamagedDataError(
                 f"{index.root / shard.file}: cannot be searched for the paths of {name} ({error}); "
-                "check the set with `python -m shards.writer --verify`"
+                f"check the set with {verify_command(index.root, deep=False)}"
             ) from error
     return rest

@@ -4,6 +4,7 @@ All random numbers come from torch's default generator, in an order that depends
 image's own draws, so that seeding it per stream position fixes the pixels.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -90,9 +91,8 @@ def finish_batch(
     Returns:
         float32 tensor [b, 3, H, W].
     """
-    if draws.shape[1]:
-        images = apply_colour_batch(images, draws)
-    return _compose(_normalise(data_config))(images)
+    levels = apply_colour_batch(images, draws) if draws.shape[1] else images
+    return _compose(_normalise(data_config))(levels)
 
 
 def eval_transform(data_config: Mapping[str, Any]) -> ImageTransform:
@@ -142,12 +142,16 @@ def _colour(image: Pixels) -> Pixels:
 
 
 def _normalise(data_config: Mapping[str, Any]) -> list[Any]:
-    """Build the last steps: uint8 to float32 in [0, 1], then mean and standard deviation."""
-    return [
-        _to_tensor,
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(list(data_config["mean"]), list(data_config["std"])),
-    ]
+    """Build the last step: levels to float32 in [0, 1], then mean and standard deviation."""
+    mean, std = (torch.tensor(list(data_config[name]))[:, None, None] for name in ("mean", "std"))
+    return [functools.partial(_normalised, mean=mean, std=std)]
+
+
+def _normalised(image: Pixels, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """Normalise uint8 or float32 levels [..., 3, H, W]; `image` stays as it was."""
+    levels = _to_tensor(image)
+    unit = levels * (1 / 255)
+    return unit.sub_(mean.to(levels.device)).div_(std.to(levels.device))
 
 
 def _to_tensor(image: Pixels) -> torch.Tensor:

@@ -9,6 +9,7 @@ import re
 import select
 import shlex
 import signal
+import ssl
 import subprocess
 import tempfile
 import urllib.error
@@ -45,6 +46,19 @@ def is_remote(root: str | Path) -> TypeGuard[str]:
     return isinstance(root, str) and (root.startswith(_COMMAND) or "://" in root)
 
 
+def without_secrets(text: str) -> str:
+    """Take out of a message what may give access: user names, passwords and queries in URLs.
+
+    Args:
+        text: A URL, a command, or a message that holds some.
+
+    Returns:
+        The text, with `?...` for a query.
+    """
+    text = re.sub(r"(://[^\s'\"?]*\?)[^\s'\"]*[^\s'\":;,.)]", r"\1...", text)
+    return re.sub(r"://[^\s'\"/]*@", "://", text)
+
+
 def check_remote(root: str) -> None:
     """Raise unless files of this root can be asked for.
 
@@ -52,24 +66,44 @@ def check_remote(root: str) -> None:
         root: A URL or a command.
 
     Raises:
-        DataConfigError: If the command has no place for the file name, or nothing opens such URLs.
+        DataConfigError: If the command has no place for the file name, the URL is none or holds a
+            user name, or nothing opens such URLs.
     """
-    scheme = urlsplit(root).scheme
+    shown = without_secrets(root)
     if root.startswith(_COMMAND):
         if "{}" not in root:
             raise DataConfigError(
-                f"data.root = {root!r}: the command needs {{}} where the file name belongs, as in "
+                f"data.root = {shown!r}: the command needs {{}} where the file name belongs, as in "
                 "'pipe:aws s3 cp s3://bucket/set/{} -'"
             )
-    elif scheme not in _SERVERS:
-        from webdataset.gopen import gopen_schemes
+        return
+    try:
+        parts = urlsplit(root)
+        _ = parts.port  # raises as well
+    except ValueError as error:
+        raise DataConfigError(
+            f"data.root = {shown!r}: no URL ({error}); give one as http://HOST:PORT/SET"
+        ) from error
+    if parts.scheme not in _SERVERS:
+        _check_opener(parts.scheme, shown)
+    elif "@" in parts.netloc:
+        plain = shown.partition("?")[0].rstrip("/")
+        raise DataConfigError(
+            f"data.root = {shown!r}: user names and passwords in URLs are not sent; put them into "
+            f"~/.netrc and give 'pipe:curl -fsS --netrc {plain}/{{}}'"
+        )
 
-        if scheme not in gopen_schemes:
-            raise DataConfigError(
-                f"data.root = {root!r}: nothing opens {scheme}://; give a command that writes a "
-                f"file to its output, 'pipe:COMMAND {root.rstrip('/')}/{{}} -', or add an "
-                f"opener for {scheme!r} to gopen_schemes of webdataset.gopen"
-            )
+
+def _check_opener(scheme: str, root: str) -> None:
+    """Raise unless WebDataset has an opener for such URLs."""
+    from webdataset.gopen import gopen_schemes
+
+    if scheme not in gopen_schemes:
+        raise DataConfigError(
+            f"data.root = {root!r}: nothing opens {scheme}://; give a command that writes a file "
+            f"to its output, 'pipe:COMMAND {root.rstrip('/')}/{{}} -', or add an opener for "
+            f"{scheme!r} to gopen_schemes of webdataset.gopen"
+        )
 
 
 def file_url(root: str, name: str) -> str:
@@ -120,7 +154,14 @@ def _http_chunks(url: str, stall: float) -> Chunks:
     except urllib.error.HTTPError as error:
         final = 400 <= error.code < 500 and error.code not in _PASSING_STATUS
         raise (FinalAnswerError if final else OSError)(f"HTTP status {error.code}") from error
-    if promised is not None and size != int(promised):
+    except urllib.error.URLError as error:
+        if isinstance(error.reason, ssl.SSLCertVerificationError):
+            raise FinalAnswerError(
+                f"its certificate is not trusted: {error.reason.verify_message}; the environment "
+                "variable SSL_CERT_FILE names the file of an authority of your own"
+            ) from error
+        raise
+    if promised is not None and promised.strip() != str(size):
         raise ConnectionError(f"connection closed after {size} of {promised} bytes")
 
 

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +37,46 @@ class _ShardCheck:
     rows: npt.NDArray[np.void]
 
 
-def verify_shards(index: ShardIndex, *, deep: bool, jobs: int = 1) -> list[str]:
+class _ShardFindings:
+    """What was found in one shard; of images by key, since their paths come later in the file.
+
+    Attributes:
+        problems: One line per problem of anything but an image.
+        unusable: Key of an image and what is wrong with it.
+        incomplete: The same of images that can be used as far as they go.
+        sound: Keys of the images that can be used as they are.
+        texts: Key to description.
+    """
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self.unusable: list[tuple[str, str]] = []
+        self.incomplete: list[tuple[str, str]] = []
+        self.sound: set[str] = set()
+        self.texts: dict[str, bytes] = {}
+
+
+class _ShardReport(NamedTuple):
+    """What is told of one shard: problems, incomplete images, number of images with a fault."""
+
+    problems: list[str]
+    incomplete: list[str]
+    bad_images: int
+
+
+class VerifyReport(NamedTuple):
+    """What a check has found.
+
+    Attributes:
+        problems: One line per problem; empty when the set is sound.
+        bad_images: Number of images that cannot be used as they are, incomplete ones included.
+    """
+
+    problems: list[str]
+    bad_images: int
+
+
+def verify_shards(index: ShardIndex, *, deep: bool, jobs: int = 1) -> VerifyReport:
     """Compare everything stored with the index.
 
     Args:
@@ -47,22 +86,23 @@ def verify_shards(index: ShardIndex, *, deep: bool, jobs: int = 1) -> list[str]:
         jobs: Number of processes.
 
     Returns:
-        One line per problem; empty when the set is sound.
+        The problems, and how many images they concern.
 
     Raises:
         OutputError: If a process is killed from outside.
     """
     problems = list(_check_folder(index))
-    shards: dict[int, list[str]] = {}
+    shards: dict[int, _ShardReport] = {}
     total = sum(index.num_samples(env) for env in range(len(index.domains)))
     with progress("verifying", total) as advance:
         check = functools.partial(_check_shard, deep=deep)
         for number, found in run_tasks(check, _checks(index), min(jobs, len(index.shards))):
-            shards[number], incomplete = found
-            for line in incomplete:
+            shards[number] = found
+            for line in found.incomplete:
                 log.warning("%s", line)
             advance(index.shards[number].samples)
-    return problems + [line for number in sorted(shards) for line in shards[number]]
+    problems += [line for number in sorted(shards) for line in shards[number].problems]
+    return VerifyReport(problems, sum(shard.bad_images for shard in shards.values()))
 
 
 def _check_folder(index: ShardIndex) -> Iterator[str]:
@@ -104,26 +144,39 @@ def _checks(index: ShardIndex) -> Iterator[_ShardCheck]:
         )
 
 
-def _check_shard(check: _ShardCheck, deep: bool) -> tuple[list[str], list[str]]:
+def _check_shard(check: _ShardCheck, deep: bool) -> _ShardReport:
     """List the problems of one shard, and its incomplete images."""
-    problems: list[str] = []
-    incomplete: list[str] = []
+    found = _ShardFindings()
     try:
         if file_sha256(check.path) != check.info.sha256:
-            problems.append("sha256 differs from the index")
-        problems.extend(_compare_members(check, deep, incomplete))
+            found.problems.append("sha256 differs from the index")
+        found.problems.extend(_compare_members(check, deep, found))
     except (OSError, tarfile.TarError) as error:
-        problems.append(f"cannot be read ({error})")
+        found.problems.append(f"cannot be read ({error})")
+    problems = found.problems + _named(found.unusable, found.texts)
     if len(problems) > _MAX_LINES:
         problems[_MAX_LINES:] = [f"and {len(problems) - _MAX_LINES} more problems"]
-    return (
+    return _ShardReport(
         [f"{check.path}: {line}" for line in problems],
-        [f"{check.path}: {line}" for line in incomplete],
+        [f"{check.path}: {line}" for line in _named(found.incomplete, found.texts)],
+        len(check.rows) - len(found.sound),
     )
 
 
-def _compare_members(check: _ShardCheck, deep: bool, incomplete: list[str]) -> Iterator[str]:
-    """Yield the differences between a shard's members and the index; collect incomplete images."""
+def _named(images: list[tuple[str, str]], texts: dict[str, bytes]) -> list[str]:
+    """Phrase what is wrong with images, each with its key and, so far as known, original path."""
+    lines = []
+    for key, wrong in images:
+        try:
+            path = f" ({json.loads(texts[key])['path']})"
+        except (KeyError, TypeError, ValueError):
+            path = ""
+        lines.append(f"sample {key}{path}: {wrong}")
+    return lines
+
+
+def _compare_members(check: _ShardCheck, deep: bool, found: _ShardFindings) -> Iterator[str]:
+    """Yield the differences between a shard's members and the index; note images apart."""
     expected = {sample_key(check.prefix, int(row["rank"])): row for row in check.rows}
     if len(expected) != check.info.samples:
         yield f"{check.info.samples} samples expected, the tables name {len(expected)}"
@@ -137,15 +190,12 @@ def _compare_members(check: _ShardCheck, deep: bool, incomplete: list[str]) -> I
             stream = archive.extractfile(member)
             data = stream.read() if stream else b""
             seen[key].append(suffix if suffix in ("cls", "json") else "image")
+            if suffix == "json":
+                found.texts[key] = data
             if suffix in ("cls", "json"):
                 yield from _check_text(check, key, suffix, data, expected[key])
             else:
-                yield from _check_image(key, member.offset_data, data, expected[key])
-                if deep and (error := _decode_error(data)):
-                    if _decode_error(data, truncated=True):
-                        yield f"sample {key}: cannot be decoded ({error})"
-                    else:
-                        incomplete.append(f"sample {key}: the image is incomplete ({error})")
+                _check_image(key, member.offset_data, data, expected[key], deep, found)
     for key, kinds in seen.items():
         if not kinds:
             yield f"sample {key} is missing"
@@ -176,15 +226,25 @@ def _check_text(
             yield f"sample {key}: its .json does not give {field} {want!r}"
 
 
-def _check_image(key: str, offset: int, data: bytes, row: np.void) -> Iterator[str]:
-    """Yield the problems of an image's bytes."""
+def _check_image(
+    key: str, offset: int, data: bytes, row: np.void, deep: bool, found: _ShardFindings
+) -> None:
+    """Note what is wrong with an image's bytes, or that nothing is."""
+    wrong = None
     if (offset, len(data)) != (int(row["offset"]), int(row["size"])):
-        yield (
-            f"sample {key}: {len(data)} bytes at offset {offset}, expected {row['size']} "
-            f"at {row['offset']}"
-        )
+        wrong = f"{len(data)} bytes at offset {offset}, expected {row['size']} at {row['offset']}"
     elif zlib.crc32(data) != int(row["crc32"]):
-        yield f"sample {key}: crc32 differs from the index"
+        wrong = "crc32 differs from the index"
+    if wrong:
+        found.unusable.append((key, wrong))
+    error = _decode_error(data) if deep else None
+    if error is None:
+        if not wrong:
+            found.sound.add(key)
+    elif _decode_error(data, truncated=True):
+        found.unusable.append((key, f"cannot be decoded ({error})"))
+    else:
+        found.incomplete.append((key, f"the image is incomplete ({error})"))
 
 
 def _decode_error(data: bytes, truncated: bool = False) -> str | None:
@@ -196,13 +256,9 @@ def _decode_error(data: bytes, truncated: bool = False) -> str | None:
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.convert("RGB")
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        UnidentifiedImageError,
-        Image.DecompressionBombError,
-    ) as error:
+    except UnidentifiedImageError:
+        return "of no known format"
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return str(error) or type(error).__name__
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = before

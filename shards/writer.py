@@ -2,16 +2,23 @@
 
 import argparse
 import logging
+import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from shards.conversion import DEFAULT_SHARD_BYTES, DEFAULT_SHARD_SIZE, write_shards
+from shards.conversion import (
+    DEFAULT_SHARD_BYTES,
+    DEFAULT_SHARD_SIZE,
+    check_at_least_one,
+    write_shards,
+)
 from shards.datasets import DATASETS, DatasetSpec, check_dataset, dataset_spec, nearest
 from shards.errors import DamagedDataError, DataConfigError, OutputError
-from shards.exclusion import read_exclude_list
+from shards.exclusion import read_list
 from shards.index import ShardIndex
 from shards.parallel import default_jobs
 from shards.verify import verify_shards
@@ -29,6 +36,19 @@ def _byte_count(text: str) -> int:
     return int(match[1]) << 10 * " KMGT".index(match[2] or " ")
 
 
+def _path(text: str) -> Path:
+    """Read a path; a shell leaves the `~` of `--out=~/set` as it is."""
+    return Path(os.path.expanduser(text))
+
+
+class _Formatter(logging.Formatter):
+    """Begins warnings with `warning: `, as errors begin with `error: `."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return f"warning: {text}" if record.levelno == logging.WARNING else text
+
+
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors take one line and suggest the nearest flag."""
 
@@ -38,33 +58,34 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}{hint}; see python -m shards.writer --help\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     """Describe the command line."""
-    parser = _Parser(
+    result = _Parser(
         prog="python -m shards.writer",
         description="Convert an image folder <domain>/<class>/<image> to a WebDataset shard set "
         "with an index, or check an existing set.",
-        epilog="Exit codes: 0 done, 2 bad settings, 65 damaged data, 73 output cannot be written.",
+        epilog="Exit codes: 0 done, 2 bad settings, 65 damaged data, 73 output cannot be written, "
+        "130 interrupted.",
         allow_abbrev=False,
     )
-    parser.add_argument(
+    result.add_argument(
         "--dataset",
         help=f"one of {', '.join(DATASETS)} (default: folder; with --verify alone: what the index "
         "says)",
     )
-    parser.add_argument("--root", type=Path, help="image folder; not needed for --dataset digits")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the shard set")
-    parser.add_argument(
-        "--exclude-list", type=Path, metavar="FILE", help="images to leave out, one path per line"
+    result.add_argument("--root", type=_path, help="image folder; not needed for --dataset digits")
+    result.add_argument("--out", type=_path, required=True, help="folder of the shard set")
+    result.add_argument(
+        "--exclude-list", type=_path, metavar="FILE", help="images to leave out, one path per line"
     )
-    parser.add_argument(
+    result.add_argument(
         "--shard-size",
         type=int,
         default=DEFAULT_SHARD_SIZE,
         metavar="N",
         help="largest number of images of one shard (default: %(default)s)",
     )
-    parser.add_argument(
+    result.add_argument(
         "--shard-bytes",
         type=_byte_count,
         default=DEFAULT_SHARD_BYTES,
@@ -72,29 +93,30 @@ def _parser() -> argparse.ArgumentParser:
         help="largest size of a shard of several images, with K, M, G or T for powers of 1024 "
         "(default: 512M)",
     )
-    parser.add_argument(
+    result.add_argument(
         "--jobs",
         type=int,
         default=default_jobs(),
         metavar="N",
-        help="processes; changes speed, never the result (default: the usable CPU cores, "
-        "%(default)s here)",
+        help="processes; changes speed, never the result (default: the usable CPU cores)",
     )
-    parser.add_argument(
+    result.add_argument(
         "--verify",
         action="store_true",
         help="check every byte of the set in --out against its index (after converting, "
         "if --root is given too)",
     )
-    parser.add_argument(
+    result.add_argument(
         "--deep", action="store_true", help="with --verify: also decode every image"
     )
-    return parser
+    return result
 
 
 def _open(args: argparse.Namespace, spec: DatasetSpec) -> ShardIndex:
     """Write the set the command line asks for, or open the one that is to be verified."""
-    exclude = read_exclude_list(args.exclude_list)
+    exclude = []
+    if args.exclude_list is not None:
+        exclude = read_list(f"--exclude-list {args.exclude_list}", args.exclude_list)
     if args.root is not None:
         log.info("listing %s", args.root)
         return write_shards(
@@ -107,7 +129,7 @@ def _open(args: argparse.Namespace, spec: DatasetSpec) -> ShardIndex:
             jobs=args.jobs,
         )
     if args.verify:
-        index = ShardIndex.load(args.out)
+        index = ShardIndex.load(args.out, dataset=spec.name)
         if args.dataset is not None:
             check_dataset(index, spec, "--dataset")
         return index
@@ -123,21 +145,23 @@ def _run(args: argparse.Namespace) -> int:
     spec = dataset_spec(args.dataset or "folder", "--dataset")
     if args.deep and not args.verify:
         raise DataConfigError("--deep: only with --verify")
-    if args.jobs < 1:
-        raise DataConfigError(f"--jobs {args.jobs}: must be 1 or more")
+    check_at_least_one(jobs=args.jobs)
     index = _open(args, spec)
-    if args.verify:
-        problems = verify_shards(index, deep=args.deep, jobs=args.jobs)
-        for problem in problems:
-            log.error("error: %s", problem)
-        if problems:
-            return 65
     total = sum(index.num_samples(env) for env in range(len(index.domains)))
+    if args.verify:
+        report = verify_shards(index, deep=args.deep, jobs=args.jobs)
+        for problem in report.problems:
+            log.error("error: %s", problem)
+        if report.bad_images:
+            log.warning("%d of %d images cannot be used as they are", report.bad_images, total)
+        if report.problems:
+            return 65
     log.info(
-        "%s: %d images, %d domains, %d classes, %d shards%s",
+        "%s: %d images, %d domains (%s), %d classes, %d shards%s",
         args.out,
         total,
         len(index.domains),
+        ", ".join(map(shlex.quote, index.domains)),  # as a shell takes them for data.held_out
         len(index.classes),
         len(index.shards),
         ", verified" if args.verify else "",
@@ -154,9 +178,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     try:
-        return _run(_parser().parse_args(argv))
+        return _run(parser().parse_args(argv))
     except DataConfigError as error:
         log.error("error: %s", error)
         return 2

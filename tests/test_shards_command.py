@@ -1,15 +1,17 @@
 import logging
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from shards_fixtures import FOLDER, damage, domain_folders, folder_bytes, make_folder
+from shards_fixtures import FOLDER, damage, domain_folders, folder_bytes, image_bytes, make_folder
 
 from shards.config import DataConfig
 from shards.datasets import DATASETS, open_shards
-from shards.writer import _byte_count, _parser, main, write_shards
+from shards.errors import make_command, verify_command
+from shards.writer import _byte_count, main, parser, write_shards
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -66,7 +68,7 @@ def test_command_line_converts_and_verifies(
     root, out = str(make_folder(tmp_path / "images")), str(tmp_path / "out")
     with caplog.at_level(logging.INFO):
         assert main(["--root", root, "--out", out, "--verify", "--deep"]) == 0
-    assert "57 images, 3 domains, 2 classes, 3 shards, verified" in caplog.text
+    assert "57 images, 3 domains (art, photo, sketch), 2 classes, 3 shards, verified" in caplog.text
     assert main(["--root", root, "--out", str(tmp_path / "images" / "art" / "cat" / "x")]) == 2
     (tmp_path / "file").write_text("")
     assert main(["--root", root, "--out", str(tmp_path / "file" / "x")]) == 73
@@ -84,11 +86,35 @@ def test_the_documentation_agrees_with_the_program() -> None:
     commands = [line for line in lines if line.startswith("python -m shards.writer")]
     assert len(commands) == 2
     for line in commands:
-        assert _parser().parse_args(shlex.split(line)[3:]).dataset == "domainnet"
+        assert parser().parse_args(shlex.split(line)[3:]).dataset == "domainnet"
     for spec in DATASETS.values():
         if spec.folder is not None and spec.domains is not None:
             row = f"| `{spec.name}` | `{spec.folder}` | {', '.join(spec.domains)} |"
             assert f"{row} {spec.num_classes} |" in lines
+
+
+def test_a_tilde_that_the_shell_left_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    args = parser().parse_args(["--root=~/images", "--out=~/set", "--exclude-list=~/list"])
+    assert [args.root, args.out, args.exclude_list] == [
+        Path("/home/me/images"), Path("/home/me/set"), Path("/home/me/list"),
+    ]  # fmt: skip
+
+
+def test_commands_in_messages_run_as_printed() -> None:
+    commands = [
+        make_command("pacs"), make_command("folder", Path("my images"), Path("my set")),
+        make_command("digits", out="NEW_SET"), verify_command(), verify_command("it's", deep=False),
+    ]  # fmt: skip
+    parsed = [parser().parse_args(shlex.split(text.strip("`"))[3:]) for text in commands]
+    assert [str(args.out) for args in parsed] == ["SET", "my set", "NEW_SET", "SET", "it's"]
+    assert [args.root and str(args.root) for args in parsed[:3]] == [
+        "IMAGE_FOLDER", "my images", None,
+    ]  # fmt: skip
+    assert [(args.verify, args.deep) for args in parsed[3:]] == [(True, True), (True, False)]
+    for path in (REPOSITORY / "shards").glob("*.py"):
+        elsewhere = re.findall(r"`python -m shards\.writer --", path.read_text(encoding="utf-8"))
+        assert not elsewhere or path.name == "errors.py", path
 
 
 @pytest.mark.parametrize(
@@ -139,9 +165,37 @@ def test_deep_check_finds_an_image_that_was_never_readable(
     assert main(["--root", str(root), "--out", out]) == 0
     assert "im001.jpg is empty" in caplog.text
     assert main(["--out", out, "--verify"]) == 0
+    assert "cannot be used" not in caplog.text
     assert main(["--out", out, "--verify", "--deep"]) == 65
-    assert "sample art-0000000: cannot be decoded" in caplog.text
-    assert "sample art-0000001: cannot be decoded" in caplog.text
+    first = "sample art-0000000 (art/cat/im000.png): cannot be decoded (of no known format)"
+    assert first in caplog.text
+    assert "sample art-0000001 (art/cat/im001.jpg): cannot be decoded" in caplog.text
+    assert caplog.messages[-1] == "2 of 57 images cannot be used as they are"
+
+
+def test_lines_begin_with_how_grave_they_are_and_the_last_gives_the_domains(
+    tmp_path: Path,
+) -> None:
+    root = make_folder(tmp_path / "images", domains=("it's", "Real World", "art"), per_class=2)
+    image = image_bytes(1, "JPEG", size=(200, 200))
+    (root / "Real World" / "cat" / "im001.jpg").write_bytes(image[: len(image) // 2])
+    argv = ["--root", str(root), "--out", str(tmp_path / "out"), "--verify", "--deep", "--jobs=1"]
+    code, said = command(*argv)
+    lines = [line for line in said.splitlines() if " images/s" not in line]
+    assert code == 0
+    assert lines[1].startswith(f"warning: {tmp_path}/out/folder-Real_World-000000.tar: sample ")
+    assert "Real_World-0000001 (Real World/cat/im001.jpg): the image is incomplete" in lines[1]
+    assert lines[2] == "warning: 1 of 15 images cannot be used as they are"
+    assert "15 images, 3 domains ('Real World', art, 'it'\"'\"'s'), 2 classes, " in lines[3]
+    assert len(lines) == 4
+    (root / "art" / "cat" / "im000.png").write_bytes(b"")
+    code, said = command(*argv[:3], str(tmp_path / "other"), *argv[4:])
+    lines = [line for line in said.splitlines() if " images/s" not in line]
+    assert code == 65
+    assert lines[1] == f"warning: {root}/art/cat/im000.png is empty; " + lines[1].partition("; ")[2]
+    assert "sample art-0000000 (art/cat/im000.png): cannot be decoded (" in lines[-2]
+    assert lines[-2].startswith("error: ")
+    assert lines[-1] == "warning: 2 of 15 images cannot be used as they are"
 
 
 def test_help_is_light(tmp_path: Path) -> None:

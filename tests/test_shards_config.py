@@ -35,6 +35,7 @@ def test_all_problems_are_listed_at_once() -> None:
     ]
     (problem,) = DataConfig(dataset="folder").problems()
     assert problem.startswith("data.root is not set")
+    assert "`python -m shards.writer --dataset folder --root IMAGE_FOLDER --out SET`" in problem
 
 
 @pytest.mark.parametrize(
@@ -96,6 +97,15 @@ def test_dataset_registry() -> None:
     assert dataset_spec("folder").domains is None
     with pytest.raises(DataConfigError, match="--dataset = 'x': not a known dataset"):
         dataset_spec("x", "--dataset")
+
+
+def test_settings_that_only_a_remote_root_uses_are_told() -> None:
+    given = {"cache_dir": "c", "cache_gib": 9.0, "fetch_retries": 1}
+    for root in (None, "set"):
+        config = DataConfig(root=root, **given)
+        assert (config.problems(), config.unused()) == ([], list(given))
+        assert DataConfig(root=root).unused() == []
+    assert DataConfig(root="pipe:cat {}", **given).unused() == []
 
 
 def test_public_names_exist_and_are_documented() -> None:

@@ -78,6 +78,18 @@ def test_refuses_another_dataset(pacs: ShardIndex, tmp_path: Path) -> None:
     assert main(["--out", str(pacs.root), "--verify"]) == 0
 
 
+def test_a_missing_set_is_made_of_the_dataset_that_is_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(DataConfigError, match=r"does not exist; .*shards\.writer --dataset pacs "):
+        open_shards(DataConfig(dataset="pacs", root=str(tmp_path / "gone")))
+    make_folder(tmp_path / "images")
+    with pytest.raises(DataConfigError, match=r"but other folders.* --dataset pacs --root .*/im"):
+        open_shards(DataConfig(dataset="pacs", root=str(tmp_path / "images")))
+    assert main(["--out", str(tmp_path / "gone"), "--dataset", "vlcs", "--verify"]) == 2
+    assert "shards.writer --dataset vlcs " in caplog.text
+
+
 def altered(index: ShardIndex, folder: Path, consistent: bool, **changes: Any) -> Path:
     """A copy of a set whose index says something else; `consistent`: as if written that way."""
     folder.mkdir()
@@ -104,7 +116,10 @@ def test_refuses_other_domains_and_classes(pacs: ShardIndex, tmp_path: Path) -> 
         ),
         "stray domain": ({"domains": stray}, "has 'annotations' as domain 0, expected 'art_paint"),
         "lost domain": ({"domains": domains[:3]}, "has nothing as domain 3, expected 'sketch'"),
-        "lost class": ({"classes": classes[:6]}, "has 6 classes, the dataset has 7"),
+        "lost class": (
+            {"classes": classes[:6]},
+            "has 6 classes, the dataset has 7; .* pacs --root IMAGE_FOLDER --out NEW_SET`",
+        ),
         "class order": (
             {"classes": [classes[1], classes[0], *classes[2:]]},
             "has 'class 001' as class 0, expected 'class 000'",

@@ -26,7 +26,7 @@ from shards.bad_samples import (
     named_counts,
 )
 from shards.decoding import Decoder
-from shards.errors import DamagedDataError, StorageError
+from shards.errors import DamagedDataError, DataConfigError, OutputError, StorageError
 from shards.fetching import FetchPolicy
 from shards.index import ShardIndex
 from shards.order import substitute_index
@@ -73,6 +73,7 @@ def test_bad_images_are_replaced_one_by_one_and_counted(
     partly_broken: Broken, caplog: pytest.LogCaptureFixture
 ) -> None:
     good, bad, broken = partly_broken
+    bad.reported.clear()  # each is told once, in whichever test
     healthy = stream_of(good, sources=[0, 1])
     stream = stream_of(bad, sources=[0, 1], decoder=Decoder(truncated="substitute"))
     counts = torch.zeros(2, 3, dtype=torch.int64)
@@ -182,7 +183,7 @@ def test_limit_of_bad_images(
     with pytest.raises(
         DamagedDataError,
         match=rf"domain 'b': {replaced} of {drawn} images had to be replaced \(.*b/crc32.*\), more "
-        rf"than data.max_bad_fraction = {limit} allows; .*--verify --deep",
+        rf"than data.max_bad_fraction = {limit} allows; .*--out SET --verify --deep`",
     ):
         check_bad_fraction(counts, seen, sizes, ["a", "b"], limit)
 
@@ -192,7 +193,12 @@ def test_gives_up_when_nothing_can_be_decoded(tmp_path: Path) -> None:
     for path in root.rglob("im*"):
         path.write_bytes(b"nothing")
     index = write_shards(root, tmp_path / "out", FOLDER)
-    with pytest.raises(DamagedDataError, match="domain 'art': 17 images in a row cannot be used"):
+    with pytest.raises(DamagedDataError) as caught:
+        list(stream_of(index, sources=[0]).loader(0, 1))
+    assert "domain 'art': 17 images in a row cannot be used" in str(caught.value)
+    assert f"`python -m shards.writer --out {index.root} --verify --deep`" in str(caught.value)
+    index.remote = True  # then its root is but a cache, and verified where it is stored
+    with pytest.raises(DamagedDataError, match="--out SET --verify --deep"):
         list(stream_of(index, sources=[0]).loader(0, 1))
 
 
@@ -258,15 +264,37 @@ def test_storage_that_keeps_failing_stops_the_run(
     monkeypatch.setattr(index.reader, "policy", FetchPolicy(retries=2, pause=0))
     disk = FlakyDisk(10**9)
     monkeypatch.setattr(os, "pread", disk)
-    with pytest.raises(StorageError, match="Input/output error after 3 attempts; check the stor"):
+    with pytest.raises(StorageError, match=r"\w-\d+\.tar: Input/output error after 3 attempts"):
         list(stream_of(index).loader(0, 1, workers=workers))
     assert workers or disk.calls == 3
+
+
+@pytest.mark.parametrize("kind", [OutputError, DataConfigError])
+def test_what_a_cache_refuses_arrives_as_it_was_raised(
+    index: ShardIndex, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    def full(shard: int) -> int:
+        raise kind("the cache is full")
+
+    monkeypatch.setattr(index.reader.store, "open", full)
+    index.close()
+    with pytest.raises(kind) as caught:
+        list(stream_of(index).loader(0, 1, workers=1))
+    assert str(caught.value) == "the cache is full"
+
+
+def test_a_read_may_come_in_pieces(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = collect(stream_of(index), 0, 1)
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, offset: real(file, min(size, 100), offset))
+    assert_equal(collect(stream_of(index), 0, 1), expected)
 
 
 def test_bad_samples_are_told_where_the_log_is(
     partly_broken: Broken, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A spawned loader process has no log of its own."""
+    partly_broken[1].reported.clear()
     with caplog.at_level(logging.WARNING):
         list(stream_of(partly_broken[1], sources=[0, 1]).loader(
             0, 6, workers=1, start_method="spawn"

@@ -52,8 +52,8 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
 
 @pytest.fixture(scope="module")
 def remote(local: ShardIndex, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShardIndex]:
-    os.environ["no_proxy"] = "127.0.0.1"
-    with Server(local.root) as server:
+    with pytest.MonkeyPatch.context() as patch, Server(local.root) as server:
+        patch.setenv("no_proxy", "127.0.0.1")
         yield ShardIndex.load(
             server.url, StorageOptions(cache_dir=tmp_path_factory.mktemp("cache"))
         )

@@ -67,8 +67,17 @@ def test_no_shard_set(tmp_path: Path) -> None:
     with pytest.raises(DataConfigError, match=r"does not exist; make .*`python -m shards.writer"):
         ShardIndex.load(tmp_path / "none")
     (tmp_path / "x").mkdir()
-    with pytest.raises(DataConfigError, match=r"holds no index\.json"):
+    with pytest.raises(DataConfigError, match=r"holds no index\.json; make .* --out /.*/x`$"):
         ShardIndex.load(tmp_path / "x")
+    (tmp_path / "x" / ".cache").mkdir()
+    with pytest.raises(DataConfigError, match=r"holds no index\.json; make .* --out /.*/x`$"):
+        ShardIndex.load(tmp_path / "x")
+    images = tmp_path / "x" / "my images"
+    (images / "photo" / "cat").mkdir(parents=True)
+    with pytest.raises(DataConfigError, match=r"holds no index\.json but other folders, as an ima"):
+        ShardIndex.load(images)
+    with pytest.raises(DataConfigError, match=rf"--root '{images}' --out my_shards` and give that"):
+        ShardIndex.load(images)
     (tmp_path / "file").write_text("")
     with pytest.raises(DataConfigError, match="does not exist"):
         ShardIndex.load(tmp_path / "file")
@@ -125,7 +134,8 @@ def test_every_flipped_payload_byte_is_found_when_reading(index: ShardIndex) -> 
             DamagedDataError, match=rf"{path.name}: sample art-0000005 at offset {row['offset']} "
         ):
             ShardIndex.load(index.root).read(0, 5)
-        assert any("art-0000005: crc32 differs" in line for line in index.verify())
+        told = "sample art-0000005 (art/cat/im005.jpg): crc32 differs"
+        assert any(told in line for line in index.verify())
         damage(path, int(row["offset"]) + offset)
     assert index.read(0, 5).key == "art-0000005"
     assert index.verify(deep=True) == []

@@ -1,5 +1,6 @@
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,8 @@ from torchvision.datasets import ImageFolder
 
 from shards.datasets import DATASETS, DatasetSpec
 from shards.errors import DataConfigError
-from shards.exclusion import check_sizes, is_duplicates_list, read_exclude_list, report_exclusion
-from shards.listing import Listing, list_images
+from shards.exclusion import check_sizes, is_duplicates_list, read_list, report_exclusion
+from shards.listing import Listing, list_images, report_passed_over
 
 FIVE = [name for name in DATASETS if name not in ("digits", "folder")]
 
@@ -121,14 +122,115 @@ def test_what_is_no_dataset_is_refused(tmp_path: Path) -> None:
     refused(hollow, "class 'dog' of domain 'photo' holds no image")
     stray = make_folder(tmp_path / "stray")
     (stray / "zz_annotations").mkdir()
-    refused(stray, "domain 'zz_annotations' holds no class folder; remove the folder")
+    refused(stray, "domain 'zz_annotations' holds no class folder; move the folder away if it is")
+
+
+def refusal(root: Path, spec: DatasetSpec = FOLDER) -> str:
+    """What is said of a folder that cannot be listed."""
+    with pytest.raises(DataConfigError) as caught:
+        list_images(root, spec)
+    return str(caught.value)
+
+
+def test_a_root_one_level_too_deep_is_told_from_a_stray_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_folder(tmp_path / "my images")
+    too_deep = refusal(root / "photo")
+    assert "domain 'cat' holds images but no class folder; --root seems to be one le" in too_deep
+    assert too_deep.endswith(f"give its parent folder, --root '{root}'")
+    monkeypatch.chdir(root / "photo")
+    assert refusal(Path()).endswith(f"give its parent folder, --root '{root}'")
+    for stray in ("aa_loose", "zz_loose"):
+        shutil.copytree(root / "art" / "cat", root / stray)
+        told = refusal(root)
+        assert f"domain {stray!r} holds images but no class folder; sort them into class " in told
+        shutil.rmtree(root / stray)
+
+
+def test_hidden_folders_are_told(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images")
+
+    def told_of(path: str) -> str:
+        (root / path).mkdir()
+        told = refusal(root)
+        (root / path).rmdir()
+        return told
+
+    assert told_of(".cache").endswith(
+        "'.cache' holds no class folder; '.cache' is a hidden folder: move it away or delete it"
+    )
+    (root / ".cache" / "hub").mkdir(parents=True)
+    assert refusal(root).endswith("; '.cache' is a hidden folder: move it away or delete it")
+    shutil.rmtree(root / ".cache")
+    for path in ("art/.ipynb_checkpoints", "photo/.ipynb_checkpoints"):
+        told = told_of(path)
+        assert "class '.ipynb_checkpoints' compared with domain 'art'; all domains" in told
+        assert told.endswith(f"; {path!r} is a hidden folder: move it away or delete it")
+    for domain in ("photo", "sketch"):
+        (root / domain / ".cache").mkdir()
+    told = told_of("art/.cache")
+    assert "class '.cache' of domain 'art' holds no image" in told
+    assert told.endswith("; 'art/.cache' is a hidden folder: move it away or delete it")
+    pacs = domain_folders(tmp_path / "PACS", DATASETS["pacs"])
+    (pacs / ".cache").mkdir()
+    assert "; '.cache' is a hidden folder: move it away" in refusal(pacs, DATASETS["pacs"])
+
+
+def test_a_hidden_folder_with_images_is_not_to_be_deleted(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images")
+    shutil.copytree(root / "art" / "cat", root / "sketch" / ".thumbnails")
+    assert refusal(root).endswith("; 'sketch/.thumbnails' is a hidden folder: move it away")
+
+
+def test_a_folder_that_cannot_be_listed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here by the system's answer, since permissions do not stop the administrator."""
+    root = make_folder(tmp_path / "images")
+    below = root / "art" / "dog" / "below"
+    below.mkdir()
+    (below / "lost.png").write_bytes(image_bytes(1))
+    real = os.scandir
+
+    def scandir(path: str) -> object:
+        if os.fspath(path) == str(below):
+            raise PermissionError(13, "Permission denied", str(below))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(
+        DataConfigError, match=rf"{below}: cannot be listed \(Permission denied\); check its perm"
+    ):
+        list_images(root, FOLDER)
+
+
+def test_files_that_are_no_images_by_their_names_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = make_folder(tmp_path / "images")
+    report_passed_over(list_images(root, FOLDER))
+    (root / "art" / "cat" / "notes.TXT").write_text("not an image")
+    (root / "art" / "cat" / ".DS_Store").write_text("not an image")
+    with caplog.at_level(logging.INFO):
+        report_passed_over(list_images(root, FOLDER))
+        for domain in ("art", "photo"):
+            (root / domain / "dog" / "moving.gif").write_bytes(image_bytes(1, "GIF"))
+        listing = list_images(root, FOLDER)
+        report_passed_over(listing)
+    assert listing.passed_over == {".gif": 2, ".txt": 1, "": 1}
+    begin = "not images by their names, passed over: "
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("INFO", begin + "1 without ending, 1 .txt"),
+        ("WARNING", begin + "2 .gif, 1 without ending, 1 .txt"),
+    ]
 
 
 def test_exclusion_comes_before_ranks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = make_folder(tmp_path / "images")
     text = "art/cat/im000.png\n\n./photo/dog/im003.jpg\r\nart/cat/im000.png\nno/such.png\n"
     (tmp_path / "list.txt").write_bytes(text.encode())
-    exclude = read_exclude_list(tmp_path / "list.txt")
+    exclude = read_list("--exclude-list", tmp_path / "list.txt")
     with caplog.at_level(logging.INFO):
         listing = list_images(root, FOLDER, exclude)
         report_exclusion(listing, exclude)
@@ -142,6 +244,22 @@ def test_exclusion_comes_before_ranks(tmp_path: Path, caplog: pytest.LogCaptureF
     caplog.clear()
     report_exclusion(list_images(root, FOLDER), [])
     assert caplog.text == ""
+
+
+def test_lists_name_any_file(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "images", domains=("art",))
+    folder = os.fsencode(root / "art" / "cat")
+    odd = [b"latin\xe9.png", "line\u2028break\x85.png".encode(), b"quote'\".png", b"two  .png"]
+    for name in odd:
+        with open(os.path.join(folder, name), "wb") as stream:
+            stream.write(image_bytes(1))
+    path = tmp_path / "list.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + b"".join(b"art/cat/" + name + b"\r\n" for name in odd))
+    listing = list_images(root, FOLDER, read_list("--exclude-list", path))
+    assert (listing.excluded, listing.unmatched) == (4, ())
+    path.write_bytes("art/cat/im000.png\n".encode("utf-16"))
+    with pytest.raises(DataConfigError, match=r"--exclude-list: cannot be read \(not plain text\)"):
+        read_list("--exclude-list", path)
 
 
 def duplicates() -> list[str]:
@@ -167,7 +285,9 @@ def sized(sizes: tuple[int, ...]) -> Listing:
         DomainListing(name=name, paths=("x",) * size, labels=(0,) * size)
         for name, size in zip(names, sizes, strict=True)
     )
-    return Listing(root=Path("r"), domains=domains, classes=("c",), excluded=0, unmatched=())
+    return Listing(
+        root=Path("r"), domains=domains, classes=("c",), excluded=0, unmatched=(), passed_over={}
+    )
 
 
 def test_documented_sizes(caplog: pytest.LogCaptureFixture) -> None:

@@ -15,6 +15,7 @@ from shards.order import (
     substitute_index,
 )
 
+LAST = 2**63 - 1  # position that a stream can have
 MASK = 2**64 - 1
 GOLDEN = {
     "hash": 16649622176124849992,
@@ -70,7 +71,7 @@ def test_permutation_equals_scalar(key: int, n: int) -> None:
 
 
 @settings(deadline=None)
-@given(st.integers(0, 9), st.integers(1, 25), st.integers(0, 200))
+@given(st.integers(0, 9), st.integers(1, 25), st.integers(0, 200) | st.integers(LAST - 200, LAST))
 def test_stream_equals_scalar(seed: int, n: int, k: int) -> None:
     epoch, place = divmod(k, n)
     key = scalar_hash(seed, "ärt", epoch)
@@ -112,7 +113,7 @@ def scalar_window(seed: int, domain: str, shards: list[int], epoch: int, window:
 @given(
     st.integers(0, 9),
     st.lists(st.integers(0, 7), min_size=1, max_size=40),
-    st.integers(0, 3),
+    st.integers(0, 3) | st.integers(LAST // 40 - 3, LAST // 40 - 1),
     st.integers(1, 9),
 )
 def test_windows_equal_scalar(seed: int, shards: list[int], epoch: int, window: int) -> None:

@@ -1,21 +1,25 @@
 """Shard sets on a server or behind a command: the same data, through a bounded cache."""
 
+import errno
 import io
 import json
 import multiprocessing
 import os
 import shutil
+import ssl
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
 import pytest
+import trustme
 from shards_fixtures import assert_equal, collect, damage, make_set, stream_of
 from shards_server import Server
 from webdataset.gopen import Pipe, gopen_schemes
 
 from shards.cache import NodeCache
+from shards.config import DataConfig
 from shards.errors import DamagedDataError, DataConfigError, OutputError, StorageError
 from shards.fetching import FetchPolicy, fetch
 from shards.index import ShardIndex
@@ -200,7 +204,8 @@ def test_what_a_killed_process_left_is_no_obstacle(tmp_path: Path) -> None:
     assert cache.obtain("b.tar", 10, lambda path: path.write_bytes(bytes(10)))
     assert not cache.path("a.tar.partial").exists()
     cache.path("b.tar.partial").write_bytes(bytes(5))
-    cache.discard("b.tar")
+    with cache.path("b.tar").open("rb") as stream:
+        assert cache.discard("b.tar", stream.fileno())
     assert cache.obtain("b.tar", 10, lambda path: path.write_bytes(bytes(10)))
     assert [p.name for p in sorted(cache.folder.glob("b.tar*"))] == ["b.tar", "b.tar.lock"]
 
@@ -307,6 +312,7 @@ def test_passing_faults_cost_nothing_but_time(
         (403, "HTTP status 403", 1),
         (503, "HTTP status 503", 3),
         ("cut", r"connection closed after \d+ of \d+ bytes", 3),
+        ("length abc", r"connection closed after \d+ of abc bytes", 3),
     ],
 )
 def test_lasting_faults_end_the_run(
@@ -398,10 +404,46 @@ def test_cache_that_cannot_be_written(server: Server, tmp_path: Path) -> None:
     assert not server.requests, "found before anything is asked for"
 
 
-def test_full_disk_is_an_output_error(local: ShardIndex, tmp_path: Path) -> None:
-    """/dev/full takes no byte."""
+@pytest.mark.parametrize("name", [SHARD, "folder-art.npy"])
+def test_full_disk_is_an_output_error(local: ShardIndex, name: str) -> None:
+    """/dev/full takes no byte; the table is smaller than a buffer."""
     with pytest.raises(OutputError, match=r"data.cache_dir: cannot write /dev/full"):
-        fetch(file_url(local.root.as_uri(), SHARD), Path("/dev/full"), FetchPolicy(pause=0))
+        fetch(file_url(local.root.as_uri(), name), Path("/dev/full"), FetchPolicy(pause=0))
+
+
+def test_whatever_the_cache_cannot_write_is_an_output_error(tmp_path: Path) -> None:
+    cache = NodeCache(tmp_path, "set", 1000)
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def silent(path: Path) -> None:
+        raise StorageError("the server is silent")
+
+    with pytest.raises(OutputError, match=r"cannot write .*/set/a.tar \(No space left on device\)"):
+        cache.obtain("a.tar", 10, full)
+    with pytest.raises(StorageError, match="the server is silent"):
+        cache.obtain("a.tar", 10, silent)
+    assert not cache.holds("a.tar")
+
+
+def test_a_server_with_a_certificate(
+    local: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "authority.pem")
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(tls)
+    with Server(local.root, tls) as server:
+        with pytest.raises(StorageError, match=r"not trusted: .*SSL_CERT_FILE .* in 1 attempt "):
+            ShardIndex.load(server.url, options(tmp_path / "cache"))
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
+        server.script[SHARD] = ["cut", 503]
+        index = ShardIndex.load(server.url, options(tmp_path / "cache"))
+        assert_equal(collect(stream_of(index), 0, 9), collect(stream_of(local), 0, 9))
+        assert server.requests[SHARD] == 3
 
 
 def test_roots_that_cannot_work(tmp_path: Path) -> None:
@@ -409,6 +451,36 @@ def test_roots_that_cannot_work(tmp_path: Path) -> None:
         ShardIndex.load("s3://b/", options(tmp_path))
     with pytest.raises(DataConfigError, match=r"the command needs \{\} where the file name"):
         ShardIndex.load("pipe:cat x", options(tmp_path))
+    with pytest.raises(DataConfigError, match=r"'http://\[bad/x': no URL \(Invalid IPv6"):
+        ShardIndex.load("http://[bad/x", options(tmp_path))
+    with pytest.raises(DataConfigError, match=r"no URL \(Port could not be cast"):
+        ShardIndex.load("http://host:port/x", options(tmp_path))
+
+
+def test_secrets_in_roots_are_not_told(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(DataConfigError, match=r"netrc http://host/set/\{\}'") as refused:
+        ShardIndex.load("http://user:secret@host/set?sig=secret", options(tmp_path))
+    server.script["index.json"] = [404]
+    with pytest.raises(StorageError, match=r"/sets/one/index\.json\?\.\.\.: .* 404") as missing:
+        ShardIndex.load(server.url + "?sig=secret", options(tmp_path))
+    server.script["folder-art.npy"] = [lambda data: data[1:]]
+    server.forever.add("folder-art.npy")
+    with pytest.raises(DamagedDataError, match=r"/folder-art\.npy\?\.\.\.: sha256") as damaged:
+        ShardIndex.load(server.url + "?sig=secret", options(tmp_path, retries=0))
+    server.script["index.json"] = [lambda data: b"{}"]
+    with pytest.raises(DamagedDataError, match="not a shard index") as other:
+        ShardIndex.load(server.url + "?sig=secret", options(tmp_path))
+    with pytest.raises(StorageError, match="of https://host/x") as command:
+        ShardIndex.load(
+            "pipe:echo no bucket of https://user:secret@host/x?k=secret >&2; false {}",
+            options(tmp_path, retries=0),
+        )
+    with pytest.raises(DataConfigError, match="nothing opens s3://") as unknown:
+        ShardIndex.load("s3://user:secret@bucket/x?k=secret", options(tmp_path))
+    for caught in (refused, missing, damaged, other, command, unknown):
+        assert "secret" not in str(caught.value)
+    (problem,) = DataConfig(root="http://host/set?sig=secret").problems()
+    assert "secret" not in problem
 
 
 @pytest.mark.parametrize("name", ["../../x.tar", "a b.tar", "$(x).tar", "-f.tar", ".tar", "a/b"])

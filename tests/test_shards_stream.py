@@ -131,6 +131,11 @@ def test_bad_loader_arguments_are_refused(index: ShardIndex) -> None:
         stream_of(index).loader(0, 1, workers=-1)
     with pytest.raises(DataConfigError, match="steps 3 to 2"):
         stream_of(index).loader(3, 2)
+    last = 2**63 // stream_of(index).global_batch - 1
+    [batch] = stream_of(index).loader(last, last + 1)
+    assert len(batch.labels) == 12
+    with pytest.raises(DataConfigError, match=f"must stay below {last + 1}"):
+        stream_of(index).loader(last, last + 2)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -113,8 +113,8 @@ def test_without_a_list_nothing_is_left_out(folder: Path) -> None:
 
 
 def test_accuracy_of_what_is_left_out_has_its_own_column(folder: Path, write: Write) -> None:
-    from trainer.evaluate import ALONE
     from trainer.evaluation import Evaluator, accuracies
+    from trainer.world import ALONE
 
     class Cat(torch.nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -177,5 +177,7 @@ def test_damaged_shard_is_not_searched_in_silence(tmp_path: Path, write: Write) 
     index = make_set(tmp_path)
     path = index.root / index.shards[0].file
     path.write_bytes(bytes([255]) * path.stat().st_size)
-    with pytest.raises(DamagedDataError, match="cannot be searched for the paths"):
+    with pytest.raises(
+        DamagedDataError, match=rf"cannot be searched for .*--out {index.root} --verify`"
+    ):
         read_subset(index, write("art/cat/im002.png"), None)

@@ -19,6 +19,7 @@ from shards.transforms import (
     loader_transform,
     train_transform,
 )
+from shards.verify import _decode_error
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -83,6 +84,26 @@ def test_unreadable_bytes_raise_one_kind_of_error(data: bytes) -> None:
         decode_image(data)
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_too_large_for_pillow_is_refused_by_all(
+    monkeypatch: pytest.MonkeyPatch, progressive: bool
+) -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "a segment before the frame header"
+    image = Image.fromarray(smooth())
+    data = encoded(image, "JPEG", progressive=progressive, exif=exif)
+    filled = data[:2] + b"\xff\xff" + data[2:]  # as the format allows
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", image.width * image.height // 2)
+    for legal in (data, filled):
+        assert decode_image(legal).shape == (3, image.height, image.width)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", image.width * image.height // 2 - 1)
+    assert "decompression bomb" in (_decode_error(data) or "")
+    for decode in ("auto", "pil"):
+        for large in (data, filled):
+            with pytest.raises(ValueError, match="decompression bomb"):
+                Decoder(decode=decode)(large)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_truncated_images_are_refused(kind: str) -> None:
     data = image_bytes(0, kind, (64, 64))
@@ -144,7 +165,7 @@ def test_hue_equals_torchvision(shift: float) -> None:
     image[:, 5:10, ::2] = 0
     image[1:, 10:20] = image[:2, 10:20]  # ties between channels
     reference = functional.adjust_hue(image, shift).int()
-    difference = (shift_hue(image, shift).int() - reference).abs()
+    difference = (shift_hue(image.float(), shift).int() - reference).abs()
     assert difference.max() <= 1
     assert difference.float().mean() < 0.01
 
@@ -161,18 +182,23 @@ def test_jitter_equals_torchvision_step_by_step() -> None:
         order = torch.randperm(4).tolist()
         draws = torch.rand(4).tolist()
         orders.add(tuple(order))
+        steps = [
+            functional.adjust_brightness,
+            functional.adjust_contrast,
+            functional.adjust_saturation,
+            lambda x, f: functional.adjust_hue(x, f - 1),
+        ]
         reference = image
         for step in order:
-            factor = 0.7 + 0.6 * draws[step]
-            reference = [
-                lambda x, f: functional.adjust_brightness(x, f),
-                lambda x, f: functional.adjust_contrast(x, f),
-                lambda x, f: functional.adjust_saturation(x, f),
-                lambda x, f: functional.adjust_hue(x, f - 1),
-            ][step](reference, factor)
+            reference = steps[step](reference, 0.7 + 0.6 * draws[step])
         difference = (result.int() - reference.int()).abs().float()
         assert difference.mean() < 0.1
         assert difference.max() <= 6  # one level of hue, stretched by later contrast
+        steps[3] = lambda x, _, turn=float(draw[7]): shift_hue(x.float(), turn).to(torch.uint8)
+        exact = image
+        for step in order:
+            exact = steps[step](exact, float(draw[4 + step]))
+        assert torch.equal(result, exact.float()), "nothing but the hue differs"
     assert len(orders) > 5
 
 
