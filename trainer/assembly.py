@@ -3,6 +3,7 @@
 from rich.console import Console
 
 from trainer import checkpoint
+from trainer.averaging import Averages
 from trainer.best import Best, is_left_out, restored_best, write_best
 from trainer.build import Parts, decoder
 from trainer.engine import Engine, restore_weights, sum_over_ranks
@@ -14,6 +15,7 @@ from trainer.run_folder import RunFolder
 from trainer.stopping import Stopping
 from trainer.watchdog import EVALUATING, Watchdog
 from trainer.world import World
+from trainer.zero_shot import evaluate_zero_shot
 
 
 def train(
@@ -35,11 +37,12 @@ def train(
         trainer = assemble(parts, world, folder, start, stopping, watch)
         with trainer.saves:
             if world.is_main:
-                with Monitor(parts.config, folder.tensorboard, start.step, console) as monitor:
+                device = trainer.engine.device
+                with Monitor(parts, folder, world, device, start.step, console) as monitor:
                     trainer.train(monitor)
             else:
                 trainer.train(None)
-        trainer.save_last()
+        trainer.validation.save_last(world.is_main)
     if world.is_main:
         folder.done.write_text("done\n")
 
@@ -68,13 +71,16 @@ def assemble(
     if world.is_main:
         last_again = bool(state.get("evaluation_due")) or is_left_out(start.step - 1, *schedule)
         checkpoint.set_aside_newer(folder.checkpoints, start.step)
-        folder.cut_back(start.step, start.step - last_again)
+        complete = config.eval.mode == "full" or (
+            start.step == config.train.steps and not last_again
+        )
+        folder.cut_back(start.step, start.step - last_again, keeps_results=complete)
         write_best(folder.adapter, parts.info, best)
         folder.describe(config, parts.ds_json, state.get("changes", []))
 
-    def pause(more: bool) -> bool:
+    def pause() -> None:
         watch.note(EVALUATING)
-        return stopping.pause(more)
+        stopping.pause()
 
     evaluator = Evaluator(
         index=parts.index,
@@ -90,5 +96,10 @@ def assemble(
         max_bad_fraction=config.data.max_bad_fraction,
         sum_over_ranks=sum_over_ranks,
         pause=pause,
+        losses=config.average.swad,
     )
-    return Trainer(parts, world, engine, evaluator, folder, state, best, stopping, watch)
+    if start.step == 0 and config.model.head_init == "text":
+        evaluate_zero_shot(parts, world, engine, evaluator, folder, watch)
+    kept = (resumed.averages, state.get("averages")) if resumed else ()
+    averages = Averages(config.average, engine, *kept)
+    return Trainer(parts, world, engine, evaluator, folder, state, best, stopping, watch, averages)

@@ -5,63 +5,122 @@ kind of machine; no time here holds for another.
 """
 
 import argparse
+import importlib.util
 import json
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
+
+from trainer.errors import ConfigError, OutputError
+from trainer.session import conclude
+from trainer.world import ALONE
 
 if TYPE_CHECKING:
     from trainer.bench_timing import Table
 
-PARTS = ("layer", "step", "engine", "traffic", "checkpoint", "data")
+PARTS = ("layer", "step", "engine", "traffic", "checkpoint", "data", "monitor")
 LARGE = ("vit_large_patch14_clip_224", "vit_gigantic_patch14_clip_224")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Command line: prints the tables, or JSON."""
-    args = _parser().parse_args(argv)
-    args.part = args.part or (
-        ("step",) if args.device == "cuda" else ("layer", "step", "traffic", "checkpoint", "data")
-    )
+    """Command line; returns the exit code."""
+    args = parser().parse_args(argv)
+    return conclude(lambda: bench_command(args), ALONE)
+
+
+def bench_command(args: argparse.Namespace) -> None:
+    """Measures part by part, and shows and writes every table once it is there.
+
+    Raises:
+        ConfigError: an argument that cannot work, before anything is measured.
+        OutputError: the file for the figures cannot be written.
+    """
+    on_cpu = tuple(part for part in PARTS if part != "engine")
+    parts = args.part or (("step",) if args.device == "cuda" else on_cpu)
+    _check(args, parts)
     measured: dict[str, Table] = {}
-    for part in args.part:
-        measured |= _measure(part, args)
+    for part in parts:
+        for tables in _measure(part, args):
+            measured |= tables
+            _show(tables)
+            if args.json:
+                _write(args.json, measured)
+
+
+def _check(args: argparse.Namespace, parts: Sequence[str]) -> None:
+    """Finds what would end the benchmark after minutes of measuring."""
+    import torch
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device: 'cuda', but torch finds no GPU; use --device cpu")
+    if "step" in parts:
+        _check_steps(args)
     if args.json:
-        Path(args.json).write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-    _show(measured)
-    return 0
+        _write(args.json, None)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m trainer.bench", description=__doc__)
-    parser.add_argument(
+def _check_steps(args: argparse.Namespace) -> None:
+    from trainer.config import ModelConfig
+    from trainer.model import check_backbone
+
+    if importlib.util.find_spec("peft") is None:
+        others = " ".join(part for part in PARTS if part != "step")
+        raise ConfigError(
+            "--part: 'step' compares with PEFT, which is not installed; pip install "
+            f"'moa-trainer[test]', or leave it out: --part {others}"
+        )
+    for backbone in args.backbones or ():
+        try:
+            check_backbone(ModelConfig(backbone=backbone, weights="random"))
+        except ConfigError as error:
+            reason = str(error).removeprefix("model.backbone: ")
+            raise ConfigError(f"--backbones: {reason}") from error
+
+
+def _write(path: str, measured: "dict[str, Table] | None") -> None:
+    """Writes the figures; None only sees whether they could be, and leaves older ones alone."""
+    try:
+        with open(path, "a" if measured is None else "w", encoding="utf-8") as file:
+            file.write("" if measured is None else json.dumps(measured, indent=1) + "\n")
+    except OSError as error:
+        reason = error.strerror or error
+        raise OutputError(f"--json: cannot write {path} ({reason}); give another file") from error
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(prog="python -m trainer.bench", description=__doc__)
+    result.add_argument(
         "--part", type=_part, nargs="+", metavar="PART",
         help=f"which of {', '.join(PARTS)}; default all but engine; on a GPU step",
     )  # fmt: skip
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
-    parser.add_argument(
+    result.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    result.add_argument(
         "--backbones", nargs="+", metavar="NAME",
         help=f"for step; default vit_base_patch16_clip_224, on a GPU {' and '.join(LARGE)}",
     )  # fmt: skip
-    parser.add_argument(
-        "--batches", type=int, nargs="+", metavar="N", help="for step; default 4, on a GPU 64 256"
+    result.add_argument(
+        "--batches",
+        type=_count,
+        nargs="+",
+        metavar="N",
+        help="for step; default 4, on a GPU 64 256",
     )
-    parser.add_argument(
+    result.add_argument(
         "--precision", choices=("fp32", "bf16"), help="for step; default fp32, on a GPU bf16"
     )
-    parser.add_argument(
+    result.add_argument(
         "--compile", action="store_true", help="for step: each table also with torch.compile"
     )
-    parser.add_argument(
+    result.add_argument(
         "--checkpointing", action="store_true", help="for step: with activation checkpointing"
     )
-    parser.add_argument(
+    result.add_argument(
         "--alone", action="store_true", help="for step: one method after the other, as on a GPU"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="default: 5")
-    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
-    return parser
+    result.add_argument("--rounds", type=_count, default=5, help="default: 5")
+    result.add_argument("--json", metavar="FILE", help="also write the figures there")
+    return result
 
 
 def _part(text: str) -> str:
@@ -70,7 +129,13 @@ def _part(text: str) -> str:
     return text
 
 
-def _measure(part: str, args: argparse.Namespace) -> "dict[str, Table]":
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; legal is a whole number >= 1")
+    return int(text)
+
+
+def _measure(part: str, args: argparse.Namespace) -> "Iterator[dict[str, Table]]":
     """One part's tables; imports what it needs only here, so that --help answers at once."""
     import torch
 
@@ -78,34 +143,38 @@ def _measure(part: str, args: argparse.Namespace) -> "dict[str, Table]":
     if part == "layer":
         from trainer import bench_layer
 
-        return bench_layer.measure(args.rounds, device)
-    if part == "engine":
+        yield bench_layer.measure(args.rounds, device)
+    elif part == "engine":
         from trainer import bench_engine
 
-        return bench_engine.measure()
-    if part == "traffic":
+        yield bench_engine.measure()
+    elif part == "traffic":
         from trainer import bench_traffic
 
-        return bench_traffic.measure()
-    if part == "checkpoint":
+        yield bench_traffic.measure()
+    elif part == "checkpoint":
         from trainer import bench_checkpoint
 
-        return bench_checkpoint.measure()
-    if part == "data":
+        yield bench_checkpoint.measure()
+    elif part == "monitor":
+        from trainer import bench_monitor
+
+        yield bench_monitor.measure(args.rounds)
+    elif part == "data":
         from trainer import bench_data
 
-        return bench_data.measure(args.rounds)
-    return _measure_steps(args)
+        yield bench_data.measure(args.rounds)
+    else:
+        yield from _measure_steps(args)
 
 
-def _measure_steps(args: argparse.Namespace) -> "dict[str, Table]":
+def _measure_steps(args: argparse.Namespace) -> "Iterator[dict[str, Table]]":
     import torch
 
     from trainer import bench_step
 
     gpu = args.device == "cuda"
     precision = args.precision or ("bf16" if gpu else "fp32")
-    tables = {}
     for backbone in args.backbones or (LARGE if gpu else ("vit_base_patch16_clip_224",)):
         for batch in args.batches or ((64, 256) if gpu else (4,)):
             for compiled in (False, True) if args.compile else (False,):
@@ -118,8 +187,7 @@ def _measure_steps(args: argparse.Namespace) -> "dict[str, Table]":
                     checkpointing=args.checkpointing,
                     alone=gpu or args.alone,
                 )
-                tables[str(setting)] = bench_step.measure(setting, args.rounds)
-    return tables
+                yield {str(setting): bench_step.measure(setting, args.rounds)}
 
 
 def _show(measured: "dict[str, Table]") -> None:

@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import moa
+from moa.folders import sync
 from moa.state import AdapterInfo, adapter_state_dict, base_hash
 from trainer import checkpoint
 from trainer.background import SaveQueue
 from trainer.bench_timing import Table
 from trainer.config import ModelConfig
-from trainer.durable import sync
 from trainer.model import create_backbone
 
 BACKBONE, CLASSES, ROUNDS = "vit_large_patch14_clip_224", 345, 3

@@ -7,11 +7,18 @@ import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from trainer.bench_timing import Table, highest_resident
+import moa
+from trainer import ds_json
+from trainer.bench_timing import Table
+from trainer.config import ModelConfig, RunConfig, TrainConfig
+from trainer.model import Backbone, create_backbone
+from trainer.peak_memory import highest_resident
+from trainer.world import ALONE
 
 GIB = 2**30
 
@@ -48,15 +55,8 @@ def measure(cases: tuple[Case, ...] = CASES) -> dict[str, Table]:
     return {"one optimisation step through the engine": rows}
 
 
-def _one_step(case: Case) -> dict[str, float | str]:
-    """Builds and steps once; the engine raises if a trainable tensor got no gradient."""
-    import moa
-    from trainer import ds_json, engine
-    from trainer.config import ModelConfig, RunConfig, TrainConfig
-    from trainer.model import create_backbone
-    from trainer.world import World
-
-    world = World(0, 1, 0, 1)
+def build(case: Case) -> tuple[RunConfig, Backbone, dict[str, Any]]:
+    """The configuration, the injected backbone, and the DeepSpeed JSON as a run would have it."""
     config = RunConfig(
         model=ModelConfig(
             backbone=case.backbone, weights="random", grad_checkpointing=case.checkpointing
@@ -64,12 +64,21 @@ def _one_step(case: Case) -> dict[str, float | str]:
         moa=moa.MoAConfig(method=case.method),  # type: ignore[arg-type]
         train=TrainConfig(precision=case.precision),  # type: ignore[arg-type]
     )
-    started = time.perf_counter()
-    engine.start(world)
     backbone = create_backbone(config.model, num_classes=345, seed=0)
-    moa.inject(backbone.model, config.moa)
-    resolved = ds_json.resolve(config, 1, case.batch, case.precision == "bf16")
-    ready = engine.Engine(backbone.model, config.optim, resolved, world, config.moa)
+    trainable = moa.inject(backbone.model, config.moa).trainable
+    resolved = ds_json.resolve(config, 1, case.batch, case.precision == "bf16", trainable)
+    ds_json.check_buckets(resolved, trainable)
+    return config, backbone, resolved
+
+
+def _one_step(case: Case) -> dict[str, float | str]:
+    """Builds and steps once; the engine raises if a trainable tensor got no gradient."""
+    from trainer import engine
+
+    started = time.perf_counter()
+    engine.start(ALONE)
+    config, backbone, resolved = build(case)
+    ready = engine.Engine(backbone.model, config.optim, resolved, ALONE, config.moa)
     before = ready.masters()
     moa.set_routing_position(ready.module, moa.RoutingPosition(0, 0, 0))
     images = torch.randn(case.batch, *backbone.data_config["input_size"])

@@ -43,11 +43,12 @@ def _works(width: int, device: torch.device) -> dict[str, Work]:
         "moa_kron, matrices formed (kron_impl: dense)": lambda: dense(x),
         "moa_kron, P Kronecker products summed": lambda: summed_kronecker(kron, x),
     }
-    return {name: _with_backward(forward) for name, forward in forwards.items()}
+    gradient = torch.randn(TOKENS, 3 * width, device=device)
+    return {name: _with_backward(forward, gradient) for name, forward in forwards.items()}
 
 
-def _with_backward(forward: Callable[[], Tensor]) -> Work:
-    return lambda: torch.autograd.backward(forward().sum())
+def _with_backward(forward: Callable[[], Tensor], gradient: Tensor) -> Work:
+    return lambda: torch.autograd.backward(forward(), gradient)
 
 
 def _gates(layer: MoALinear, x: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moa
 import trainer.vit_embedded  # noqa: F401  (registers the embedded backbone)
-from trainer.bench_timing import Table, Work, highest_resident, interleaved
+from trainer.bench_timing import Table, Work, interleaved
+from trainer.peak_memory import highest_resident
 
 REFERENCE = "PEFT LoRA r=8, qkv of all blocks"
 METHODS = {
@@ -91,18 +92,24 @@ def _alone(setting: Setting, rounds: int) -> tuple[Table, dict[str, int]]:
     peaks: dict[str, int] = {}
     device = torch.device(setting.device)
     for name in METHODS:
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
         try:
-            row = interleaved({name: make_step(name, setting)}, rounds, device)[name]
-            table[name] = {"ms": row["ms"]}
+            table[name] = {"ms": _milliseconds(name, setting, rounds, device)}
+            if device.type == "cuda":
+                peaks[name] = torch.cuda.max_memory_allocated(device)
         except torch.OutOfMemoryError:
             table[name] = {"ms": "out of memory"}
-            continue
         if device.type == "cuda":
-            peaks[name] = torch.cuda.max_memory_allocated(device)
+            torch.cuda.empty_cache()
     return table, peaks if device.type == "cuda" else _peaks_on_cpu(setting)
+
+
+def _milliseconds(name: str, setting: Setting, rounds: int, device: torch.device) -> float | str:
+    """Of a step; its model goes with this function, be it with an error, before the next's."""
+    work = make_step(name, setting)
+    work()
+    if device.type == "cuda":  # a step's peak, not the compiler's
+        torch.cuda.reset_peak_memory_stats(device)
+    return interleaved({name: work}, rounds, device)[name]["ms"]
 
 
 def _peaks_on_cpu(setting: Setting) -> dict[str, int]:

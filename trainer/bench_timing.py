@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 
@@ -40,15 +39,6 @@ def interleaved(works: Mapping[str, Work], rounds: int, device: torch.device) ->
         }
         for name in works
     }
-
-
-def highest_resident() -> int:
-    """Bytes of memory that this process has held at most.
-
-    Not `getrusage`, whose figure a child process takes over from its parent.
-    """
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 def synchronize(device: torch.device) -> None:

@@ -7,6 +7,7 @@ layers, so two stand for the model's.
 
 import multiprocessing
 import os
+import socket
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.bench_timing import Table
-from trainer.world import World, free_port
+from trainer.world import World
 
 LAYERS_RUN = 2
 
@@ -87,3 +88,10 @@ def _run(shape: Shape, ep_size: int, transport: str, rank: int, port: int) -> in
     torch.autograd.backward(stack(tokens).square().mean())
     engine.stop()
     return parallel.bytes_sent
+
+
+def free_port() -> int:
+    """A TCP port of this host that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

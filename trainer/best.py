@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from moa.state import AdapterInfo, replaced_folder, write_adapter
+from moa.folders import replaced_folder
+from moa.state import AdapterInfo, write_adapter
 from trainer.checkpoint import Checkpoint
 
 
@@ -83,9 +84,10 @@ def restored_best(checkpoint: Checkpoint, steps: int, eval_every: int) -> Best:
     facts, closing = checkpoint.state["best"], checkpoint.state["closing_best"]
     tensors = checkpoint.masters if checkpoint.best is None else checkpoint.best
     regular = None if facts is None else Candidate(**facts, tensors=_copied(tensors))
-    if closing is None or is_left_out(closing["step"], steps, eval_every):
-        return Best(regular)
-    return Best(regular, Candidate(**closing, tensors=_copied(checkpoint.masters)))
+    best = Best(regular)
+    if closing is not None and not is_left_out(closing["step"], steps, eval_every):
+        best.put(Candidate(**closing, tensors=_copied(checkpoint.masters)), eval_every)
+    return best
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,19 +2,22 @@
 
 A checkpoint folder `step-NNNNNNNN/` holds the adapter's files, `optimizer.safetensors` (Adam's two
 moments per trainable name), `best_model.safetensors` (the best adapter so far, unless it is this
-one), `state.json`, and `manifest.json` with size and SHA-256 of each. The adapter's tensors are the
-fp32 masters. Nothing in it depends on the world size or the ZeRO stage, and no frozen tensor is in
-it. It is complete exactly when it carries its final name, and `latest` names the newest for people
-and scripts: the loader itself goes by the steps and by what verifies.
+one), `averages.safetensors` (if the run keeps averages), `state.json`, and `manifest.json` with
+size and SHA-256 of each. The adapter's tensors are the fp32 masters. Nothing in it depends on the
+world size or the ZeRO stage, and no frozen tensor is in it. It is complete exactly when it carries
+its final name, and `latest` names the newest for people and scripts: the loader itself goes by the
+steps and by what verifies.
 """
 
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +26,17 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from moa.errors import AdapterError
-from moa.state import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    AdapterInfo,
-    read_adapter,
-    recover_folder,
-    replaced_folder,
-    write_adapter,
-)
-from trainer.durable import replace_text, sync
+from moa.folders import discard, recover_folder, replaced_folder, sync
+from moa.state import CONFIG_FILE, WEIGHTS_FILE, AdapterInfo, read_adapter, write_adapter
+from shards.errors import StorageError
+from trainer.durable import replace_text
 from trainer.errors import CheckpointError, OutputError
 
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 OPTIMIZER_FILE, BEST_FILE = "optimizer.safetensors", "best_model.safetensors"
+AVERAGES_FILE = "averages.safetensors"
 STATE_FILE, MANIFEST_FILE = "state.json", "manifest.json"
 NEEDED = {CONFIG_FILE, WEIGHTS_FILE, OPTIMIZER_FILE, STATE_FILE}
 LATEST = "latest"
@@ -59,6 +57,7 @@ class Checkpoint:
         masters: trainable name -> fp32 value.
         moments: `name|exp_avg` and `name|exp_avg_sq` -> fp32 value.
         best: the best adapter's values; None if there is none, or `masters` are the best.
+        averages: `part|name` -> fp32 value, from `Averages.tensors`.
     """
 
     folder: Path
@@ -66,6 +65,7 @@ class Checkpoint:
     masters: dict[str, Tensor]
     moments: dict[str, Tensor]
     best: dict[str, Tensor] | None
+    averages: dict[str, Tensor] = field(default_factory=dict)
 
 
 def save(
@@ -76,6 +76,7 @@ def save(
     state: Mapping[str, Any],
     keep: int,
     best: Mapping[str, Tensor] | None = None,
+    averages: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Writes `root/step-NNNNNNNN`, points `root/latest` at it, drops all but the newest `keep`.
 
@@ -92,6 +93,8 @@ def save(
             (temporary / OPTIMIZER_FILE).write_bytes(serialize(dict(moments)))
             if best is not None:
                 (temporary / BEST_FILE).write_bytes(serialize(dict(best)))
+            if averages:
+                (temporary / AVERAGES_FILE).write_bytes(serialize(dict(averages)))
             text = json.dumps({"format_version": FORMAT_VERSION, **state}, indent=2) + "\n"
             (temporary / STATE_FILE).write_text(text, encoding="utf-8")
             for path in temporary.iterdir():
@@ -118,6 +121,8 @@ def clean_up(root: Path) -> None:
         recover_folder(path.with_suffix(""))
     for path in sorted(root.glob("step-*.tmp")):
         log.info("removed %s, left by a save that was cut short", path)
+        discard(path)
+    for path in root.glob("step-*.rest"):
         shutil.rmtree(path, ignore_errors=True)
     (root / f"{LATEST}.tmp").unlink(missing_ok=True)
 
@@ -127,7 +132,7 @@ def set_aside_newer(root: Path, step: int) -> None:
     newer = [path for path in _folders(root) if _step(path) > step]
     for folder in newer:
         aside = folder.with_name(folder.name + ".damaged")
-        shutil.rmtree(aside, ignore_errors=True)
+        discard(aside)
         folder.rename(aside)
     left = _folders(root)
     if left:
@@ -165,8 +170,30 @@ def _step(folder: Path) -> int:
 
 def _folders(root: Path) -> list[Path]:
     """Checkpoints under their final names, newest (highest step, whatever the clock said) first."""
-    found = [path for path in root.glob("step-*") if NAME.fullmatch(path.name)]
-    return sorted(found, key=_step, reverse=True)
+    with _reading(root):  # glob would take a folder that may not be read for an empty one
+        names = os.listdir(root) if root.exists() else []
+    return sorted((root / n for n in names if NAME.fullmatch(n)), key=_step, reverse=True)
+
+
+@contextmanager
+def _reading(place: Path) -> Iterator[None]:
+    """Tells a damaged checkpoint from a storage that does not give it now.
+
+    Raises:
+        CheckpointError: a file is missing or is not what was written; it will not come back.
+        StorageError: any other error of reading; the checkpoint may be whole.
+    """
+    try:
+        yield
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise CheckpointError(f"{place}: {error}") from error
+    except (ValueError, AttributeError, AdapterError) as error:
+        raise CheckpointError(f"{place}: {error}") from error
+    except OSError as error:
+        raise StorageError(
+            f"{place}: cannot be read now ({error.strerror or error}), which does not make it "
+            "damaged; nothing was changed: mend the storage and start again with the same command"
+        ) from error
 
 
 def load_newest(root: Path) -> Checkpoint | None:
@@ -175,6 +202,7 @@ def load_newest(root: Path) -> Checkpoint | None:
     Raises:
         UnknownFormatError: the newest whole one is of another release.
         CheckpointError: there are checkpoints, and none of them is whole.
+        StorageError: one cannot be read now; going back over it would lose work in silence.
     """
     folders = _folders(root)
     for folder in folders:
@@ -197,8 +225,9 @@ def verify(folder: Path) -> None:
 
     Raises:
         CheckpointError: a file is missing, or differs from the manifest.
+        StorageError: it cannot be read now.
     """
-    try:
+    with _reading(folder):
         text = (folder / MANIFEST_FILE).read_text(encoding="utf-8")
         manifest = json.loads(text)
         if text != _manifest_text(manifest) or not manifest.keys() >= NEEDED:
@@ -207,19 +236,26 @@ def verify(folder: Path) -> None:
             found = _describe(folder / name)
             if found != expected:
                 raise CheckpointError(f"{folder / name}: expected {expected}, found {found}")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: {error}") from error
 
 
 def load(folder: Path) -> Checkpoint:
-    """Reads a checkpoint after verifying it.
+    """Reads a checkpoint after verifying it, and once more if the storage fails at first.
 
     Raises:
         UnknownFormatError: another release wrote it.
         CheckpointError: a file is missing, or differs from the manifest.
+        StorageError: it cannot be read now.
     """
-    verify(folder)
     try:
+        return _load(folder)
+    except StorageError as error:  # NFS forgets a file handle, and finds the file again
+        log.warning("%s; trying once more", error.__cause__)
+        return _load(folder)
+
+
+def _load(folder: Path) -> Checkpoint:
+    verify(folder)
+    with _reading(folder):
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         if state.get("format_version") != FORMAT_VERSION:
             raise UnknownFormatError(
@@ -229,6 +265,6 @@ def load(folder: Path) -> Checkpoint:
             )
         _, masters = read_adapter(folder)
         best = load_file(folder / BEST_FILE) if (folder / BEST_FILE).exists() else None
-        return Checkpoint(folder, state, masters, load_file(folder / OPTIMIZER_FILE), best)
-    except (OSError, ValueError, AttributeError, AdapterError) as error:
-        raise CheckpointError(f"{folder}: {error}") from error
+        moments, file = load_file(folder / OPTIMIZER_FILE), folder / AVERAGES_FILE
+        averages = load_file(file) if file.exists() else {}
+        return Checkpoint(folder, state, masters, moments, best, averages)

@@ -1,11 +1,12 @@
 """From `argv` and a YAML recipe to a checked `RunConfig`; all problems are reported at once."""
 
+import argparse
 import difflib
 import types
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -21,6 +22,14 @@ LAUNCHER_FLAGS = (
     "local_rank",
     "local-rank",
 )  # appended by launchers; the rank is in the environment
+
+
+class OwnFlags(argparse.ArgumentParser):
+    """Flags of a command beside those of a run; a mistake is a `ConfigError`, too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises what `trainer.session.conclude` prints."""
+        raise ConfigError(message)
 
 
 def build_parser() -> ArgumentParser:

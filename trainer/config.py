@@ -4,17 +4,31 @@ Imports neither torch nor deepspeed, so that `--help` answers at once.
 """
 
 import difflib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from moa.config import MoAConfig
 from shards.config import DataConfig
+from trainer.average_config import AverageConfig
+from trainer.class_names import read_class_names
 from trainer.errors import ConfigError
+from trainer.prompts import read_templates
+from trainer.settings import FIXED
 from trainer.stopping import seconds_of
 
 ROOT = Path(__file__).resolve().parent.parent
 """Folder that holds `trainer/`, `ds_configs/` and the other top-level folders."""
+
+
+def problems_of(read: Callable[[], object]) -> list[str]:
+    """The message of the `ConfigError` that `read` ends with, if it does."""
+    try:
+        read()
+    except ConfigError as error:
+        return [str(error)]
+    return []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +41,33 @@ class ModelConfig:
     """pretrained (timm's own for the tag), random, or the path of a safetensors file"""
     grad_checkpointing: bool = False
     """recompute activations in backward: less memory, about a third more time"""
+    head_init: Literal["random", "text"] = "random"
+    """random, or text: the classifier starts as CLIP's zero-shot classifier of the class names"""
+    text_model: str | None = None
+    """open_clip model of the texts: NAME:TAG, NAME:FILE, hf-hub:OWNER/REPOSITORY or
+    local-dir:FOLDER; default: the model whose visual tower the backbone is"""
+    prompts: str = "photo"
+    """texts of head_init text: photo (one sentence), styles (the mean over twelve), a file with one
+    template a line, or a template such as 'a photo of a {}.'"""
+    class_names: str | None = None
+    """YAML file of `class: words` for classes that the texts shall call otherwise"""
+
+    def problems(self) -> list[str]:
+        """Every setting that cannot work, one line each."""
+        if self.head_init == "text":
+            if self.weights == "random":
+                return [
+                    "model.head_init: text fits a pretrained CLIP backbone, not model.weights "
+                    "random"
+                ]
+            return problems_of(lambda: read_templates(self.prompts)) + problems_of(
+                lambda: read_class_names(self.class_names)
+            )
+        return [
+            f"model.{name}: {getattr(self, name)!r} has no effect without --model.head_init text"
+            for name, default in (("text_model", None), ("prompts", "photo"), ("class_names", None))
+            if getattr(self, name) != default
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +151,15 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What is evaluated while training."""
+
+    mode: Literal["full", "selection"] = "full"
+    """full evaluates every domain each time; selection only the source domains' out splits, which
+    choose the adapter, and everything once at the end, for the selected and for the last adapter"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """Checkpoints of adapters and their optimizer state."""
 
@@ -132,7 +182,12 @@ class CheckpointConfig:
         ]
         legal = [*flat_fields(RunConfig()), "data"]
         for name in self.allow_changes:
-            if name not in legal:
+            if name in FIXED:
+                found.append(
+                    f"checkpoint.allow_changes: {name!r} cannot change within a run, since "
+                    f"{FIXED[name]}; keep the old value, or start again in another --output_dir"
+                )
+            elif name not in legal:
                 close = difflib.get_close_matches(name, legal, 1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 found.append(f"checkpoint.allow_changes: {name!r} is no setting{hint}")
@@ -146,7 +201,7 @@ class RunConfig:
     ds_config: str = "ds_configs/zero2.json"
     """DeepSpeed JSON; its "auto" entries are filled from this configuration"""
     output_dir: str | None = None
-    """run folder; default outputs/DATASET-HELD_OUT-METHOD-seedS-trialT"""
+    """run folder; default outputs/DATASET-BACKBONE-HELD_OUT-METHOD-seedS-trialT"""
     resume: Literal["auto", "never", "must"] = "auto"
     """auto continues the run in output_dir if there is one, never refuses to, must insists"""
     data: DataConfig = field(default_factory=DataConfig)
@@ -154,13 +209,20 @@ class RunConfig:
     moa: MoAConfig = field(default_factory=MoAConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    average: AverageConfig = field(default_factory=AverageConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def check(self) -> None:
         """Raises `ConfigError` with every problem of every section, one a line."""
         found: list[str] = []
-        for section in (self.data, self.moa, self.optim, self.train, self.checkpoint):
+        sections = (
+            self.data, self.model, self.moa, self.optim, self.train, self.average, self.checkpoint
+        )  # fmt: skip
+        for section in sections:
             found += section.problems()
+        if self.output_dir == "":
+            found.append("output_dir: '' names no folder; without it the default is used")
         if not self.ds_config_path().is_file():
             legal = ", ".join(
                 sorted(f"ds_configs/{p.name}" for p in ROOT.glob("ds_configs/*.json"))
@@ -179,7 +241,8 @@ class RunConfig:
         if self.output_dir:
             return Path(self.output_dir)
         train = self.train
-        name = f"{self.data.dataset}-{held_out}-{self.moa.method}"
+        backbone = self.model.backbone.rpartition("/")[2].partition(".")[0]
+        name = f"{self.data.dataset}-{backbone}-{held_out}-{self.moa.method}"
         return Path("outputs") / f"{name}-seed{train.seed}-trial{train.trial_seed}"
 
 
@@ -193,6 +256,21 @@ def flat_fields(config: Any, prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + entry.name] = value
     return flat
+
+
+def flat(config: RunConfig) -> dict[str, Any]:
+    """Dotted names and plain values, as JSON and YAML give them back."""
+    settings = flat_fields(config)
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in settings.items()}
+
+
+def dotted(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of nested settings, as a YAML file has them."""
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from dotted(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def as_plain(config: RunConfig) -> dict[str, Any]:

@@ -40,8 +40,17 @@ _KNOWN = {
         "stage3_gather_16bit_weights_on_model_save", "use_multi_rank_bucket_allreduce",
         "allgather_sequential", "log_trace_cache_warnings", "memory_efficient_linear",
     ),
+    "zero_optimization.offload_optimizer": (
+        "device", "nvme_path", "buffer_count", "pin_memory", "pipeline_read", "pipeline_write",
+        "fast_init", "ratio", "super_offload", "cpuadam_cores_perc",
+    ),
+    "zero_optimization.offload_param": (
+        "device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory",
+    ),
     "bf16": ("enabled",),
+    "data_types": ("grad_accum_dtype",),
 }  # fmt: skip
+_ACCUMULATION = ("fp32", "bf16")
 
 
 def read(config: RunConfig) -> dict[str, Any]:
@@ -108,8 +117,7 @@ def _unknown(content: dict[str, Any]) -> list[str]:
     """Words that no one reads, with the nearest that someone does."""
     found = []
     for section, known in _KNOWN.items():
-        inside = content.get(section, {}) if section else content
-        for name in inside:
+        for name in _inside(content, section):
             if name in known or (not section and name in _OWN_SECTIONS):
                 continue
             close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
@@ -117,6 +125,13 @@ def _unknown(content: dict[str, Any]) -> list[str]:
             where = f"{section}.{name}" if section else name
             found.append(f"ds_config: {where} is not known; {hint}")
     return found
+
+
+def _inside(content: dict[str, Any], dotted: str) -> Any:
+    """A section by its dotted name, the whole by an empty one; empty where there is none."""
+    for name in filter(None, dotted.split(".")):
+        content = content.get(name, {})
+    return content
 
 
 def check_buckets(content: dict[str, Any], trainable: int) -> None:
@@ -142,9 +157,9 @@ def _shape_problem(content: Any) -> str:
         return "must be a JSON object with sections such as zero_optimization"
     if "zero_optimization" not in content:
         return "has no zero_optimization section; copy one of ds_configs/"
-    for name in ("zero_optimization", "bf16"):
-        if not isinstance(content.get(name, {}), dict):
-            return f"{name} is {content[name]!r}; it must be an object"
+    for section in filter(None, _KNOWN):
+        if not isinstance(inside := _inside(content, section), dict):
+            return f"{section} is {inside!r}; it must be an object, such as ds_configs/ have there"
     zero = content.get("zero_optimization", {})
     for name in ("reduce_bucket_size", "allgather_bucket_size"):
         value = zero.get(name, 1)
@@ -167,6 +182,12 @@ def _section_problems(content: dict[str, Any]) -> list[str]:
         )
     if zero.get("stage") == 2 and not zero.get("contiguous_gradients", True):
         problems.append("ds_config: zero_optimization.contiguous_gradients must be true at stage 2")
+    named = _inside(content, "data_types").get("grad_accum_dtype", _ACCUMULATION[0])
+    if named not in _ACCUMULATION:
+        problems.append(
+            f"ds_config: data_types.grad_accum_dtype is {named!r}; legal are "
+            f"{', '.join(_ACCUMULATION)}"
+        )
     return problems
 
 

@@ -1,21 +1,22 @@
 """Small files that a crash leaves either old or new, never half written."""
 
 import os
+import uuid
 from pathlib import Path
 
-
-def sync(path: Path) -> None:
-    """Waits until a file's content, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+from moa.folders import sync
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Gives a file new content at once: readers and crashes meet the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
+def replace_text(path: Path, text: str, contended: bool = False) -> None:
+    """Gives a file new content at once: readers and crashes meet the old one or the new one.
+
+    Args:
+        path: the file.
+        text: its new content.
+        contended: whether other processes may do so at the same time; one has the last word.
+    """
+    own = f".{uuid.uuid4().hex[:12]}" if contended else ""
+    temporary = path.with_name(f"{path.name}{own}.tmp")
     temporary.write_text(text, encoding="utf-8")
     sync(temporary)
     os.replace(temporary, path)

@@ -1,21 +1,22 @@
 """The DeepSpeed engine: process group, optimizer, initialisation, collectives, shutdown."""
 
+import importlib
 import logging
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.moe.utils import configure_moe_param_groups
+from deepspeed.runtime import compiler
 from torch import Tensor, nn
 
 import moa
-from trainer import zero_state
+from trainer import operators, zero_state
 from trainer.checkpoint import Checkpoint
 from trainer.config import OptimConfig
 from trainer.errors import CheckpointError, TrainingInvalidError
@@ -49,16 +50,35 @@ def start(world: World) -> None:
     elif world.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // world.local_size))
-    # DeepSpeed compiles small C++ ops at first use and looks for `ninja` on PATH, where an
-    # environment that was not activated does not have it.
-    os.environ["PATH"] = os.pathsep.join(
-        [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
-    )
+    operators.prepare(device.type == "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    export_world(world)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False
+    # torch 2.14 renamed collectives that DeepSpeed, and we for older releases, call at every step.
+    warnings.filterwarnings(
+        "ignore", r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
     )
+    _import_muon()
+    export_world(world)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if world.size == 1:  # alone it needs no port, which another program may take first
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def _import_muon() -> None:
+    """Imports DeepSpeed's Muon optimizer without compiling its kernels.
+
+    Every ZeRO engine imports it, if only to see that the optimizer is another, and its kernels load
+    torch's compiler: more than a second of every process's start.
+    """
+    real = compiler.compile
+    compiler.compile = lambda: lambda kernel: kernel
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    except ImportError:
+        pass  # releases before Muon
+    finally:
+        compiler.compile = real
 
 
 def stop() -> None:
@@ -215,6 +235,31 @@ class Engine:
     def moments(self) -> dict[str, Tensor]:
         """Adam's moments as `name|exp_avg` and `name|exp_avg_sq`, like `masters`; a collective."""
         return zero_state.read_moments(self.ds, self.trainables)
+
+    def flat_masters(self) -> list[Tensor]:
+        """This rank's share of the fp32 masters; the optimizer's own memory."""
+        return zero_state.flat_masters(self.ds)
+
+    def whole(self, flats: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Like `masters`, of other values in the layout of `flat_masters`; a collective."""
+        return zero_state.read_lent(self.ds, self.trainables, flats)
+
+    def shares_of(self, values: Mapping[str, Tensor]) -> list[Tensor]:
+        """Whole values in the layout of `flat_masters`; the inverse of `whole`, a collective."""
+        return zero_state.shares_of(self.ds, self.trainables, values)
+
+    @contextmanager
+    def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within the block the model has other trainables, whole and alike on all ranks.
+
+        The optimizer does not notice, and the model gets its own back afterwards; a collective.
+        """
+        own = self.masters()
+        zero_state.show(self.module, values)
+        try:
+            yield
+        finally:
+            zero_state.show(self.module, own)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Gives Adam its fp32 masters, moments and step count back."""

@@ -1,6 +1,8 @@
 """How a run ends: exit codes, and the errors that carry them to the command line."""
 
-from moa.errors import AdapterError, MoAConfigError
+from pathlib import Path
+
+from moa.errors import AdapterError, MissingAdapterError, MoAConfigError
 from shards.errors import DamagedDataError, DataConfigError, StorageError
 from shards.errors import OutputError as ShardOutputError
 
@@ -27,22 +29,37 @@ class TrainingInvalidError(RuntimeError):
 
 
 class PeerLostError(RuntimeError):
-    """Another process of the run is gone or hangs."""
+    """Another process of the run is gone or hangs.
+
+    Args:
+        message: which one, and where it was.
+        code: exit code; that of the other process where it left one.
+    """
+
+    def __init__(self, message: str, code: int = PEER_LOST) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class OutputError(OSError):
     """The output folder cannot be written or is in use."""
 
 
+def cannot_write(flag: str, folder: Path, error: OSError) -> OutputError:
+    """What to raise when a command cannot write the folder that `flag` names."""
+    reason = error.strerror or error
+    return OutputError(f"{flag}: cannot write {folder} ({reason}); give another folder")
+
+
 EXIT_CODES: dict[type[Exception], int] = {
     ConfigError: BAD_CONFIGURATION,
     MoAConfigError: BAD_CONFIGURATION,
     DataConfigError: BAD_CONFIGURATION,
+    MissingAdapterError: BAD_CONFIGURATION,  # before its base, which it would be taken for
     AdapterError: DAMAGED_DATA,
     CheckpointError: DAMAGED_DATA,
     DamagedDataError: DAMAGED_DATA,
     StorageError: FAILED,
-    PeerLostError: PEER_LOST,
     TrainingInvalidError: TRAINING_INVALID,
     OutputError: CANNOT_WRITE,
     ShardOutputError: CANNOT_WRITE,
@@ -52,6 +69,8 @@ EXIT_CODES: dict[type[Exception], int] = {
 
 def exit_code(error: Exception) -> int | None:
     """The exit code that `error` stands for, or None if it is a defect of ours."""
+    if isinstance(error, PeerLostError):
+        return error.code
     for kind, code in EXIT_CODES.items():
         if isinstance(error, kind):
             return code

@@ -1,18 +1,16 @@
-"""Arithmetic of a run before it exists: batches, bytes on a GPU under DeepSpeed ZeRO, file sizes.
+"""Arithmetic of a run before it exists: batches, and bytes in memory under DeepSpeed ZeRO.
 
 Letters: n trainable numbers, W processes, b bytes of the working precision, a bytes of the gradient
 accumulation. What is said of buffers follows DeepSpeed 0.19; alignment (a few numbers) is left out.
 """
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
-
 from shards.mixing import DomainMix
+from trainer.average_config import AverageConfig
 from trainer.config import RunConfig
 
 if TYPE_CHECKING:
@@ -23,8 +21,6 @@ TIGHT = 0.9
 """Share of a GPU's memory beyond which fragmentation may make a run fail that fits on paper."""
 CONTEXT_BYTES = GIB
 """Allowance for the CUDA context (about half of it), cuBLAS and NCCL."""
-TEXT_BYTES, TEXT_BYTES_PER_CLASS = 8192, 64
-"""Allowance for a checkpoint's configuration, state, manifest and model card."""
 
 _ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # DeepSpeed's defaults where the JSON is silent.
@@ -58,26 +54,27 @@ class _Cut(DomainMix):
 
 
 def batch_arithmetic(
-    config: RunConfig, world_size: int, domains: int, sizes: Mapping[str, int]
+    config: RunConfig, world_size: int, domains: int, sources: int, sizes: Mapping[str, int]
 ) -> Batches:
     """Batches, steps and what follows from them.
 
     Args:
         config: the run.
         world_size: number of processes.
-        domains: number of domains, the held-out one included.
+        domains: number of all domains.
+        sources: how many of them are trained on.
         sizes: training images of each source domain; empty if not known.
 
     Raises:
         DataConfigError: the global batch cannot be cut for the processes and micro-batches.
     """
-    train, cut = config.train, _Cut(domains - 1, config.train.batch_per_domain)
+    train, cut = config.train, _Cut(sources, config.train.batch_per_domain)
     cut.check_world_size(world_size, train.accumulation)
     per_process, last = cut.global_batch // world_size, train.steps - 1
     seen = train.steps * train.batch_per_domain
     return Batches(
         domains=domains,
-        source_domains=domains - 1,
+        source_domains=sources,
         batch_per_domain=train.batch_per_domain,
         global_batch=cut.global_batch,
         per_process=per_process,
@@ -139,9 +136,14 @@ class Sharding:
     weights_offloaded: bool
 
     @property
+    def precision(self) -> str:
+        """The working precision."""
+        return "bf16" if self.bf16 else "fp32"
+
+    @property
     def working_bytes(self) -> int:
         """Bytes of one number in the working precision."""
-        return 2 if self.bf16 else 4
+        return _ELEMENT_BYTES[self.precision]
 
     @property
     def bucket_bytes(self) -> int:
@@ -237,6 +239,20 @@ def _optimizer_terms(weights: Weights, sharding: Sharding) -> list[Term]:
     return terms
 
 
+def kept_terms(weights: Weights, sharding: Sharding, averages: AverageConfig) -> tuple[Term, ...]:
+    """Copies of the trainable numbers that a run keeps: the best so far, and averages of them."""
+    share = 4 * math.ceil(weights.trainable / sharding.world_size)
+    # Averages live on the masters, and where those are.
+    place: Literal["gpu", "host"] = "host" if sharding.optimizer_offloaded else "gpu"
+    terms = [Term("best adapter", 4 * weights.trainable, "host", "n x 4 B, in the main process")]
+    if averages.ema:
+        terms.append(Term("EMA", share, place, "n / W x 4 B"))
+    if averages.swad:
+        copies = averages.swad_copies
+        terms.append(Term("SWAD", copies * share, place, f"n / W x 4 B, {copies} times at most"))
+    return tuple(terms)
+
+
 def gpu_bytes(terms: tuple[Term, ...]) -> int:
     """Sum of the terms on the GPU."""
     return sum(term.bytes for term in terms if term.place == "gpu")
@@ -266,34 +282,3 @@ def memory_warnings(
             "trainable numbers: lower zero_optimization.reduce_bucket_size in the DeepSpeed JSON "
             "to a little more than those"
         )
-
-
-def adapter_file_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of the file that `moa.save_adapter` makes of fp32 masters of these tensors."""
-    return _safetensors_bytes(tensors, {"__metadata__": {"format": "pt"}})
-
-
-def checkpoint_bytes(tensors: Mapping[str, Tensor], moved: Sequence[str], classes: int) -> int:
-    """Bytes of a checkpoint: adapter file, Adam's two moments, small text files (an allowance).
-
-    Args:
-        tensors: what the adapter file holds.
-        moved: names among them that the optimizer moves.
-        classes: number of classes, whose names two of the text files list.
-    """
-    moments = {f"{name}|{m}": tensors[name] for name in moved for m in ("exp_avg", "exp_avg_sq")}
-    text = TEXT_BYTES + classes * TEXT_BYTES_PER_CLASS
-    return adapter_file_bytes(tensors) + _safetensors_bytes(moments, {}) + text
-
-
-def _safetensors_bytes(tensors: Mapping[str, Tensor], header: dict[str, Any]) -> int:
-    """Eight bytes of length, a JSON header padded to a multiple of eight, the data."""
-    end, entries = 0, dict(header)
-    # Wider numbers come first, then names: the offsets' digits depend on the order.
-    for name in sorted(tensors, key=lambda n: (tensors[n].is_floating_point(), n)):
-        tensor = tensors[name]
-        kind, size = ("F32", 4) if tensor.is_floating_point() else ("I64", 8)
-        start, end = end, end + tensor.numel() * size
-        entries[name] = {"dtype": kind, "shape": [*tensor.shape], "data_offsets": [start, end]}
-    text = json.dumps(entries, separators=(",", ":"))
-    return 8 + math.ceil(len(text) / 8) * 8 + end

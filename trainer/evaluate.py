@@ -1,124 +1,83 @@
-"""`python -m trainer.evaluate --adapter FOLDER`: accuracy of a saved adapter on every domain.
+"""`python -m trainer.evaluate --adapter A [B C ...]`: accuracy and calibration on every domain.
 
-The adapter is loaded into a freshly created backbone; nothing of the training run is needed.
+Adapters are loaded into one freshly created backbone; nothing of the training runs is needed. From
+several, an ensemble (the mean of what they predict) or a soup (the mean of their weights) is made.
+Under `torchrun` or `srun` the images are shared out among the processes; the counts stay exact.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
 from shards.config import DataConfig
-from trainer.config import ModelConfig
+from trainer.adapter_flags import add_shared_flags
+from trainer.commandline import LAUNCHER_FLAGS
 from trainer.session import conclude
-from trainer.world import World
+from trainer.world import World, world_from_environment
 
-ALONE = World(rank=0, size=1, local_rank=0, local_size=1)
+COMBINATIONS = ("each", "ensemble", "soup")
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(prog="python -m trainer.evaluate", description=__doc__)
+    result = argparse.ArgumentParser(
+        prog="python -m trainer.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_shared_flags(result)
+    add = result.add_argument
+    add(
+        "--combine", nargs="+", choices=COMBINATIONS, default=None,
+        help="from several adapters: each alone, their ensemble (which shows each as well), their "
+        "soup; one or more of these (ensemble)",
+    )  # fmt: skip
+    add(
+        "--average", choices=["probabilities", "logits"], default="probabilities",
+        help="what an ensemble takes the mean of (%(default)s)",
+    )  # fmt: skip
+    add("--split", choices=["both", "in", "out", "all"], default="both", help="(in and out)")
+    add("--save", type=Path, metavar="FOLDER", help="write the soup as an adapter")
+    add("--output", type=Path, metavar="FOLDER", help="write evaluation.json, tables and pictures")
+    add("--json", action="store_true", help="print one JSON line per result, no table")
+    add("--batch", type=int, default=128, help="images per process and batch (%(default)s)")
     data = DataConfig()
-    result.add_argument("--adapter", type=Path, required=True, help="folder of a saved adapter")
-    result.add_argument("--data.dataset", dest="dataset", default=data.dataset, help="%(default)s")
-    result.add_argument("--data.root", dest="root", help="shard set; default: the embedded data")
-    for name in ("exclude_list", "include_list"):
-        result.add_argument(
-            f"--data.{name}", dest=name, metavar="FILE",
-            help="samples to leave out, or to keep; the rest gets a column of its own",
-        )  # fmt: skip
-    result.add_argument(
-        "--data.holdout_fraction", dest="holdout_fraction", type=float,
-        default=data.holdout_fraction, help="share of the out split (%(default)s)",
+    add("--data.workers", dest="workers", type=int, default=data.workers, help="(%(default)s)")
+    add(
+        "--data.max_bad_fraction", dest="max_bad_fraction", type=float,
+        default=data.max_bad_fraction, help="largest share of unusable images (%(default)s)",
     )  # fmt: skip
-    result.add_argument(
-        "--train.trial_seed", dest="trial_seed", type=int, default=0, help="split (%(default)s)"
-    )
-    result.add_argument(
-        "--model.weights", dest="weights", default="pretrained",
-        help="pretrained, or a safetensors file of the base (%(default)s)",
-    )  # fmt: skip
-    result.add_argument("--batch", type=int, default=128, help="images a batch (%(default)s)")
-    result.add_argument("--json", action="store_true", help="print one JSON line, no table")
+    for name in LAUNCHER_FLAGS:
+        add(f"--{name}", dest="launcher", type=int, help=argparse.SUPPRESS)
     return result
 
 
-def evaluate(args: argparse.Namespace) -> dict[str, float]:
-    """`env{i}_{in,out}_acc` of the adapter in `args.adapter`, and prints them."""
-    import torch
+def run(args: argparse.Namespace, world: World) -> None:
+    """Evaluates, on all ranks, and reports on the main one."""
+    # Heavy imports come after the command line has proved legal.
+    from trainer.evaluate_output import report
+    from trainer.evaluate_run import evaluate, prepare
 
-    import moa
-    from moa.state import read_adapter
-    from shards import open_shards
-    from trainer.checkpoint import MANIFEST_FILE, verify
-    from trainer.errors import ConfigError
-    from trainer.evaluation import LEFT_OUT, SPLITS, Evaluator, accuracies
-    from trainer.model import create_backbone
+    job = prepare(args)
+    if world.size == 1:
+        report(evaluate(job, world, lambda value: value), args)
+        return
+    from trainer import engine  # imports deepspeed, which takes seconds
 
-    if not args.adapter.is_dir():
-        raise ConfigError(f"--adapter: no folder {args.adapter}; give the folder of an adapter")
-    if (args.adapter / MANIFEST_FILE).exists():  # a checkpoint is an adapter's folder, too
-        verify(args.adapter)
-    info, _ = read_adapter(args.adapter)
-    data = DataConfig(
-        dataset=args.dataset,
-        root=args.root,
-        holdout_fraction=args.holdout_fraction,
-        exclude_list=args.exclude_list,
-        include_list=args.include_list,
-    )
-    if problems := data.problems():
-        raise ConfigError("\n".join(problems))
-    index = open_shards(data)
-    if tuple(index.classes) != tuple(info.classes):
-        raise ConfigError(
-            f"--adapter: {args.adapter} knows the classes {', '.join(info.classes[:5])} ... "
-            f"({len(info.classes)}), {index.root} has {', '.join(index.classes[:5])} ... "
-            f"({len(index.classes)}); evaluate it on data with the same classes"
-        )
-    base = ModelConfig(backbone=info.base_model, weights=args.weights)
-    model = create_backbone(base, len(info.classes), seed=0).model
-    moa.load_adapter(model, args.adapter)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    evaluator = Evaluator(
-        index=index,
-        data_config=info.data_config,
-        trial_seed=args.trial_seed,
-        holdout_fraction=args.holdout_fraction,
-        batch_size=args.batch,
-        workers=0,
-        world=ALONE,
-        device=device,
-        dtype=torch.float32,
-        sum_over_ranks=lambda value: value,
-    )
-    result = accuracies(evaluator(model.to(device)))
-    console = Console()
-    if args.json:
-        console.print(json.dumps(result), soft_wrap=True, highlight=False)
-        return result
-    table = Table("domain", "in accuracy %", "out accuracy %", title=escape(str(args.adapter)))
-    if index.subset is not None:
-        table.add_column("left out accuracy %")
-    for env, name in enumerate(index.domains):
-        keys = [f"env{env}_{split}_acc" for split in SPLITS]
-        if index.subset is not None:
-            keys.append(f"moa/env{env}_{LEFT_OUT}_acc")
-        table.add_row(escape(name), *(f"{100 * result[key]:.1f}" for key in keys))
-    console.print(table)
-    return result
+    engine.start(world)
+    found = evaluate(job, world, engine.sum_over_ranks)
+    if world.is_main:
+        report(found, args)
+    engine.stop()
 
 
 def main(argv: Sequence[str]) -> int:
     """Command line; returns the exit code."""
     args = parser().parse_args(argv)
-    return conclude(lambda: evaluate(args), ALONE)
+    world = world_from_environment()
+    return conclude(lambda: run(args, world), world)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """One run per folder: a lock that the kernel drops with its process, and a note of who holds it."""
 
+import errno
 import json
 import logging
 import os
@@ -18,6 +19,9 @@ log = logging.getLogger(__name__)
 LEFT_BEHIND = 15.0
 """Seconds that a dead run's loader processes, which inherited its lock, may take to notice."""
 
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP}
+"""What a file system answers that knows no locks."""
+
 
 class FolderLock:
     """Holds a folder for this process.
@@ -33,6 +37,7 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self.folder, self.note = folder, folder / "owner.json"
         self._lock = FileLock(folder / ".lock")
+        self._written: dict[str, Any] = {}
 
     def acquire(self) -> None:
         """Takes the folder.
@@ -42,23 +47,59 @@ class FolderLock:
             OSError: the folder cannot be written.
         """
         try:
-            self._lock.acquire(timeout=LEFT_BEHIND if is_alive(self._owner()) is False else 0)
+            self._lock.acquire(timeout=LEFT_BEHIND if is_alive(self.owner()) is False else 0)
         except Timeout as error:
             raise self._in_use() from error
-        owner = self._owner()
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            log.warning(
+                "%s is on a file system without locks (%s): nothing keeps a run on another host "
+                "from writing there, too", self.folder, error.strerror,
+            )  # fmt: skip
+        owner = self.owner()
         if is_alive(owner):
             self._lock.release()
             raise self._in_use()
         if owner and owner.get("host") != socket.gethostname():
             log.warning("%s was held by %s, which left no lock", self.folder, describe(owner))
-        replace_text(self.note, json.dumps(identity()) + "\n")
+        self._written = identity()
+        replace_text(self.note, _text(self._written))
+
+    def check(self) -> None:
+        """Makes sure that the folder is still this run's, before something is written there.
+
+        Who removes the folder of a run and starts another under its name does not always end the
+        first one, whose rows and checkpoints would go among the other's.
+
+        Raises:
+            OutputError: the folder, or the note in it, was removed or is another run's.
+        """
+        if not self._written:
+            return
+        try:
+            text = self.note.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise self._lost("removed") from None
+        except OSError:
+            return  # a file system that fails now and then; the next check tells
+        if text != _text(self._written):
+            raise self._lost(f"taken over by {describe(self.owner())}")
+
+    def _lost(self, how: str) -> OutputError:
+        return OutputError(
+            f"output_dir: {self.folder} (or {self.note.name} in it) was {how} while this run went "
+            "on, which ends here"
+        )
 
     def release(self) -> None:
         """Lets others take the folder."""
-        self.note.unlink(missing_ok=True)
+        if self.owner() == self._written:
+            self.note.unlink(missing_ok=True)
         self._lock.release()
+        self._written = {}
 
-    def _owner(self) -> dict[str, Any]:
+    def owner(self) -> dict[str, Any]:
         """What the note says; empty without a readable one."""
         try:
             found = json.loads(self.note.read_text(encoding="utf-8"))
@@ -67,7 +108,7 @@ class FolderLock:
         return found if isinstance(found, dict) else {}
 
     def _in_use(self) -> OutputError:
-        owner = self._owner()
+        owner = self.owner()
         who = describe(owner) if owner else "another run"
         return OutputError(
             f"output_dir: {self.folder} is in use by {who}; give another --output_dir or end that "
@@ -108,6 +149,10 @@ def is_alive(owner: dict[str, Any]) -> bool | None:
 def describe(owner: dict[str, Any]) -> str:
     """Host, pid and time, for messages."""
     return f"{owner.get('host')} pid {owner.get('pid')} since {owner.get('since')}"
+
+
+def _text(owner: dict[str, Any]) -> str:
+    return json.dumps(owner) + "\n"
 
 
 def _machine() -> dict[str, str | None]:

@@ -6,7 +6,7 @@ so that bytes and FLOPs are counted and not guessed. Not seen is what a GPU kern
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -131,6 +131,20 @@ def measure(model: nn.Module, micro_batch: int, eval_batch: int) -> Footprint:
     )
 
 
+_aten = torch.ops.aten
+FLOPS: dict[Any, Callable[..., int]] = {
+    # Some releases of torch count the attention of GPUs but not that of CPUs, which is the same.
+    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        _aten._scaled_dot_product_flash_attention
+    ],
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _aten._scaled_dot_product_flash_attention_backward
+    ],
+    **flop_registry,
+}
+"""FLOPs of an operation from its arguments, as torch counts them."""
+
+
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own base
     """Counts, while active, live bytes of tensors that are not the model's, and FLOPs.
 
@@ -156,7 +170,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own 
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        count = flop_registry.get(func._overloadpacket)
+        count = FLOPS.get(func._overloadpacket)
         if count is not None:
             self.flops += count(*args, **kwargs, out_val=result)
         for value in tree_leaves(result):
@@ -196,7 +210,7 @@ def _step(model: nn.Module, batch: int) -> tuple[Meter, int]:
             saved[storage._cdata] = storage
         return tensor
 
-    images = _images(model, batch)
+    images = blank_images(model, batch)
     labels = torch.zeros(batch, dtype=torch.int64, device=images.device)
     with _gradients_dropped(model), fused_attention(), meter:
         meter.note(images)
@@ -211,7 +225,7 @@ def _step(model: nn.Module, batch: int) -> tuple[Meter, int]:
 
 
 def _evaluation_peak(model: nn.Module, batch: int) -> int:
-    meter, images = Meter(model), _images(model, batch)
+    meter, images = Meter(model), blank_images(model, batch)
     was_training = model.training
     model.eval()
     with torch.no_grad(), fused_attention(), meter:
@@ -221,7 +235,8 @@ def _evaluation_peak(model: nn.Module, batch: int) -> int:
     return meter.peak
 
 
-def _images(model: nn.Module, batch: int) -> Tensor:
+def blank_images(model: nn.Module, batch: int) -> Tensor:
+    """Black images of the model's size, on its device and in its precision."""
     weight = next(model.parameters())
     size = timm.data.resolve_model_data_config(model)["input_size"]
     return torch.zeros(batch, *size, dtype=weight.dtype, device=weight.device)
@@ -264,7 +279,9 @@ def fused_attention() -> Iterator[None]:
         is_causal: bool = False,
         **rest: Any,
     ) -> Tensor:
-        if query.device.type != "meta" or attn_mask is not None or rest.get("enable_gqa"):
+        # Fused kernels take [B, heads, N, D]; what else there is, GPUs do not fuse either.
+        plain = query.dim() != 4 or attn_mask is not None or rest.get("enable_gqa")
+        if query.device.type != "meta" or plain:
             result: Tensor = original(query, key, value, attn_mask, dropout_p, is_causal, **rest)
         else:
             fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
+import matplotlib
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -92,12 +93,6 @@ class GlyphBank:
     """
 
     def __init__(self, fonts: Iterable[str], classes: tuple[str, ...] = GLYPH_CLASSES) -> None:
-        try:
-            import matplotlib
-        except ImportError as error:
-            raise ImportError(
-                "glyphs are drawn with the fonts of matplotlib: pip install 'moa-trainer[analysis]'"
-            ) from error
         folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
         characters = "".join(classes)
         masks = [_render(folder / f"{font}.ttf", characters) for font in fonts]

@@ -10,22 +10,21 @@ import torch
 from torch.nn import functional as F
 
 import moa
-from moa.state import save_adapter
 from shards import Batch, finish_images
 from trainer import checkpoint
+from trainer.averaging import Averages
 from trainer.background import SaveQueue
 from trainer.bad_images import BadImages
-from trainer.best import Best, Candidate, write_best
+from trainer.best import Best
 from trainer.build import Parts
 from trainer.engine import Engine, differentiable_sum, from_main, sum_numbers, sum_over_ranks
-from trainer.evaluation import SPLITS, Evaluator, accuracies
+from trainer.evaluation import Evaluator
 from trainer.monitor import Monitor
 from trainer.nonfinite import NonfiniteSteps, as_json, poisoned
-from trainer.records import result_row
 from trainer.resume import state_of
-from trainer.run_folder import RunFolder, read_rows
-from trainer.selection import training_domain_validation, validation_accuracy
+from trainer.run_folder import SPEED, RunFolder
 from trainer.stopping import EvaluationBrokenOff, Stopped, Stopping, shielded
+from trainer.validation import Validation
 from trainer.watchdog import COMPUTING, EVALUATING, LOADING, SAVING, Watchdog
 from trainer.world import World
 
@@ -43,6 +42,7 @@ class Trainer:
         best: the best adapter of a resumed run.
         stopping: signals and the time limit; by default nothing stops the run.
         watch: notes where this rank is; by default for no one.
+        averages: those of a resumed run; by default they start here.
     """
 
     def __init__(
@@ -56,11 +56,14 @@ class Trainer:
         best: Best | None = None,
         stopping: Stopping | None = None,
         watch: Watchdog | None = None,
+        averages: Averages | None = None,
     ) -> None:
         self.parts, self.config, self.stream = parts, parts.config, parts.stream
-        self.world, self.engine, self.evaluator, self.folder = world, engine, evaluator, folder
+        self.world, self.engine, self.folder = world, engine, folder
         self.step = int(state.get("step", 0))
         self.best, self.changes = best or Best(), list(state.get("changes", []))
+        averages = averages or Averages(self.config.average, engine)
+        self.validation = Validation(parts, engine, evaluator, folder, self.best, averages)
         self.saves = SaveQueue(self.config.checkpoint.background)
         limit = self.config.data.max_bad_fraction
         self.bad_images = BadImages(self.stream, limit, state.get("bad_images", {}))
@@ -84,6 +87,7 @@ class Trainer:
             self.stream.loader(
                 self.step, train.steps, self.world.rank, self.world.size,
                 workers=self.config.data.workers, accumulation=train.accumulation,
+                pin_memory=self.engine.device.type == "cuda",
             )
         )  # fmt: skip
         self.stopping.begin(partial(sum_numbers, device=self.engine.device))
@@ -106,6 +110,15 @@ class Trainer:
             self.evaluate_or_stop(step, monitor)
             if self.step % self.config.checkpoint.every == 0 or step == last:
                 self.save_checkpoint()
+        self._close(monitor)
+
+    def _close(self, monitor: Monitor | None) -> None:
+        """Evaluates what was left for the end."""
+        self.watch.note(EVALUATING)
+        try:
+            self.validation.close(self.config.train.steps - 1, monitor)
+        except EvaluationBrokenOff:
+            self._stop()
 
     def _record(self, row: dict[str, Any], took: float, waited: float, monitor: Monitor) -> None:
         """Notes a step that took `took` seconds, `waited` of them for data."""
@@ -140,11 +153,12 @@ class Trainer:
         # A rank that left before the main one has saved would make the launcher end that one.
         raise Stopped(from_main(self.stopping.farewell(self.step, kept)))
 
-    def images_per_second(self) -> float:
-        """Training speed since the start, evaluations left out; 0 before the second step."""
+    def speed(self) -> dict[str, float]:
+        """Training images/s since the start, evaluations left out; none before the second step."""
         if not self.steps_timed:
-            return 0.0
-        return self.steps_timed * self.stream.global_batch / self.seconds_timed
+            return {}
+        images = self.steps_timed * self.stream.global_batch
+        return {SPEED: images / self.seconds_timed}
 
     def train_step(self, batches: Iterator[Batch]) -> tuple[dict[str, Any], float]:
         """One optimizer step.
@@ -176,6 +190,8 @@ class Trainer:
         norm = self.engine.grad_norm()
         left_out = self.nonfinite.left_out(self.step, losses, norm)
         moa.update_balance(self.engine.module, torch.zeros_like if left_out else sum_over_ranks)
+        if not left_out:
+            self.validation.averages.update()
         row = {
             "step": self.step,
             "loss": ce + aux,
@@ -212,44 +228,25 @@ class Trainer:
         )
         images = finish_images(batch, engine.device, self.parts.info.data_config)
         scores = engine(images.to(engine.dtype))
-        ce = F.cross_entropy(scores.float(), batch.labels.to(engine.device))
+        ce = F.cross_entropy(scores.float(), batch.labels.to(engine.device, non_blocking=True))
         aux = moa.aux_loss(engine.module, differentiable_sum)
         engine.backward(poisoned(ce + aux))
         engine.step()
         return torch.stack([ce.detach(), aux.detach().to(ce.dtype)])
 
     def evaluate(self, step: int, monitor: Monitor | None) -> None:
-        """Evaluates all domains; keeps the adapter if it is the best by source validation.
+        """Evaluates after `step`; keeps the adapter if it is the best by source validation.
 
         If the ranks agree to stop meanwhile, nothing of it is kept and it stays due.
         """
-        held_out = self.parts.held_out
+        columns = {**self.speed(), **self.bad_images.columns()}
         self.watch.note(EVALUATING)
         try:
             with self.stopping.timed("evaluation"):
-                found = accuracies(self.evaluator(self.engine.ds))
+                self.validation.evaluate(step, monitor, columns)
         except EvaluationBrokenOff:
             return
         self.evaluation_due = False
-        extra = {"moa/images_per_second": self.images_per_second(), **self.bad_images.columns()}
-        row = result_row(self.parts, self.folder.path, step, found | extra)
-        validation = validation_accuracy(row, held_out)
-        if better := self.best.is_beaten_by(validation):
-            masters = self.engine.masters()
-            results = {"step": step} | {k: v for k, v in row.items() if k.endswith("_acc")}
-            found_best = Candidate(step, validation, results, masters if monitor else {})
-            self.best.put(found_best, self.config.train.eval_every)
-        if monitor is None:
-            return
-        self.folder.append(self.folder.results, row)
-        selected = training_domain_validation(read_rows(self.folder.results), held_out)
-        by_domain = {
-            name: {split: row[f"env{i}_{split}_acc"] for split in SPLITS}
-            for i, name in enumerate(self.parts.index.domains)
-        }
-        monitor.evaluation(step, by_domain, selected[f"env{held_out}_in_acc"])
-        if better:
-            write_best(self.folder.adapter, self.parts.info, self.best)
 
     def save_checkpoint(self) -> None:
         """Writes a checkpoint; a collective."""
@@ -260,6 +257,7 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         masters, moments = self.engine.masters(), self.engine.moments()
+        averages = self.validation.averages.tensors()
         if self.world.is_main:
             self.folder.sync_rows()
             root, keep, info = self.folder.checkpoints, self.config.checkpoint.keep, self.parts.info
@@ -267,15 +265,9 @@ class Trainer:
 
             @self.stopping.timed("write")  # perhaps in another thread
             def save() -> None:
-                checkpoint.save(root, info, masters, moments, state, keep, best)
+                checkpoint.save(root, info, masters, moments, state, keep, best, averages)
 
             self.saves.put(save)
-
-    def save_last(self) -> None:
-        """Writes the last adapter; a collective."""
-        masters = self.engine.masters()
-        if self.world.is_main:
-            save_adapter(self.engine.module, self.folder.adapter_last, self.parts.info, masters)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, and everything that a resumed run must agree with."""
@@ -293,6 +285,7 @@ class Trainer:
             "world_size": self.world.size,
             "ep_size": self.config.moa.ep_size,
             "zero_stage": self.parts.ds_json["zero_optimization"]["stage"],
+            "averages": self.validation.averages.facts(),
             "changes": self.changes,
             **state_of(self.parts),
         }

@@ -39,12 +39,15 @@ class Backbone:
         name: timm name `architecture.tag`.
         data_config: the model's own `input_size`, `mean`, `std`, `interpolation`.
         sha256: `moa.base_hash` of the model; empty for an outline.
+        projection: the checkpoint's own classifier, which the fresh one replaced; in CLIP's it maps
+            to the space shared with texts. Only kept for a head from text.
     """
 
     model: nn.Module
     name: str
     data_config: dict[str, Any]
     sha256: str
+    projection: nn.Linear | None = None
 
 
 def check_backbone(config: ModelConfig) -> str:
@@ -80,6 +83,8 @@ def check_backbone(config: ModelConfig) -> str:
 def create_backbone(config: ModelConfig, num_classes: int, seed: int) -> Backbone:
     """Builds the timm model on the CPU; the head, and random weights, follow from `seed`.
 
+    With `head_init: text` the head is as random, until `text_head.use_text_head` fills it.
+
     Raises:
         ConfigError: the name is unknown, or the weights cannot be had.
     """
@@ -88,25 +93,37 @@ def create_backbone(config: ModelConfig, num_classes: int, seed: int) -> Backbon
     # The hub client reports each of its retries; the error below says it once.
     huggingface_hub.utils.logging.set_verbosity_error()
     torch.manual_seed(seed)
+    own_head = config.head_init == "text"
     try:
         model = timm.create_model(
             config.backbone,
             pretrained=config.weights != "random",
             pretrained_cfg_overlay=overlay,
-            num_classes=num_classes,
+            **({} if own_head else {"num_classes": num_classes}),
         )
     except UNREADABLE as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ConfigError(_no_weights(config, name, reason)) from error
-    return _finish(model, name, config, moa.base_hash(model))
+    projection = None
+    if own_head:
+        found = model.get_classifier()
+        projection = found if isinstance(found, nn.Linear) else None
+        model.reset_classifier(num_classes)
+    return _finish(model, name, config, moa.base_hash(model), projection)
 
 
-def _finish(model: nn.Module, name: str, config: ModelConfig, sha256: str) -> Backbone:
+def _finish(
+    model: nn.Module,
+    name: str,
+    config: ModelConfig,
+    sha256: str,
+    projection: nn.Linear | None = None,
+) -> Backbone:
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     data_config = timm.data.resolve_model_data_config(model)
     kept = {key: data_config[key] for key in ("input_size", "mean", "std", "interpolation")}
-    return Backbone(model, name, kept, sha256)
+    return Backbone(model, name, kept, sha256, projection)
 
 
 def outline_backbone(config: ModelConfig, num_classes: int, seed: int) -> Backbone:

@@ -1,105 +1,89 @@
-"""What a run tells: TensorBoard, log file, and a live line on a terminal or plain lines elsewhere.
+"""What a run tells while it trains, brought together: curves, pages, warnings, the console.
 
 Only the main rank has a monitor.
 """
 
 import logging
-import math
 import os
-import sys
-import time
 from collections.abc import Mapping
-from pathlib import Path
+from itertools import islice
+from typing import TYPE_CHECKING
 
-import yaml
+import torch
 from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.live import Live
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
-from trainer.config import RunConfig, as_plain
+from trainer.build import Parts
+from trainer.console import Standing, evaluation_line, live, plain_line
+from trainer.curves import MEAN_OUT, TARGET, VALIDATION, Curves
+from trainer.peak_memory import GIB, peak_bytes
+from trainer.router_health import RouterHealth
+from trainer.run_folder import RunFolder
+from trainer.stall import Stall, hint
+from trainer.utilisation import image_utilisation
+from trainer.world import World
+
+if TYPE_CHECKING:
+    from trainer.insight import Insight, Seen
+
+ByDomain = Mapping[str, Mapping[str, float]]
+"""Domain -> split -> accuracy in [0, 1]."""
 
 log = logging.getLogger("trainer")
 
 
-def terminal() -> Console:
-    """The console all user-facing output goes to; rich itself honours NO_COLOR."""
-    return Console(file=sys.stdout)
-
-
-def set_up_logging(log_file: Path, console: Console) -> None:
-    """Sends the main rank's log lines to the console and to `log_file`."""
-    file = logging.FileHandler(log_file, encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    handlers: list[logging.Handler] = [file]
-    if console.is_terminal:
-        handlers.append(RichHandler(console=console, show_path=False, show_time=False))
-    else:
-        handlers.append(logging.StreamHandler(sys.stdout))
-    for name in ("trainer", "shards", "moa"):
-        logger = logging.getLogger(name)
-        for old in list(logger.handlers):
-            logger.removeHandler(old)
-        for handler in handlers:
-            logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
-
-
 class Monitor:
-    """Live progress and TensorBoard curves of one run.
+    """Shows one run.
 
     Args:
-        config: the run, for the text page.
-        folder: TensorBoard's folder.
-        first_step: where the run (re)starts; later events of an earlier start are purged.
+        parts: the run.
+        folder: its files.
+        world: the processes that train.
+        device: where this one computes.
+        first_step: where the run (re)starts; TensorBoard's later events are purged.
         console: where progress is shown.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, first_step: int, console: Console) -> None:
-        self.writer = SummaryWriter(str(folder), purge_step=first_step)
-        text = yaml.safe_dump(as_plain(config), sort_keys=False)
-        self.writer.add_text("config", f"```yaml\n{text}```", first_step)
-        self.total = config.train.steps
-        self.console = console
-        self.progress: Progress | None = None
-        self.task: TaskID | None = None
-        self.started, self.first_step = time.monotonic(), first_step
-        self.every = max(1, min(50, self.total // 10))  # steps between plain lines and router notes
+    def __init__(
+        self,
+        parts: Parts,
+        folder: RunFolder,
+        world: World,
+        device: torch.device,
+        first_step: int,
+        console: Console,
+    ) -> None:
+        self.parts, self.config, self.folder = parts, parts.config, folder
+        self.device, self.console = device, console
+        routed = self.config.moa.routed
+        layers = parts.report.layers if routed else ()
+        self.curves = Curves(self.config, folder.tensorboard, first_step, layers)
+        total, withheld = self.config.train.steps, parts.withheld_names
+        self.standing = Standing(total, first_step, withheld, done=first_step)
+        self.every = max(1, min(50, total // 10))  # steps between plain lines and router notes
+        balance = "--moa.balance bias, or raise --moa.aux_weight"
+        now = f"now {self.config.moa.balance}, {self.config.moa.aux_weight}"
+        self.health = RouterHealth(f"{balance}; {now}") if routed else None
+        self.stall = Stall()
+        self.utilisation = image_utilisation(
+            self.config, device, len(parts.index.classes), world.size
+        )
+        self.live: Live | None = None
 
     def __enter__(self) -> "Monitor":
-        """Starts the live line if there is a terminal for it."""
-        if self.console.is_terminal and os.environ.get("TERM") != "dumb":
-            self.progress = Progress(
-                TextColumn("[bold]training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[status]}"),
-                TimeElapsedColumn(),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
-            self.task = self.progress.add_task(
-                "train", total=self.total, completed=self.first_step, status="starting"
-            )
-            self.progress.start()
+        """Starts the live display if there is a terminal for it."""
+        self.live = live(self.standing, self.console)
+        if self.live is not None:
+            self.live.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Ends the live line and flushes TensorBoard."""
-        if self.progress is not None:
-            self.progress.stop()
-        self.writer.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Ends the live display and flushes TensorBoard."""
+        self.standing.phase = "finished" if kind is None else "stopped"
+        if self.live is not None:
+            self.live.stop()
+        self.curves.close(whole=kind is None)
 
     def step(self, row: Mapping[str, float], perf: Mapping[str, float]) -> None:
         """Notes one training step.
@@ -109,60 +93,111 @@ class Monitor:
             perf: `img_s`, `step_ms`, `data_wait_ms`.
         """
         step = int(row["step"])
-        for name in ("loss", "ce", "aux_loss", "lr", "grad_norm"):
-            if math.isfinite(row[name]):  # not so in a step that was left out
-                self.writer.add_scalar(f"train/{name}", row[name], step)
-        if "skipped_steps" in row:
-            self.writer.add_scalar("train/skipped_steps", row["skipped_steps"], step)
-        for name, value in perf.items():
-            self.writer.add_scalar(f"perf/{name}", value, step)
-        for name, count in row.items():
-            if name.startswith("moa/bad/"):
-                self.writer.add_scalar(f"data/bad/{name.removeprefix('moa/bad/')}", count, step)
-        if self.progress is not None and self.task is not None:
-            status = f"loss {row['loss']:.4f}  {perf['img_s']:.0f} img/s"
-            self.progress.update(self.task, completed=step + 1, status=status)
-        elif step % self.every == 0 or step + 1 == self.total:
-            self._plain_line(step, row, perf)
+        peak = peak_bytes(self.device) / GIB
+        names = ("loss", "ce", "aux_loss", "lr", "grad_norm", "skipped_steps")
+        points = {f"train/{name}": row[name] for name in names if name in row}
+        points |= {f"perf/{name}": value for name, value in perf.items()}
+        points["mem/peak_gib"] = peak
+        if self.utilisation is not None:
+            points["perf/mfu"] = self.utilisation * perf["img_s"]
+        points |= {
+            f"data/bad/{name.removeprefix('moa/bad/')}": count
+            for name, count in row.items()
+            if name.startswith("moa/bad/")
+        }
+        self.curves.scalars(points, step)
+        standing = self.standing
+        standing.done, standing.row, standing.img_s = step + 1, row, perf["img_s"]
+        standing.peak_gib, standing.phase = peak, "training"
+        if step > standing.first_step:  # the first step of a start waits for the loaders to start
+            stalls = self.stall.note(perf["data_wait_ms"], perf["step_ms"])
+            standing.wait_share = self.stall.share
+            if stalls:
+                cores = len(os.sched_getaffinity(0))
+                log.warning("%s", hint(self.stall.share, self.config, cores))
+        if self.live is None and (step % self.every == 0 or step + 1 == standing.total):
+            log.info("%s", plain_line(standing))
 
-    def _plain_line(self, step: int, row: Mapping[str, float], perf: Mapping[str, float]) -> None:
-        done, left = step + 1 - self.first_step, self.total - step - 1
-        eta = (time.monotonic() - self.started) / done * left
-        bad = sum(count for name, count in row.items() if name.startswith("moa/bad/"))
-        log.info(
-            "step %d/%d loss %.4f ce %.4f aux %.4f grad_norm %.3f %.0f img/s wait %.0f ms ETA %s%s",
-            step, self.total, row["loss"], row["ce"], row["aux_loss"], row["grad_norm"],
-            perf["img_s"], perf["data_wait_ms"], clock(eta),
-            f" bad images {bad:.0f}" if bad else "",
-        )  # fmt: skip
+    def evaluating(self) -> None:
+        """Says that an evaluation has begun."""
+        self.standing.phase = "evaluating"
 
     def evaluation(
-        self, step: int, by_domain: Mapping[str, Mapping[str, float]], selected: float
+        self,
+        step: int,
+        by_domain: ByDomain,
+        selected: tuple[float, float | None],
+        averages: Mapping[str, ByDomain],
     ) -> None:
-        """Notes an evaluation: accuracies per domain and split, and the selected target's."""
-        for domain, splits in by_domain.items():
-            for split, value in splits.items():
-                self.writer.add_scalar(f"eval/{domain}/{split}_acc", value, step)
-        self.writer.add_scalar("select/training_domain_validation/target_acc", selected, step)
-        cells = " ".join(f"{d} {s['in']:.3f}/{s['out']:.3f}" for d, s in by_domain.items())
-        log.info("eval step %d (in/out) %s", step, cells)
+        """Notes an evaluation.
+
+        With `--eval.mode selection` there are few accuracies, and none of the target before the
+        end.
+
+        Args:
+            step: the step evaluated.
+            by_domain: accuracies.
+            selected: validation accuracy and held-out accuracy of the adapter selected so far.
+            averages: accuracies of each average of the weights, by its name.
+        """
+        points = tagged("eval", by_domain)
+        for name, found in averages.items():
+            points |= tagged(f"average/{name}", found)
+        sources = [
+            splits["out"]
+            for domain, splits in by_domain.items()
+            if domain not in self.standing.withheld and "out" in splits
+        ]
+        if sources:
+            points[MEAN_OUT] = sum(sources) / len(sources)
+        points[VALIDATION], target = selected
+        if target is not None:
+            points[TARGET] = target
+        self.curves.scalars(points, step)
+        self.standing.accuracies, self.standing.evaluated = by_domain, step
+        log.info("%s", evaluation_line(step, by_domain))
+
+    def pages(self, step: int, insight: "Insight", seen: "Seen", best: bool) -> None:
+        """Adds the pages of an evaluation; `best` if its adapter is the best so far."""
+        from trainer.pages import Pages
+
+        ranks = self.config.moa.ranks or ()
+        Pages(self.curves, insight, ranks, self.folder.routing).add(step, seen, best)
 
     def routing(self, step: int, stats: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Notes the routers' state; one transfer from the device per value."""
-        dead = 0
-        for layer, values in stats.items():
-            load = values["load"].tolist()
-            dead += sum(share == 0 for share in load)
-            for expert, share in enumerate(load):
-                self.writer.add_scalar(f"router/{layer}/load_{expert}", share, step)
+        """Notes the routers' state; one transfer from the device for all of it."""
+        if not stats:
+            return
+        numbers = on_host(stats)
+        dead = sum(values["load"].count(0.0) for values in numbers.values())
+        points = {"router/dead_experts": float(dead)}
+        for layer, values in numbers.items():
+            points |= {f"router/{layer}/load_{e}": share for e, share in enumerate(values["load"])}
             for name in ("entropy", "max_prob", "temperature"):
-                self.writer.add_scalar(f"router/{layer}/{name}", float(values[name]), step)
-        if stats:
-            self.writer.add_scalar("router/dead_experts", dead, step)
+                if name in values:
+                    points[f"router/{layer}/{name}"] = values[name][0]
+        if self.health is not None:
+            for warning in self.health.note(numbers):
+                log.warning("%s", warning)
+                self.curves.text("router/warnings", warning, step)
+            points["router/active_warnings"] = float(len(self.health.active))
+        self.curves.scalars(points, step)
 
 
-def clock(seconds: float) -> str:
-    """`1:02:03` or `02:03` for a duration in seconds."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
+def tagged(start: str, by_domain: ByDomain) -> dict[str, float]:
+    """Points of curves, one for each domain and split."""
+    return {
+        f"{start}/{domain}/{split}_acc": value
+        for domain, splits in by_domain.items()
+        for split, value in splits.items()
+    }
+
+
+def on_host(stats: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, list[float]]]:
+    """The numbers of some tensors as lists, fetched from the device at once."""
+    tensors = [value.reshape(-1).float() for values in stats.values() for value in values.values()]
+    fetched = iter(torch.cat(tensors).tolist())
+    return {
+        layer: {name: list(islice(fetched, value.numel())) for name, value in values.items()}
+        for layer, values in stats.items()
+    }

@@ -10,16 +10,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from trainer.estimates import GIB, Batches
+from trainer.planning import SHARING, Plan
 from trainer.scaling import Prediction
 
 if TYPE_CHECKING:
-    from trainer.plan import Plan, Request
+    from trainer.plan import Request
 
 Rows = list[tuple[str, str, str]]
 """What, how much, and how it comes about."""
 
+_IN_CHECKPOINT = "with Adam's moments, the best adapter and averages; about"
 
-def sections(plan: "Plan", gpu_memory: float | None = None) -> dict[str, Rows]:
+
+def sections(plan: Plan, gpu_memory: float | None = None) -> dict[str, Rows]:
     """The plan as titled rows of text."""
     fits = "" if gpu_memory is None else f"{gpu_memory:g} GiB: "
     if gpu_memory is not None:
@@ -29,7 +32,7 @@ def sections(plan: "Plan", gpu_memory: float | None = None) -> dict[str, Rows]:
         "trainable numbers": _count_rows(plan),
         "files": [
             ("adapter file", f"{plan.adapter_bytes:,} B", "fp32"),
-            ("one checkpoint", f"{plan.checkpoint_bytes:,} B", "with Adam's moments; about"),
+            ("one checkpoint, at most", f"{plan.checkpoint_bytes:,} B", _IN_CHECKPOINT),
         ],
         "memory per process": [
             *((t.name, _gib(t.bytes), t.formula) for t in plan.memory if t.place == "gpu"),
@@ -39,22 +42,25 @@ def sections(plan: "Plan", gpu_memory: float | None = None) -> dict[str, Rows]:
         ],
         "compute (multiply-add = 2 FLOPs)": _compute_rows(plan),
         "batches": _batch_rows(plan.batches),
-        "expert parallelism, sent per process and step if 8 share the experts": _traffic_rows(plan),
-        "predicted step, as many images per process (assumed rates: docs/distributed.md)": [
+        f"expert parallelism, sent per process and step if {SHARING} share the experts": (
+            _traffic_rows(plan)
+        ),
+        f"predicted step, as many images per process (assumed: {plan.rates.flops / 1e12:g} TFLOP/s "
+        f"a GPU in {plan.run['precision']}, other rates in docs/distributed.md)": [
             _prediction_row(p)
             for p in plan.predictions
         ],
     }  # fmt: skip
 
 
-def _count_rows(plan: "Plan") -> Rows:
+def _count_rows(plan: Plan) -> Rows:
     without = plan.trainable - plan.roles.get("head", 0)
     rows = [(role, f"{count:,}", "") for role, count in plan.roles.items()]
     share = f"{100 * plan.trainable / plan.total:.3f} % of {plan.total:,}"
     return [*rows, ("without head", f"{without:,}", ""), ("all", f"{plan.trainable:,}", share)]
 
 
-def _compute_rows(plan: "Plan") -> Rows:
+def _compute_rows(plan: Plan) -> Rows:
     foot, batches = plan.footprint, plan.batches
     parts = {"forward": foot.forward, "backward": foot.backward, "recomputed": foot.recomputed}
     rows = [(f"{name} per image", f"{n / 1e9:,.2f} GFLOP", "") for name, n in parts.items() if n]
@@ -68,17 +74,11 @@ def _prediction_row(p: Prediction) -> tuple[str, str, str]:
     return f"{p.world} GPUs", f"{1000 * p.seconds:,.1f} ms", f"{rate}, {p.efficiency:.1%} computing"
 
 
-def _traffic_rows(plan: "Plan") -> Rows:
-    load, away = plan.load, 7 / 8
-    if not load.expert_bytes:
-        return []
-    sent = {
-        "gather": 2 * load.expert_bytes * away,
-        "all_to_all": 2 * load.token_bytes * plan.batches.per_process * away,
-    }
+def _traffic_rows(plan: Plan) -> Rows:
     return [
-        (name, f"{count / 2**20:,.2f} MiB", "chosen by auto" if name == load.transport else "")
-        for name, count in sent.items()
+        (name, f"{count / 2**20:,.2f} MiB", "this run's" if name == plan.load.transport else "")
+        for name, count in plan.traffic.items()
+        if count
     ]
 
 
@@ -99,7 +99,7 @@ def _gib(count: int) -> str:
     return f"{count / GIB:,.3f} GiB"
 
 
-def show(plan: "Plan", request: "Request") -> None:
+def show(plan: Plan, request: "Request") -> None:
     """Prints the plan: JSON, or tables."""
     console = Console(width=None if sys.stdout.isatty() else 160)
     if request.json:
@@ -112,5 +112,8 @@ def show(plan: "Plan", request: "Request") -> None:
         for row in rows:
             table.add_row(*map(escape, row))
         console.print(table)
+    if plan.run_folder:
+        line = f"run folder: {plan.run_folder}"
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     for warning in plan.warnings:
         console.print(f"warning: {warning}", soft_wrap=True, highlight=False, markup=False)

@@ -1,177 +1,229 @@
-"""Tables: the closing table of a run, and held-out accuracy by method and domain over many runs.
+"""`python -m trainer.report RUN [RUN ...]`: held-out accuracy over many runs, as comparable tables.
 
-`python -m trainer.report RUN [RUN ...] [--format text|markdown]`.
+One table per dataset, methods x held-out domains, mean +- standard error over repetitions; several
+datasets give a table of their averages, too. RUN is a run folder or a folder of run folders; of
+a folder that `trainer.grid` filled it also tells which runs are missing.
 """
 
 import argparse
 import json
-import statistics
 import sys
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from trainer.errors import CheckpointError, ConfigError, exit_code
-from trainer.run_folder import read_rows
-from trainer.selection import Row, training_domain_validation, validation_accuracy
+from trainer.cells import words
+from trainer.errors import CheckpointError, ConfigError, OutputError, exit_code
+from trainer.grid import progress_lines
+from trainer.report_comparability import check_comparable, mixed_rows
+from trainer.report_formats import (
+    latex_comparisons,
+    latex_table,
+    markdown_comparisons,
+    markdown_table,
+    score_data,
+    table_data,
+    text_comparisons,
+    text_table,
+)
+from trainer.report_runs import Run, find_folders, read_run
+from trainer.report_scores import LAST, Score, scores
+from trainer.report_tables import ResultTable, averages_table, dataset_table
+from trainer.selection import LEAVE_ONE_DOMAIN_OUT, RULES
+from trainer.significance import Comparison, compare
+
+COMPANIONS = {
+    LEAVE_ONE_DOMAIN_OUT: "; --data.held_out A+B trains without two domains, and --pairs of "
+    "trainer.sweep and trainer.grid runs all pairs"
+}
+"""What to do about runs that a rule misses."""
+UNITS = "held-out accuracy %, mean ± standard error"
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One finished run: what was trained, and the target accuracy that selection reports.
+class Report:
+    """Everything that a report shows.
 
-    `seed` holds the run's seed and its trial seed.
+    Attributes:
+        tables: one per rule and dataset, and one of averages per rule for several datasets.
+        scored: by rule, what each run contributes.
+        comparisons: by rule, tests between rows.
+        notes: what a reader of the tables should know.
     """
 
-    dataset: str
-    method: str
-    held_out: str
-    seed: tuple[int, int]
-    accuracy: float
-    folder: str = ""
+    tables: Sequence[ResultTable]
+    scored: dict[str, list[Score]]
+    comparisons: dict[str, list[Comparison]]
+    notes: Sequence[str]
 
 
-def closing_table(
-    rows: Sequence[Row], domains: Sequence[str], held_out: int, facts: Mapping[str, str]
-) -> Table:
-    """Per-domain accuracies at the selected step, and the facts of the run below them."""
-    selected = training_domain_validation(rows, held_out)
-    table = Table(title=f"Selected step {selected['step']} (training-domain validation)")
-    table.add_column("domain")
-    table.add_column("in accuracy %", justify="right")
-    table.add_column("out accuracy %", justify="right")
-    for i, name in enumerate(domains):
-        cells = (f"{100 * selected[f'env{i}_{split}_acc']:.1f}" for split in ("in", "out"))
-        table.add_row(escape(f"{name} (held out)" if i == held_out else name), *cells)
-    table.add_section()
-    table.add_row("validation (mean source out)", "", f"{_percent(selected, held_out)}")
-    target = 100 * selected[f"env{held_out}_in_acc"]
-    table.add_row(escape(f"held-out accuracy, {domains[held_out]}"), f"[bold]{target:.1f}", "")
-    table.add_section()
-    for name, value in facts.items():
-        table.add_row(name, value, "")
-    return table
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        prog="python -m trainer.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    result.add_argument(
+        "--format", choices=["text", "markdown", "latex", "json"], default="text",
+        help="default: text",
+    )  # fmt: skip
+    result.add_argument(
+        "--selection", type=words, default=[next(iter(RULES))], metavar="RULE[,RULE]",
+        help="; ".join(f"{name}: {meaning}" for name, meaning in RULES.items())
+        + f" (default: {next(iter(RULES))})",
+    )  # fmt: skip
+    result.add_argument(
+        "--weights", type=words, default=[LAST], metavar="KIND[,KIND]",
+        help="last: the trained weights; others as the runs evaluated them, such as ema, swad or "
+        "zero_shot, in rows of their own (default: last)",
+    )  # fmt: skip
+    result.add_argument(
+        "--by", type=words, default=[], metavar="SETTING[,SETTING]",
+        help="settings that get rows of their own, such as moa.router,optim.lr",
+    )  # fmt: skip
+    result.add_argument(
+        "--tune", action="store_true",
+        help="runs that differ in settings only are candidates; the rule's validation decides",
+    )  # fmt: skip
+    result.add_argument(
+        "--compare", metavar="ROW",
+        help="test every row against this one in pairs of equal held-out domain and seeds; all: "
+        "each two rows",
+    )  # fmt: skip
+    result.add_argument(
+        "--plots", type=Path, metavar="FOLDER", help="write each table as bars, PNG and SVG"
+    )
+    return result
 
 
-def _percent(row: Row, held_out: int) -> str:
-    return f"{100 * validation_accuracy(row, held_out):.1f}"
-
-
-def read_cell(folder: Path) -> Cell:
-    """The result of one finished run folder.
+def build(runs: Sequence[Run], args: argparse.Namespace) -> Report:
+    """Puts runs into tables.
 
     Raises:
-        ConfigError: the folder is not that of a finished run.
-        CheckpointError: its results cannot be read.
+        ConfigError: they cannot share a table, or an option names nothing that exists.
     """
-    for name in ("config.yaml", "results.jsonl", "done"):
-        if not (folder / name).is_file():
-            raise ConfigError(f"{folder}: no {name}; give the folder of a finished run")
-    try:
-        config: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
-        rows = read_rows(folder / "results.jsonl")
-        held_out = rows[0]["args"]["test_envs"][0]
-        accuracy = training_domain_validation(rows, held_out)[f"env{held_out}_in_acc"]
-        data, train = config["data"], config["train"]
-        seed = (train["seed"], train["trial_seed"])
-        method = config["moa"]["method"]
-        return Cell(data["dataset"], method, data["held_out"], seed, accuracy, str(folder))
-    except (yaml.YAMLError, KeyError, IndexError, TypeError) as error:
-        raise CheckpointError(f"{folder}: its results cannot be read ({error!r})") from error
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and DomainBed's error: population standard deviation / sqrt(number of values)."""
-    return statistics.fmean(values), statistics.pstdev(values) / len(values) ** 0.5
-
-
-def summary(cells: Sequence[Cell]) -> tuple[list[str], dict[str, list[str]]]:
-    """Methods against held-out domains, as formatted cells.
-
-    The last column is the mean over domains, per seed first and then over seeds. A method that
-    lacks a cell gets `-` there and in the mean.
-
-    Returns:
-        Column titles, and per method the cells, in order of first appearance.
-
-    Raises:
-        ConfigError: two runs claim one cell, or the runs are of different datasets.
-    """
-    domains = list(dict.fromkeys(c.held_out for c in cells))
-    grid: dict[str, dict[str, dict[tuple[int, int], float]]]
-    grid = defaultdict(lambda: defaultdict(dict))
-    first: dict[tuple[str, str, tuple[int, int]], Cell] = {}
-    for c in cells:
-        other = first.setdefault((c.method, c.held_out, c.seed), c)
-        if other is not c or c.dataset != cells[0].dataset:
+    for rule in args.selection:
+        if rule not in RULES:
+            raise ConfigError(f"--selection {rule}: no such rule; legal are {', '.join(RULES)}")
+    notes, tables = check_comparable(runs), []
+    scored: dict[str, list[Score]] = {}
+    comparisons: dict[str, list[Comparison]] = {}
+    for rule in args.selection:
+        found = scores(runs, rule, args.by, args.weights, args.tune)
+        missing = [kind for kind in args.weights if not _has(found, kind)]
+        if missing:
             raise ConfigError(
-                f"{other.folder} and {c.folder if other is not c else cells[0].folder} do not fit "
-                "one table: the same method, held-out domain and seeds twice, or two datasets; "
-                "report them apart"
+                f"--weights {missing[0]}: no run has evaluated such weights (columns "
+                f"moa/{missing[0]}/env0_in_acc ... in results.jsonl, or zero_shot.json)"
             )
-        grid[c.method][c.held_out][c.seed] = c.accuracy
-    lines: dict[str, list[str]] = {}
-    for method, by_domain in grid.items():
-        line = [_cell(list(by_domain[d].values())) for d in domains]
-        seeds = [set(by_domain[d]) for d in domains]
-        complete = sorted(set.intersection(*seeds)) if all(s == seeds[0] for s in seeds) else []
-        per_seed = [statistics.fmean(by_domain[d][s] for d in domains) for s in complete]
-        lines[method] = [*line, _cell(per_seed)]
-    return [*domains, "mean"], lines
+        scored[rule] = found
+        tables += _tables(found, rule)
+        if args.compare:
+            comparisons[rule] = compare(found, args.compare)
+            if not comparisons[rule]:
+                notes.append(
+                    f"--compare {args.compare}: {rule}: no two rows have a finished run of the "
+                    "same dataset, held-out domain and seeds"
+                )
+        unmet = [s for s in found if s.run.finished and s.choice is None]
+        if unmet:
+            notes.append(
+                f"{rule}: {len(unmet)} runs lack the companions that this rule asks for, all of "
+                f"them with eval.mode full, such as those of {unmet[0].run.folder}"
+                f"{COMPANIONS.get(rule, '')}"
+            )
+    if not args.tune:
+        notes += mixed_rows((s.label, s.run) for s in next(iter(scored.values())))
+    return Report(tables, scored, comparisons, notes)
 
 
-def _cell(values: Sequence[float]) -> str:
-    if not values:
-        return "-"
-    mean, error = mean_and_error(values)
-    return f"{100 * mean:.1f}" + (f" ± {100 * error:.1f}" if len(values) > 1 else "")
+def _has(found: Iterable[Score], kind: str) -> bool:
+    return kind == LAST or any(score.label.split()[-1] == kind for score in found)
 
 
-def markdown(titles: Sequence[str], lines: Mapping[str, Sequence[str]]) -> str:
-    """The summary as a Markdown table."""
-    rows = [["held out", *titles], ["---"] * (len(titles) + 1)]
-    rows += [[f"`{method}`", *cells] for method, cells in lines.items()]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def _tables(found: Sequence[Score], rule: str) -> list[ResultTable]:
+    """A table per dataset in order of appearance, and their averages if there are several."""
+    about = f"{UNITS} ({rule.replace('_', ' ')})"
+    datasets = dict.fromkeys(score.run.dataset for score in found)
+    suffix = "" if rule == next(iter(RULES)) else f"-{rule}"
+    result = [
+        dataset_table([s for s in found if s.run.dataset == d], f"{d}: {about}", d + suffix)
+        for d in datasets
+    ]
+    if len(result) > 1:
+        result.append(averages_table(result, list(datasets), f"averages: {about}", suffix))
+    return result
+
+
+def show(report: Report, form: str, console: Console) -> None:
+    """Prints a report."""
+    if form == "json":
+        content = {
+            "tables": [table_data(table) for table in report.tables],
+            "comparisons": {r: [vars(c) for c in cs] for r, cs in report.comparisons.items()},
+            "runs": {r: [score_data(s) for s in found] for r, found in report.scored.items()},
+            "notes": list(report.notes),
+        }
+        console.print(json.dumps(content, indent=1), markup=False, soft_wrap=True, highlight=False)
+        return
+    if form == "text":
+        for table in report.tables:
+            console.print(text_table(table, styled=console.is_terminal))
+        for comparisons in report.comparisons.values():
+            console.print(text_comparisons(comparisons))
+        return
+    as_table, as_comparisons = {
+        "markdown": (markdown_table, markdown_comparisons),
+        "latex": (latex_table, latex_comparisons),
+    }[form]
+    parts = [as_table(table) for table in report.tables]
+    parts += [as_comparisons(comparisons) for comparisons in report.comparisons.values()]
+    console.print("\n\n".join(parts), markup=False, soft_wrap=True, highlight=False)
+
+
+def read_all(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
+    """Every run that can be read, and a complaint for every one that is left out."""
+    folders, complaints = find_folders(paths)
+    runs = []
+    for folder in folders:
+        try:
+            runs.append(read_run(folder))
+        except (ConfigError, CheckpointError) as error:
+            complaints.append(f"left out: {error}")
+    complaints += [f"not counted: {r.folder}: {r.progress()}" for r in runs if not r.finished]
+    return runs, complaints
 
 
 def main(argv: Sequence[str]) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.report", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
-    parser.add_argument(
-        "--format", choices=["text", "markdown", "json"], default="text", help="default: text"
-    )
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    complaints, cells = Console(stderr=True), []
-    for folder in args.runs:
-        try:
-            cells.append(read_cell(folder))
-        except (ConfigError, CheckpointError) as error:
-            complaints.print(f"left out: {error}", markup=False, soft_wrap=True)
+    aside = Console(stderr=True)
+    runs, complaints = read_all(args.runs)
+    for line in [*complaints, *progress_lines(args.runs)]:
+        aside.print(line, markup=False, soft_wrap=True, highlight=False)
     try:
-        if not cells:
-            raise ConfigError("none of the folders is that of a finished run")
-        titles, lines = summary(cells)
-    except ConfigError as error:
-        complaints.print(f"error: {error}", markup=False, soft_wrap=True)
+        if not any(run.finished for run in runs):
+            raise ConfigError("there is no finished run to report")
+        report = build(runs, args)
+        show(report, args.format, console)
+        written = []
+        if args.plots is not None:
+            from trainer.report_plots import save_plots
+
+            written = save_plots(list(report.tables), args.plots)
+    except (ConfigError, OutputError) as error:
+        for line in str(error).splitlines():
+            aside.print(f"error: {line}", markup=False, soft_wrap=True, highlight=False)
         return exit_code(error) or 1
-    if args.format == "markdown":
-        console.print(markdown(titles, lines), markup=False, soft_wrap=True)
-    elif args.format == "json":
-        console.print(json.dumps([vars(c) for c in cells], indent=1), markup=False, soft_wrap=True)
-    else:
-        table = Table("method", *titles, title="held-out accuracy %, mean ± standard error")
-        for method, line in lines.items():
-            table.add_row(method, *line)
-        console.print(table)
+    for note in report.notes:
+        aside.print(f"note: {note}", markup=False, soft_wrap=True, highlight=False)
+    if written:
+        aside.print(f"pictures: {', '.join(map(str, written))}", markup=False, soft_wrap=True)
     return 0
 
 

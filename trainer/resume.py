@@ -10,23 +10,12 @@ from typing import Any
 
 from trainer import checkpoint
 from trainer.build import Parts
-from trainer.config import RunConfig, flat_fields
+from trainer.config import RunConfig, flat
 from trainer.errors import ConfigError, OutputError
 from trainer.run_folder import RunFolder, read_rows
+from trainer.settings import FIXED, FREE, LEAKING
 
 log = logging.getLogger(__name__)
-
-# Settings that change where or how fast a run computes, never its result. More steps are free as
-# well, since nothing in a step depends on how many follow.
-FREE = {
-    "ds_config", "output_dir", "resume", "data.root", "data.workers",
-    "data.cache_dir", "data.cache_gib", "data.fetch_deadline", "data.fetch_retries",
-    "data.max_bad_fraction", "model.weights",
-    "model.grad_checkpointing", "moa.ep_size", "moa.transport",
-    "train.steps", "train.eval_batch", "train.time_limit", "train.skip_nonfinite",
-    "train.step_deadline", "checkpoint.every", "checkpoint.keep",
-    "checkpoint.background", "checkpoint.allow_changes",
-}  # fmt: skip
 
 # What the data stream says of itself and a setting decides, where the names differ.
 DECIDED_BY = {"sources": ("data.held_out", "data.holdout_fraction")}
@@ -60,7 +49,7 @@ def find_start(folder: RunFolder, parts: Parts) -> Start:
     """
     checkpoint.clean_up(folder.checkpoints)
     mode, newest = parts.config.resume, checkpoint.load_newest(folder.checkpoints)
-    if mode == "never" and (newest is not None or folder.results.exists()):
+    if mode == "never" and (newest is not None or _has_rows(folder)):
         raise OutputError(
             f"output_dir: {folder.path} already holds a run; give another --output_dir, or "
             "--resume auto to continue it"
@@ -95,6 +84,10 @@ def find_start(folder: RunFolder, parts: Parts) -> Start:
     return Start(newest.folder, step, finished, [{"step": step, **change} for change in changes])
 
 
+def _has_rows(folder: RunFolder) -> bool:
+    return folder.results.exists() or folder.evaluations.exists()
+
+
 def _lost(folder: RunFolder, step: int) -> str:
     """In words, how many steps on record come after the checkpoint."""
     if not folder.metrics.exists():
@@ -111,12 +104,6 @@ def state_of(parts: Parts) -> dict[str, Any]:
     text = json.dumps([binding, data], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()
     return {"config": config, "data": data, "config_sha256": digest}
-
-
-def flat(config: RunConfig) -> dict[str, Any]:
-    """Dotted setting names and plain values, as JSON gives them back."""
-    settings = flat_fields(config)
-    return {key: list(v) if isinstance(v, tuple) else v for key, v in settings.items()}
 
 
 def check_agreement(
@@ -136,7 +123,8 @@ def check_agreement(
     Raises:
         ConfigError: names each other differing setting with its old and new value.
     """
-    settings = _differences(old["config"], new["config"])
+    # What an earlier release had no setting for, it did as the default does now.
+    settings = _differences(flat(RunConfig()) | old["config"], new["config"])
     changes = [change for change in settings if change["setting"] not in FREE]
     refused = [change for change in changes if change["setting"] not in allowed]
     if not refused:  # otherwise the data differ because a setting does
@@ -169,8 +157,18 @@ def _follows(entry: str, changes: list[dict[str, Any]]) -> bool:
 def _refusal(change: Mapping[str, Any], folder: Path) -> str:
     name = change["setting"]
     key = "data" if name.startswith("data or") else name
+    start = f"{name}: the run in {folder} has {change['old']!r}, now {change['new']!r}; "
+    if key in LEAKING:
+        return (
+            f"{start}keep the old value, or start another run with another --output_dir: what this "
+            "one has trained on would be tested on"
+        )
+    if key in FIXED:
+        return (
+            f"{start}keep the old value, or start another run with another --output_dir: "
+            f"{FIXED[key]}"
+        )
     return (
-        f"{name}: the run in {folder} has {change['old']!r}, now {change['new']!r}; keep the old "
-        "value, start another run with another --output_dir, or go on regardless with "
-        f"--checkpoint.allow_changes=[{key}]"
+        f"{start}keep the old value, start another run with another --output_dir, or go on "
+        f"regardless with --checkpoint.allow_changes='[{key}]'"
     )

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,11 +14,16 @@ from typing import Any
 
 import yaml
 
+from moa.folders import recover_folder, sync
 from trainer.config import ROOT, RunConfig, as_plain
-from trainer.durable import replace_text, sync
+from trainer.durable import replace_text
 from trainer.errors import CheckpointError, OutputError
 from trainer.folder_lock import FolderLock
 
+ZERO_SHOT = "zero_shot.json"
+"""A row as in `results.jsonl`, of the classifier made from text, before any training."""
+SPEED = "moa/images_per_second"
+"""Column of the training speed, in the rows of evaluations that could measure it."""
 PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "numpy")
 
 
@@ -32,8 +38,11 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.adapter, self.adapter_last = path / "adapter", path / "adapter-last"
+        self.averages = (path / "adapter-ema", path / "adapter-swad")
         self.tensorboard, self.log = path / "tensorboard", path / "log.txt"
         self.results, self.metrics = path / "results.jsonl", path / "metrics.jsonl"
+        self.evaluations = path / "evaluations.jsonl"
+        self.routing, self.heartbeats = path / "routing.png", path / "heartbeats"
         self.done = path / "done"
         self._lock = FolderLock(path)
 
@@ -43,13 +52,13 @@ class RunFolder:
         Raises:
             OutputError: it cannot be written, or another run holds it.
         """
-        from moa.state import recover_folder  # here: reading results needs no torch
-
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
+            sync(self.path)
             self._lock.acquire()
-            for adapter in (self.adapter, self.adapter_last):
+            for adapter in (self.adapter, self.adapter_last, *self.averages):
                 recover_folder(adapter)
+            shutil.rmtree(self.heartbeats, ignore_errors=True)  # of a start that failed
         except OutputError:
             raise
         except OSError as error:
@@ -57,6 +66,10 @@ class RunFolder:
                 f"output_dir: cannot write {self.path} ({error.strerror}); give a writable "
                 "--output_dir"
             ) from error
+
+    def check(self) -> None:
+        """Raises `OutputError` if the claimed folder was removed, or taken by another run."""
+        self._lock.check()
 
     def release(self) -> None:
         """Lets others use the folder."""
@@ -98,27 +111,38 @@ class RunFolder:
         (self.path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
 
     def append(self, path: Path, row: Mapping[str, Any]) -> None:
-        """Adds one JSON line, flushed to the file before returning."""
+        """Adds one JSON line, flushed to the file before returning.
+
+        Raises:
+            OutputError: the folder is no longer this run's.
+        """
+        self.check()
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def sync_rows(self) -> None:
         """Waits until all rows are on the disk, before a checkpoint that comes after them."""
-        for path in (self.results, self.metrics):
+        self.check()
+        for path in (self.results, self.evaluations, self.metrics):
             if path.exists():
                 sync(path)
 
-    def cut_back(self, first_step: int, first_evaluation: int | None = None) -> None:
+    def cut_back(
+        self, first_step: int, first_evaluation: int | None = None, keeps_results: bool = True
+    ) -> None:
         """Drops what a resumed run does again: rows of `first_step` and later.
 
         Args:
             first_step: the next training step.
             first_evaluation: the same for evaluations, where it is another.
+            keeps_results: whether earlier rows of `results.jsonl` are still right.
         """
         self.done.unlink(missing_ok=True)
+        evaluation = first_step if first_evaluation is None else first_evaluation
         first = {
             self.metrics: first_step,
-            self.results: first_step if first_evaluation is None else first_evaluation,
+            self.evaluations: evaluation,
+            self.results: evaluation if keeps_results else 0,
         }
         for path, step in first.items():
             if path.exists():
@@ -137,7 +161,7 @@ def read_rows(path: Path, torn: bool = False) -> list[dict[str, Any]]:
         CheckpointError: a line is not JSON.
     """
     rows: list[dict[str, Any]] = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))

@@ -5,24 +5,33 @@ replace by those of a cluster. Compute and communication are added up, as if not
 """
 
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from trainer.estimates import Batches, Sharding
     from trainer.footprint import Footprint
 
 WORLDS = (8, 16, 32, 64, 128, 256, 512)
 """GPUs for which a plan predicts a step."""
+
+FLOPS = {"bf16": 400e12, "fp32": 40e12}
+"""FLOP/s that a GPU is assumed to reach on the backbone, by precision.
+
+About 40 % of the 989 that an H100 could do in bf16, 60 % of the 67 that it could in fp32, where
+nothing allows TF32.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
     """What the hardware is assumed to give."""
 
-    flops: float = 400e12
-    """FLOP/s that a GPU reaches on the backbone (about 40 % of an H100's bf16 peak)"""
+    flops: float = FLOPS["bf16"]
+    """FLOP/s that a GPU reaches on the backbone"""
     node: float = 200e9
     """bytes/s that a GPU sends within its node"""
     network: float = 25e9
@@ -37,26 +46,30 @@ class Load:
     """What one step of a run computes and sends.
 
     Attributes:
+        images: of one process.
         flops: of one image, forward, backward and recomputation.
         frozen_bytes: weights that ZeRO-3 gathers.
         trainable: numbers that train.
-        expert_bytes: of all experts of all layers, in the precision they travel in.
-        token_bytes: one image's tokens on their way to experts, both ways, forward only.
+        expert_bytes: what a process sends for its experts' sake (`moa.placement.traffic`).
         layers: adapted layers.
         modules: blocks whose weights ZeRO-3 gathers one after the other.
         stage: ZeRO stage.
-        transport: of expert parallelism.
+        accumulation: micro-batches.
+        ep_size: processes that share the experts; 1 for none.
+        transport: by which they do; None if they do not.
     """
 
+    images: int
     flops: float
     frozen_bytes: float
     trainable: int
     expert_bytes: float
-    token_bytes: float
     layers: int
     modules: int
     stage: int
-    transport: Literal["gather", "all_to_all"] = "gather"
+    accumulation: int = 1
+    ep_size: int = 1
+    transport: Literal["gather", "all_to_all"] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,65 +95,73 @@ class Prediction:
 
 
 def load_of(
-    model: "nn.Module", footprint: "Footprint", stage: int, tokens: int, width: int
+    model: "nn.Module",
+    footprint: "Footprint",
+    batches: "Batches",
+    sharding: "Sharding",
+    tokens: int,
 ) -> Load:
     """The load of a planned run.
 
     Args:
         model: injected, on the meta device.
         footprint: what was measured of it.
-        stage: ZeRO stage.
+        batches: batch arithmetic.
+        sharding: what the DeepSpeed JSON says.
         tokens: of an adapted layer, per image.
-        width: bytes of a weight.
+
+    Raises:
+        MoAConfigError: a transport that cannot work.
     """
     from moa.layer import moa_layers
-    from moa.placement import resolve_transport
+    from moa.placement import resolve_transport, traffic
 
     layers = [layer for _, layer in moa_layers(model)]
-    mixes = bool(layers) and layers[0].config.mixes
-    experts = sum(p.numel() for layer in layers for p in layer.experts.parameters())
-    sides = sum(
-        layer.config.experts_kept * (layer.in_features + layer.out_features) for layer in layers
-    )
+    ep_size, transport, expert_bytes = 1, None, 0.0
+    width, pieces = sharding.working_bytes, batches.accumulation
+    if layers and layers[0].config.mixes and layers[0].config.ep_size > 1:
+        ep_size = layers[0].config.ep_size
+        transport = resolve_transport(layers, tokens * batches.micro_batch)
+        sent = traffic(layers, tokens * batches.per_process, ep_size, width, pieces)
+        expert_bytes = sent[transport]
     parameters = list(model.parameters())
     return Load(
+        images=batches.per_process,
         flops=footprint.forward + footprint.backward + footprint.recomputed,
         frozen_bytes=width * sum(p.numel() for p in parameters if not p.requires_grad),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        expert_bytes=width * experts,
-        token_bytes=width * tokens * sides,
+        expert_bytes=expert_bytes,
         layers=len(layers),
-        modules=len(model.blocks),  # type: ignore[arg-type]
-        stage=stage,
-        transport=resolve_transport(layers, tokens * footprint.images) if mixes else "gather",
+        modules=sum(bool(re.search(r"(^|\.)blocks\.\d+$", n)) for n, _ in model.named_modules()),
+        stage=sharding.stage,
+        accumulation=pieces,
+        ep_size=ep_size,
+        transport=transport,
     )
 
 
-def predict(load: Load, world: int, images: int, ep_size: int, rates: Rates) -> Prediction:
-    """One step on `world` GPUs.
-
-    Args:
-        load: the run.
-        world: GPUs.
-        images: per GPU.
-        ep_size: ranks that share the experts; 1 for none.
-        rates: the hardware.
-    """
+def predict(load: Load, world: int, rates: Rates) -> Prediction:
+    """One step on `world` GPUs, each with as many images as the load says."""
 
     def collectives(number: int, sent: float, ranks: int) -> float:
         """Seconds of `number` collectives over `ranks` in which a rank sends `sent` bytes."""
         if ranks == 1:
             return 0.0
         rate = rates.node if ranks <= rates.gpus_per_node else rates.network
-        return number * rates.latency * math.log2(ranks) + sent * (ranks - 1) / ranks / rate
+        return number * rates.latency * math.log2(ranks) + sent / rate
 
-    # Gradients are reduced in fp32 to their owners, and the new weights gathered, in one bucket.
-    gradients = collectives(2, 2 * 4 * load.trainable, world)
+    pieces, others = load.accumulation, (world - 1) / world
+    # Gradients are reduced in fp32 to their owners, from stage 2 on after every micro-batch since
+    # nobody else keeps them; the new weights are gathered once. Each fills one bucket.
+    buckets = 1 + (pieces if load.stage > 1 else 1)
+    gradients = collectives(buckets, buckets * 4 * load.trainable * others, world)
     weights = 0.0
-    if load.stage == 3:  # forward and backward gather each block's weights
-        weights = collectives(2 * load.modules, 2 * load.frozen_bytes, world)
-    if load.transport == "gather":
-        experts = collectives(2, 2 * load.expert_bytes, ep_size)
-    else:  # sizes, tokens there, results back; in backward the two once more
-        experts = collectives(5 * load.layers, 2 * load.token_bytes * images, ep_size)
-    return Prediction(world, images, load.flops * images / rates.flops, gradients, weights, experts)
+    if load.stage == 3:  # forward and backward of every micro-batch gather each block's weights
+        gathers = 2 * pieces
+        sent = gathers * load.frozen_bytes * others
+        weights = collectives(gathers * load.modules, sent, world)
+    # Tokens travel per layer: sizes, there, results back; in backward the two once more.
+    number = 5 * load.layers if load.transport == "all_to_all" else 2
+    experts = collectives(number * pieces, load.expert_bytes, load.ep_size)
+    compute = load.flops * load.images / rates.flops
+    return Prediction(world, load.images, compute, gradients, weights, experts)

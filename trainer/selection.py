@@ -1,13 +1,45 @@
-"""Model selection rules as pure functions over the rows of `results.jsonl` (DomainBed's protocol).
+"""Model selection rules as pure functions over rows of evaluations (DomainBed's protocol).
 
 A row has `step` and, for each domain i in the dataset's order, `env{i}_in_acc` (80 %) and
-`env{i}_out_acc` (20 %), all in [0, 1].
+`env{i}_out_acc` (20 %), all in [0, 1]; those of `evaluations.jsonl` have the sources' `out` only.
+Every rule picks one row of one run; the number to report is always that row's
+`env{held_out}_in_acc`. Among equals the first evaluation wins.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 Row = Mapping[str, Any]
+OUT_ACCURACY = re.compile(r"env(\d+)_out_acc")
+
+TRAINING_DOMAIN_VALIDATION = "training_domain_validation"
+ORACLE = "oracle"
+LEAVE_ONE_DOMAIN_OUT = "leave_one_domain_out"
+SIBLINGS = "siblings"
+RULES: dict[str, str] = {
+    TRAINING_DOMAIN_VALIDATION: "step with the best mean of the sources' out accuracies",
+    ORACLE: "the last step; ranks settings by the target's own out accuracy",
+    LEAVE_ONE_DOMAIN_OUT: "step with the best mean over runs that hold out one more domain each",
+    SIBLINGS: "step with the best mean over the runs that hold out each other domain instead",
+}
+"""Name and meaning of every rule; the first is the default."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a rule picked in one run.
+
+    Attributes:
+        step: the chosen evaluation.
+        validation: what the rule ranks by, in steps and between settings.
+        accuracy: the number to report, the target's `in` accuracy.
+    """
+
+    step: int
+    validation: float
+    accuracy: float
 
 
 def num_domains(row: Row) -> int:
@@ -18,20 +50,109 @@ def num_domains(row: Row) -> int:
     return count
 
 
-def validation_accuracy(row: Row, held_out: int) -> float:
-    """Unweighted mean of the source domains' `out` accuracies."""
-    sources = [i for i in range(num_domains(row)) if i != held_out]
+def columns_of(kind: str, row: Row) -> dict[str, Any]:
+    """Columns `moa/{kind}/...` of a row, such as an average's, as if they were the run's own."""
+    start = f"moa/{kind}/"
+    return {k.removeprefix(start): value for k, value in row.items() if k.startswith(start)}
+
+
+def validation_accuracy(row: Row, withheld: Collection[int]) -> float:
+    """Unweighted mean of the source domains' `out` accuracies; `withheld` are no sources."""
+    found = (OUT_ACCURACY.fullmatch(key) for key in row)
+    numbers = sorted(int(match[1]) for match in found if match)
+    sources = [number for number in numbers if number not in withheld]
     return float(sum(row[f"env{i}_out_acc"] for i in sources) / len(sources))
 
 
-def training_domain_validation(rows: Sequence[Row], held_out: int) -> Row:
+def training_domain_validation(rows: Sequence[Row], withheld: Collection[int]) -> Row:
     """The row with the best `validation_accuracy`; the first of equals.
 
     The number to report is that row's `env{held_out}_in_acc`.
+
+    Args:
+        rows: of one run.
+        withheld: numbers of the domains it was not trained on.
 
     Raises:
         ValueError: there is no row.
     """
     if not rows:
         raise ValueError("no evaluation to select from")
-    return max(rows, key=lambda row: validation_accuracy(row, held_out))
+    return max(rows, key=lambda row: validation_accuracy(row, withheld))
+
+
+def by_training_domains(rows: Sequence[Row], held_out: int) -> Choice:
+    """Training-domain validation of one run."""
+    row = training_domain_validation(rows, (held_out,))
+    return _choice(row, validation_accuracy(row, (held_out,)), held_out)
+
+
+def by_oracle(rows: Sequence[Row], held_out: int) -> Choice:
+    """DomainBed's test-domain validation: the last step, no early stopping.
+
+    It looks at the target's `out` split only to rank runs of different settings.
+
+    Raises:
+        ValueError: there is no row.
+    """
+    if not rows:
+        raise ValueError("no evaluation to select from")
+    last = max(rows, key=lambda row: int(row["step"]))
+    return _choice(last, last[f"env{held_out}_out_acc"], held_out)
+
+
+def by_leaving_one_out(
+    rows: Sequence[Row], held_out: int, pairs: Mapping[int, Sequence[Row]]
+) -> Choice | None:
+    """DomainBed's leave-one-domain-out cross-validation.
+
+    At each step the other domains vote, each with its `in` accuracy in a run that was trained on
+    neither it nor the target.
+
+    Args:
+        rows: the run that holds out the target alone.
+        held_out: the target.
+        pairs: by domain v, the rows of the run that holds out v and the target.
+
+    Returns:
+        The choice; None unless at some step of `rows` every other domain can vote.
+    """
+    return _by_votes(rows, held_out, pairs)
+
+
+def by_siblings(
+    rows: Sequence[Row], held_out: int, siblings: Mapping[int, Sequence[Row]]
+) -> Choice | None:
+    """Like `by_leaving_one_out`, with the runs that hold out another domain alone.
+
+    Not a rule of DomainBed: those runs were trained on the target domain. No run beyond the usual
+    one per held-out domain is needed.
+
+    Args:
+        rows: the run that holds out the target.
+        held_out: the target.
+        siblings: by domain v, the rows of the run that holds out v.
+    """
+    return _by_votes(rows, held_out, siblings)
+
+
+def _by_votes(
+    rows: Sequence[Row], held_out: int, voters: Mapping[int, Sequence[Row]]
+) -> Choice | None:
+    """The step of `rows` at which the voters' accuracies on their own domains are best."""
+    if not rows:
+        return None
+    others = [v for v in range(num_domains(rows[0])) if v != held_out]
+    if not set(others) <= set(voters):
+        return None
+    votes = {v: {row["step"]: row[f"env{v}_in_acc"] for row in voters[v]} for v in others}
+    choices = [
+        _choice(row, sum(votes[v][row["step"]] for v in others) / len(others), held_out)
+        for row in rows
+        if all(row["step"] in votes[v] for v in others)
+    ]
+    return max(choices, key=lambda choice: choice.validation, default=None)
+
+
+def _choice(row: Row, validation: float, held_out: int) -> Choice:
+    return Choice(int(row["step"]), float(validation), float(row[f"env{held_out}_in_acc"]))

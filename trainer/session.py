@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from trainer.build import Parts
     from trainer.run_folder import RunFolder
 
+log = logging.getLogger(__name__)
+
 CANNOT_WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 """Only writing ends in these; a permission that is missing may as well be one to read."""
 
@@ -90,22 +92,28 @@ def run(config: RunConfig, world: World, stopping: Stopping) -> None:
     """
     # Heavy imports come after the command line has proved legal.
     from trainer.build import build
-    from trainer.monitor import set_up_logging, terminal
+    from trainer.console import set_up_logging, terminal
     from trainer.resume import Start, find_start
     from trainer.run_folder import RunFolder
 
     if config.train.time_limit is not None:
         stopping.limit = seconds_of(config.train.time_limit)
     console, parts = terminal(), build(config, world)
-    folder, start = RunFolder(parts.config.run_folder(parts.held_out_name)), Start()
+    folder, start = RunFolder(parts.config.run_folder(parts.config.data.held_out or "")), Start()
     with folder.claimed() if world.is_main else nullcontext():
         if world.is_main:
             set_up_logging(folder.log, console)
             start = find_start(folder, parts)
+            say_what(parts, world)
+            if start.finished:
+                again = shlex.quote(str(folder.path))
+                log.info("finished before; to start afresh: rm -r %s", again)
 
         from trainer import engine  # imports deepspeed, which takes seconds
         from trainer.assembly import train
+        from trainer.zero_check import check_zero
 
+        check_zero(parts.ds_json, config.ds_config)
         engine.start(world)
         start = engine.from_main(start)
         if not start.finished:
@@ -115,25 +123,47 @@ def run(config: RunConfig, world: World, stopping: Stopping) -> None:
         engine.stop()
 
 
+def say_what(parts: "Parts", world: World) -> None:
+    """Logs what this run is."""
+    config = parts.config
+    log.info(
+        "%s on %s, %s held out of %s; processes: %d, precision: %s",
+        config.moa.method, config.model.backbone, " and ".join(parts.withheld_names),
+        config.data.dataset, world.size, config.train.precision,
+    )  # fmt: skip
+    if unused := config.moa.unused():
+        names = ", ".join(f"moa.{name}" for name in unused)
+        log.warning("without effect, since %s does not use them: %s", config.moa.method, names)
+    if unused := config.data.unused():
+        names = ", ".join(f"data.{name}" for name in unused)
+        log.warning("without effect, since data.root is no remote one: %s", names)
+
+
 def show_result(parts: "Parts", folder: "RunFolder", console: "Console") -> None:
     """Prints the closing table of a finished run, and where to look further."""
     from moa.state import WEIGHTS_FILE
-    from trainer.report import closing_table
-    from trainer.run_folder import read_rows
+    from trainer.closing import closing_table
+    from trainer.run_folder import SPEED, read_rows
 
     rows, report = read_rows(folder.results), parts.report
-    file = folder.adapter / WEIGHTS_FILE
+    file, speed = folder.adapter / WEIGHTS_FILE, rows[-1].get(SPEED)
     size = f"{file.stat().st_size / 2**20:.2f} MiB" if file.exists() else "was removed"
     facts = {
         "method": parts.config.moa.method,
         "trainable / total parameters": f"{report.trainable:,} / {report.total:,}",
         "of which head": f"{report.head:,}",
         "adapter file": size,
-        "training speed": f"{rows[-1]['moa/images_per_second']:.0f} images/s",
+        "training speed": f"{speed:.0f} images/s" if speed else "not measured",
     }
-    console.print(closing_table(rows, parts.index.domains, parts.held_out, facts))
+    for average in folder.averages:  # no part of the selection, so below the table
+        name = average.name.removeprefix("adapter-")
+        accuracy = rows[-1].get(f"moa/{name}/env{parts.held_out}_in_acc")
+        if accuracy is not None:
+            facts[f"held-out accuracy, {average.name}"] = f"{100 * accuracy:.1f}"
+    console.print(closing_table(rows, parts.index.domains, parts.withheld, facts))
     for line in (
         f"run folder: {folder.path}",
+        *([f"routing map: {folder.routing}"] if folder.routing.exists() else []),
         f"curves: tensorboard --logdir {shlex.quote(str(folder.tensorboard))}",
     ):
         console.print(line, soft_wrap=True, highlight=False, markup=False)

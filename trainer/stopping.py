@@ -192,17 +192,15 @@ class Stopping:
             where = "before step 0; the same command starts again"
         return f"stopped by {self.reason} {where}"
 
-    def pause(self, more: bool) -> bool:
-        """Within an evaluation: whether any rank has `more` to do; a collective.
+    def pause(self) -> None:
+        """A point within an evaluation at which all ranks may leave it; a collective.
 
         Raises:
             EvaluationBrokenOff: the ranks agreed to stop; on all of them.
         """
-        going, *votes = self._sum([float(more), *self._votes()])
-        self.decide(votes)
+        self.decide(self._sum(self._votes()))
         if self.reason:
             raise EvaluationBrokenOff(self.reason)
-        return going > 0
 
 
 def shielded(loader: Any) -> Iterator[Any]:

@@ -41,6 +41,8 @@ class Beat:
         moves: counts up whenever its main thread gets on.
         step: the step it is in.
         phase: one of `PHASES`.
+        ended: the error that ended it there, if one did.
+        code: the exit code that this error stands for, if it has one.
     """
 
     rank: int
@@ -50,6 +52,8 @@ class Beat:
     moves: int
     step: int
     phase: str
+    ended: str = ""
+    code: int | None = None
 
     @property
     def place(self) -> tuple[int, int]:
@@ -57,9 +61,8 @@ class Beat:
         return self.step, PHASES.index(self.phase)
 
     def __str__(self) -> str:
-        return (
-            f"rank {self.rank} (host {self.host}, pid {self.pid}), step {self.step}, {self.phase}"
-        )
+        place = f"rank {self.rank} (host {self.host}, pid {self.pid}), step {self.step}"
+        return f"{place}, {self.phase}" + (f": {self.ended}" if self.ended else "")
 
 
 class Watchdog:
@@ -88,6 +91,7 @@ class Watchdog:
         self.first_step, self.quiet = step, 0.0
         self._place, self._moves, self._beats, self._moves_before = (step, BUILDING), 0, 0, 0
         self._reference: dict[int, Beat] = {}
+        self._error: Exception | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -98,10 +102,14 @@ class Watchdog:
         self._beat()
         self._thread.start()
 
-    def stop(self) -> None:
-        """Ends watching and clears this rank's traces."""
+    def stop(self, error: Exception | None = None) -> None:
+        """Ends watching; clears this rank's traces, or leaves word of the error that ended it."""
         self._ended.set()
         self._thread.join()
+        if error is not None:
+            self._error = error
+            self._beat()
+            return
         with suppress(OSError):
             self._path(self.world.rank).unlink()
             self._path(self.world.rank).parent.rmdir()  # the last rank finds it empty
@@ -114,14 +122,18 @@ class Watchdog:
             PeerLostError: a collective failed because another rank is gone.
         """
         self.start()
+        error: Exception | None = None
         try:
             yield
-        except RuntimeError as error:
-            if exit_code(error) is None and (lost := self._lost()):
-                raise PeerLostError(f"{lost}; the same command resumes") from error
-            raise
+        except Exception as found:
+            error = found
+            if exit_code(found) is None and isinstance(found, RuntimeError):
+                error = self._lost() or found
+            if error is found:
+                raise
+            raise error from found
         finally:
-            self.stop()
+            self.stop(error)
 
     def note(self, phase: str, step: int | None = None) -> None:
         """The main thread gets on; cheap enough for every batch."""
@@ -135,6 +147,10 @@ class Watchdog:
         """Writes this rank's state; a file system that fails now and then does no harm."""
         self._beats += 1
         step, phase = self._place
+        ended, code = "", None
+        if self._error is not None and not isinstance(self._error, PeerLostError):
+            lines = str(self._error).splitlines() or [""]
+            ended, code = f"{type(self._error).__name__}: {lines[0]}", exit_code(self._error)
         beat = Beat(
             self.world.rank,
             socket.gethostname(),
@@ -143,6 +159,8 @@ class Watchdog:
             self._moves,
             step,
             phase,
+            ended,
+            code,
         )
         self._own = beat
         path = self._path(self.world.rank)
@@ -205,6 +223,9 @@ class Watchdog:
         return others - alive
 
     def _verdict(self, now: dict[int, Beat], silent: set[int]) -> str:
+        failed = [str(now[rank]) for rank in sorted(silent & now.keys()) if now[rank].ended]
+        if failed:
+            return "an error ended " + "; ".join(failed)
         if silent:
             last = [str(now.get(rank, f"rank {rank} (never heard of)")) for rank in sorted(silent)]
             return "no sign of life from " + "; ".join(last)
@@ -214,10 +235,16 @@ class Watchdog:
             return f"every rank hangs alike, {ranks[0]}"
         return "behind is " + "; ".join(ranks)
 
-    def _lost(self) -> str:
-        """After a failed collective: who gives no sign of life for some beats; empty if all do."""
-        self._reference = self._all_beats()
-        time.sleep(3 * self.interval)
-        now = self._all_beats()
-        silent = self._silent(now)
-        return self._verdict(now, silent) if silent else ""
+    def _lost(self) -> PeerLostError | None:
+        """After a failed collective: who left an error behind, or gives no sign of life."""
+        self._reference, now = {}, self._all_beats()
+        if not any(beat.ended for beat in now.values()):
+            self._reference = now
+            time.sleep(3 * self.interval)
+            now = self._all_beats()
+        if not (silent := self._silent(now)):
+            return None
+        codes = [beat.code for beat in now.values() if beat.code is not None]
+        if codes:  # it is that rank's error which counts, and ends this run again when repeated
+            return PeerLostError(self._verdict(now, silent), codes[0])
+        return PeerLostError(f"{self._verdict(now, silent)}; the same command resumes")

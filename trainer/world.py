@@ -4,7 +4,6 @@ Reads the environment only; starting the process group is `trainer.engine`'s bus
 """
 
 import os
-import socket
 from dataclasses import dataclass
 
 
@@ -30,11 +29,18 @@ class World:
         return self.rank == 0
 
 
+ALONE = World(rank=0, size=1, local_rank=0, local_size=1)
+"""A single process that no launcher knows of."""
+
+
 # Launcher -> variables of rank, size, local rank, local size. The first whose rank and size are
-# set counts; `deepspeed` and `torchrun` both set the first form, with different local sizes.
+# set counts; `deepspeed` and `torchrun` both set the first form, with different local sizes. The
+# interactive shell of salloc may be a step of one task, where SLURM_NTASKS is still the job's.
+_SLURM = ("SLURM_LOCALID", ("SLURM_NTASKS_PER_NODE",))
 _LAUNCHERS = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK", ("LOCAL_SIZE", "LOCAL_WORLD_SIZE")),
-    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", ("SLURM_NTASKS_PER_NODE",)),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", *_SLURM),
+    ("SLURM_PROCID", "SLURM_NTASKS", *_SLURM),
 )
 
 
@@ -44,24 +50,15 @@ def world_from_environment() -> World:
     for rank, size, local_rank, local_sizes in _LAUNCHERS:
         # Inside a SLURM allocation but outside srun there is no step, hence no task number to use.
         if rank in env and size in env and (rank == "RANK" or "SLURM_STEP_ID" in env):
-            local_size = next((env[name] for name in local_sizes if name in env), "1")
+            number = int(env[size])
+            local_size = next((int(env[name]) for name in local_sizes if name in env), 1)
             return World(
-                int(env[rank]), int(env[size]), int(env.get(local_rank, 0)), int(local_size)
+                int(env[rank]), number, int(env.get(local_rank, 0)), min(local_size, number)
             )
-    return World(0, 1, 0, 1)
+    return ALONE
 
 
 def export_world(world: World) -> None:
     """Sets the variables that torch.distributed reads, for launchers that do not."""
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(world.rank), str(world.size)
     os.environ["LOCAL_RANK"] = str(world.local_rank)
-    if world.size == 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(free_port()))
-
-
-def free_port() -> int:
-    """A TCP port of this host that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

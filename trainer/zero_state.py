@@ -1,10 +1,10 @@
 """What the optimizer holds, by name and whole, whatever stage and world it is spread over.
 
 DeepSpeed keeps fp32 masters and Adam's moments in flat partitions; here they become one fp32 tensor
-per trainable name on the CPU of every rank, and go back. All functions are collectives.
+per trainable name on the CPU of every rank, and go back. All functions but `show` are collectives.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,10 +63,59 @@ def write(
         }
     _link(ds.optimizer)
     for name, parameter in trainables.items():
+        if _is_idle(name):
+            continue
         _write_one(parameter, masters[name], None)
         for moment in MOMENTS:
             _write_one(parameter, moments[f"{name}|{moment}"], moment)
     ds.global_steps = step
+
+
+def flat_masters(ds: Any) -> list[Tensor]:
+    """This rank's share of the fp32 masters, as the optimizer holds it."""
+    return [flat.detach() for flat in _flat_masters(ds.optimizer)]
+
+
+def read_lent(
+    ds: Any, trainables: Mapping[str, nn.Parameter], flats: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """What `read_masters` would give if the masters were `flats`."""
+    masters = flat_masters(ds)
+    own = [flat.clone() for flat in masters]
+    torch._foreach_copy_(masters, list(flats))
+    whole = read_masters(ds.module, trainables)
+    torch._foreach_copy_(masters, own)
+    return whole
+
+
+def shares_of(
+    ds: Any, trainables: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
+) -> list[Tensor]:
+    """This rank's share of whole values, laid out like `flat_masters`."""
+    masters = flat_masters(ds)
+    own = [flat.clone() for flat in masters]
+    for name, parameter in trainables.items():
+        if not _is_idle(name):
+            _write_one(parameter, values[name], None)
+    shares = [flat.clone() for flat in masters]
+    torch._foreach_copy_(masters, own)
+    return shares
+
+
+@torch.no_grad()
+def show(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Puts whole values into the model alone; its optimizer keeps what it has."""
+    parameters: dict[str, Any] = dict(module.named_parameters())
+    for name, place in moa.adapter_state_dict(module).items():
+        if _is_idle(name):
+            continue
+        parameter = parameters.get(name)
+        if parameter is None or not hasattr(parameter, "ds_tensor"):
+            place.copy_(values[name])
+            continue
+        parameter.ds_tensor.copy_(_own_share(parameter, values[name]))
+        if parameter.numel() == parameter.ds_numel:  # a small one, which stays gathered
+            parameter.copy_(values[name])
 
 
 def _flat_masters(optimizer: Any) -> list[Tensor]:
@@ -103,24 +152,33 @@ def _write_one(parameter: nn.Parameter, value: Tensor, moment: str | None) -> No
             safe_set_full_optimizer_state(parameter, value, moment)
         return
     # DeepSpeed's own setter of whole values fails at ZeRO-3 where ranks do not divide the size.
-    size = parameter.ds_tensor.numel()
-    ranks = dist.get_world_size()
-    padded = torch.zeros(size * ranks)
-    padded[: value.numel()] = value.reshape(-1)
-    own = padded[size * dist.get_rank() : size * (dist.get_rank() + 1)]
-    own = own.to(parameter.ds_tensor.device)
+    own = _own_share(parameter, value)
     if moment is None:
         safe_set_local_fp32_param(parameter, own)
     else:
         safe_set_local_optimizer_state(parameter, own, moment)
 
 
+def _own_share(parameter: Any, value: Tensor) -> Tensor:
+    """This rank's part of a whole value at ZeRO-3, padded as DeepSpeed pads it."""
+    size = parameter.ds_tensor.numel()
+    padded = torch.zeros(size * dist.get_world_size())
+    padded[: value.numel()] = value.reshape(-1)
+    own = padded[size * dist.get_rank() : size * (dist.get_rank() + 1)]
+    return own.to(parameter.ds_tensor.device)
+
+
+def _is_idle(name: str) -> bool:
+    """Whether this is the one number that a rank without experts holds, which no file knows."""
+    return name.startswith(f"{EXPERT_PARALLEL}.")
+
+
 def _whole(module: nn.Module, local: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With the experts that other ranks own; without the number that an idle rank holds."""
+    """With the experts that other ranks own, without the placeholder of an idle rank."""
     parallel = getattr(module, EXPERT_PARALLEL, None)
     if parallel is None:
         return local
-    own = {n: t for n, t in local.items() if not n.startswith(f"{EXPERT_PARALLEL}.")}
+    own = {n: t for n, t in local.items() if not _is_idle(n)}
     parts: list[dict[str, Tensor]] = [{} for _ in range(parallel.ep_size)]
     experts = {n: t for n, t in own.items() if ".experts." in n}
     dist.all_gather_object(parts, experts, group=parallel.group)

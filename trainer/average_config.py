@@ -1,0 +1,63 @@
+"""Settings of `trainer.averaging`; imports no torch."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class AverageConfig:
+    """Averages of the trained weights over the steps, evaluated and saved beside the last ones."""
+
+    ema: bool = False
+    """keep an exponential moving average, saved in adapter-ema/"""
+    ema_decay: float = 0.999
+    """its decay per step"""
+    ema_warmup: bool = True
+    """let the decay grow with the steps as 1 - (1 + step)^(-2/3), up to ema_decay"""
+    swad: bool = False
+    """average all steps within the valley of the validation loss, saved in adapter-swad/"""
+    swad_n_converge: int = 3
+    """evaluations by which the valley's start is recognised"""
+    swad_n_tolerance: int = 6
+    """evaluations in a row above the valley's level that end it"""
+    swad_tolerance_ratio: float = 1.3
+    """the valley's level as a multiple of the mean validation loss at its start"""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The averages that are kept, as they are called in rows, curves and folders."""
+        return tuple(name for name in ("ema", "swad") if getattr(self, name))
+
+    @property
+    def swad_copies(self) -> int:
+        """Most copies of the weights that SWAD holds: of the kept, open and waiting segments."""
+        return 2 + (self.swad_n_tolerance - 1)
+
+    def problems(self) -> list[str]:
+        """Every range problem, and what has no effect, one line each."""
+        default = AverageConfig()
+        found = [
+            f"average.{name}: has no effect without --average.{switch} true; add that, or leave "
+            f"{name} out"
+            for name, switch in (
+                ("ema_decay", "ema"), ("ema_warmup", "ema"), ("swad_n_converge", "swad"),
+                ("swad_n_tolerance", "swad"), ("swad_tolerance_ratio", "swad"),
+            )
+            if getattr(self, name) != getattr(default, name) and not getattr(self, switch)
+        ]  # fmt: skip
+        if not 0 <= self.ema_decay < 1:
+            found.append(f"average.ema_decay: {self.ema_decay}; must be a number >= 0 and < 1")
+        if self.swad_n_converge < 1:
+            found.append(
+                f"average.swad_n_converge: {self.swad_n_converge}; must be a whole number >= 1"
+            )
+        elif self.swad_n_tolerance < self.swad_n_converge:
+            found.append(
+                f"average.swad_n_tolerance: {self.swad_n_tolerance}; must be a whole number >= "
+                f"average.swad_n_converge ({self.swad_n_converge})"
+            )
+        if not 1 <= self.swad_tolerance_ratio < float("inf"):
+            found.append(
+                f"average.swad_tolerance_ratio: {self.swad_tolerance_ratio}; must be a finite "
+                "number >= 1"
+            )
+        return found

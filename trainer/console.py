@@ -1,0 +1,208 @@
+"""Where a user reads along: a live display on a terminal, plain lines that grep finds elsewhere."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.logging import RichHandler
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+log = logging.getLogger("trainer")
+
+
+def terminal() -> Console:
+    """The console all user-facing output goes to; rich itself honours NO_COLOR."""
+    return Console(file=sys.stdout)
+
+
+def set_up_logging(log_file: Path, console: Console) -> None:
+    """Sends the main rank's log lines to the console and to `log_file`."""
+    file = logging.FileHandler(log_file, encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handlers: list[logging.Handler] = [file]
+    if console.is_terminal:
+        handlers.append(RichHandler(console=console, show_path=False, show_time=False))
+    else:
+        handlers.append(logging.StreamHandler(sys.stdout))
+    for name in ("trainer", "shards", "moa"):
+        logger = logging.getLogger(name)
+        for old in list(logger.handlers):
+            logger.removeHandler(old)
+        for handler in handlers:
+            logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+@dataclass
+class Standing:
+    """Where a run stands, for whoever shows it.
+
+    Attributes:
+        total: steps of the run.
+        first_step: the first step of this start.
+        withheld: names of the domains that are not trained on.
+        done: steps done, those of earlier starts included.
+        row: the last step's numbers, as in `metrics.jsonl`.
+        img_s: images per second in the last step.
+        wait_share: share of the last steps' time that went into waiting for data.
+        peak_gib: most memory held so far.
+        phase: what the run is doing.
+        accuracies: of the last evaluation, per domain and split in [0, 1].
+        evaluated: its step.
+        started: when this start began, on the monotonic clock.
+    """
+
+    total: int
+    first_step: int
+    withheld: Collection[str]
+    done: int = 0
+    row: Mapping[str, float] = field(default_factory=dict)
+    img_s: float = 0.0
+    wait_share: float = 0.0
+    peak_gib: float = 0.0
+    phase: str = "starting"
+    accuracies: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    evaluated: int = -1
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since this start."""
+        return time.monotonic() - self.started
+
+    @property
+    def eta(self) -> str:
+        """Time left at the average pace so far, evaluations included; `?` before the first step."""
+        done = self.done - self.first_step
+        return clock(self.elapsed / done * (self.total - self.done)) if done > 0 else "?"
+
+    @property
+    def bad_images(self) -> int:
+        """Images that could not be used so far."""
+        return int(sum(n for name, n in self.row.items() if name.startswith("moa/bad/")))
+
+
+class Display:
+    """A run's standing on a terminal, drawn anew for whatever width it has.
+
+    Args:
+        standing: what to draw; it may change at any time.
+    """
+
+    def __init__(self, standing: Standing) -> None:
+        self.standing = standing
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Progress, numbers, and the accuracies of the last evaluation."""
+        standing, width = self.standing, options.max_width
+        yield self._progress(width)
+        yield from packed(self._numbers(), width, " · ")
+        if standing.accuracies:
+            title = f"accuracy % in/out after step {standing.evaluated}"
+            yield Text(title, style="dim", no_wrap=True, overflow="ellipsis")
+            yield from packed(self._cells(width), width, "   ")
+
+    def _progress(self, width: int) -> Table:
+        standing = self.standing
+        count = f"{standing.done}/{standing.total}"
+        share = f"{100 * standing.done // standing.total} %"
+        line = Table.grid(padding=(0, 1))
+        line.add_column(no_wrap=True)
+        line.add_column(ratio=1)
+        line.add_column(no_wrap=True)
+        line.add_column(no_wrap=True)
+        used = len(standing.phase) + len(count) + len(share) + 4
+        bar = ProgressBar(
+            total=standing.total, completed=standing.done, width=max(4, min(60, width - used))
+        )
+        line.add_row(Text(standing.phase, style="bold"), bar, count, share)
+        return line
+
+    def _numbers(self) -> list[Text]:
+        standing = self.standing
+        cells = []
+        if standing.row:
+            wait = f"data wait {100 * standing.wait_share:.0f} %"
+            cells += [
+                Text.assemble("loss ", (f"{standing.row['loss']:.4f}", "bold")),
+                Text(f"{standing.img_s:.0f} img/s"),
+                Text(wait, style="bold red" if standing.wait_share > 0.5 else ""),
+                Text(f"{standing.peak_gib:.2f} GiB"),
+            ]
+        if standing.bad_images:
+            cells.append(Text(f"{standing.bad_images} bad images", style="yellow"))
+        return [*cells, Text(clock(standing.elapsed)), Text(f"ETA {standing.eta}")]
+
+    def _cells(self, width: int) -> list[Text]:
+        """A cell per domain, all equally wide, so that they stand in columns."""
+        standing = self.standing
+        names = {d: f"{d} (held out)" if d in standing.withheld else d for d in standing.accuracies}
+        widest = max(4, min(max(map(len, names.values())), width - 12))
+        cells = []
+        for domain, splits in standing.accuracies.items():
+            style = "yellow" if domain in standing.withheld else ""
+            name = f"{names[domain][:widest]:<{widest}}"
+            cells.append(Text(f"{name} {both(splits, 100, 5, 1)}", style=style))
+        return cells
+
+
+def packed(cells: Sequence[Text], width: int, between: str) -> Iterator[Text]:
+    """As many cells on each line as fit into `width`; a wider one is cut."""
+    line = Text(no_wrap=True, overflow="ellipsis")
+    for cell in cells:
+        if line.cell_len and line.cell_len + len(between) + cell.cell_len > width:
+            yield line
+            line = Text(no_wrap=True, overflow="ellipsis")
+        if line.cell_len:
+            line.append(between, style="dim")
+        line.append_text(cell)
+    yield line
+
+
+def both(splits: Mapping[str, float], factor: float, width: int, digits: int) -> str:
+    """`in/out` of one domain; `-` for a split that was not evaluated."""
+    return "/".join(
+        f"{factor * splits[name]:{width}.{digits}f}" if name in splits else f"{'-':>{width}}"
+        for name in ("in", "out")
+    )
+
+
+def live(standing: Standing, console: Console) -> Live | None:
+    """A live display if the console is a terminal that can move its cursor, else None."""
+    if not console.is_terminal or os.environ.get("TERM") == "dumb":
+        return None
+    return Live(Display(standing), console=console, refresh_per_second=4)
+
+
+def plain_line(standing: Standing) -> str:
+    """One step for a log: names and values that grep and awk find."""
+    row = standing.row
+    bad = f" bad images {standing.bad_images}" if standing.bad_images else ""
+    return (
+        f"step {int(row['step'])}/{standing.total} loss {row['loss']:.4f} ce {row['ce']:.4f} "
+        f"aux {row['aux_loss']:.4f} grad_norm {row['grad_norm']:.3f} {standing.img_s:.0f} img/s "
+        f"wait {100 * standing.wait_share:.0f} % mem {standing.peak_gib:.2f} GiB "
+        f"ETA {standing.eta}{bad}"
+    )
+
+
+def evaluation_line(step: int, accuracies: Mapping[str, Mapping[str, float]]) -> str:
+    """One evaluation for a log."""
+    cells = (f"{domain} {both(splits, 1, 0, 3)}" for domain, splits in accuracies.items())
+    return f"eval step {step} (in/out) {' '.join(cells)}"
+
+
+def clock(seconds: float) -> str:
+    """`1:02:03` or `02:03` for a duration in seconds."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
