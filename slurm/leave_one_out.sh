@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Held-out domains x seeds x methods on any dataset, one array index a run; see docs/slurm.md.
+#   python -m trainer.grid --recipe pacs --seeds 0,1,2     # prints the line to submit
+#   sbatch --array=0-11 slurm/leave_one_out.sh --recipe pacs --seeds 0,1,2
+#SBATCH --job-name=leave_one_out
+#SBATCH --array=0-5
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=4
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=8
+#SBATCH --time=12:00:00
+#SBATCH --output=%x-%A_%a-%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
+
+cd "${SLURM_SUBMIT_DIR:?start this script with sbatch}" || exit 2
+source slurm/common.sh || { echo "submit from the root of the repository, not $PWD" >&2; exit 2; }
+
+complete domainnet_vitb_paper "$@"
+# One word a line: the settings of this index's run.
+cell=$("${python[@]}" -m trainer.grid --job "$SLURM_ARRAY_JOB_ID" \
+  --index "$SLURM_ARRAY_TASK_ID" "${settings[@]}") || die $? "no such run; not requeued"
+mapfile -t settings <<<"$cell"
+train
