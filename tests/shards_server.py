@@ -1,5 +1,6 @@
 """A web server on this machine that hands out a folder, and misbehaves as it is told."""
 
+import ssl
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -14,12 +15,12 @@ class Server:
 
     Attributes:
         script: file name -> what its next requests get: a status, `cut` (closed half-way), `stall`
-            (silence half-way), or a function that changes the content. An entry is used once,
-            unless it is the last and `forever` holds the name.
+            (silence half-way), `length abc` (as announced), or a function that changes the content.
+            An entry is used once, unless it is the last and `forever` holds the name.
         requests: file name -> how often it was asked for.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tls: ssl.SSLContext | None = None) -> None:
         self.folder = folder
         self.script: dict[str, list[int | str | Change]] = defaultdict(list)
         self.forever: set[str] = set()
@@ -36,7 +37,10 @@ class Server:
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_port}/sets/one"
+        if tls is not None:
+            self.http.socket = tls.wrap_socket(self.http.socket, server_side=True)
+        scheme = "http" if tls is None else "https"
+        self.url = f"{scheme}://127.0.0.1:{self.http.server_port}/sets/one"
         self.thread = threading.Thread(target=self.http.serve_forever, args=(0.01,))
 
     def __enter__(self) -> "Server":
@@ -64,7 +68,9 @@ class Server:
         if callable(act):
             content = act(content)
         request.send_response(200)
-        request.send_header("Content-Length", str(len(content)))
+        odd = isinstance(act, str) and act.startswith("length ")
+        length = act.removeprefix("length ") if odd else str(len(content))
+        request.send_header("Content-Length", length)
         request.end_headers()
         if act in ("cut", "stall"):
             request.wfile.write(content[: len(content) // 2])

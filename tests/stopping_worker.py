@@ -14,6 +14,7 @@ import torch  # noqa: E402  (needs the repaired path, as in run.py)
 from torch.nn import functional as F  # noqa: E402
 
 from trainer import loop, session  # noqa: E402
+from trainer.evaluation import Evaluator  # noqa: E402
 from trainer.stopping import Stopping  # noqa: E402
 
 RANK = int(os.environ.get("RANK", 0))
@@ -25,12 +26,12 @@ def signal_in_evaluation() -> None:
     """Rank 1 gets a signal at its third pause; the others learn of it from the votes."""
     original, calls = Stopping.pause, 0
 
-    def pause(self: Stopping, more: bool) -> bool:
+    def pause(self: Stopping) -> None:
         nonlocal calls
         calls += 1
         if RANK == 1 and calls == 3:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return original(self, more)
+        original(self)
 
     Stopping.pause = pause  # type: ignore[method-assign]
 
@@ -63,6 +64,26 @@ def losses_not_finite() -> None:
     loop.Trainer.train_step = noted  # type: ignore[method-assign]
 
 
+def signal_at_the_very_end() -> None:
+    """Rank 1 gets a signal when all is trained and the selected adapter's row is complete."""
+    original, calls = Evaluator.__call__, 0
+
+    def call(self: Evaluator, model: Any, cells: Any = None) -> Any:
+        nonlocal calls
+        calls += 1  # only the two evaluations at the end ask for no losses
+        if RANK == 1 and calls == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return original(self, model, cells)
+
+    Evaluator.__call__ = call  # type: ignore[method-assign]
+
+
+FAULT = {
+    "evaluation": signal_in_evaluation,
+    "nonfinite": losses_not_finite,
+    "closing": signal_at_the_very_end,
+}
+
 if __name__ == "__main__":
-    {"evaluation": signal_in_evaluation, "nonfinite": losses_not_finite}[sys.argv[1]]()
+    FAULT[sys.argv[1]]()
     sys.exit(session.main(sys.argv[2:]))

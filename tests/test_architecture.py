@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "deepspeed": {
         "trainer/engine.py",
         "trainer/partition.py",
+        "trainer/zero_check.py",
         "trainer/zero_state.py",
         "moa/expert_parallel.py",
     },
@@ -29,9 +30,12 @@ MAY_IMPORT = {
 COMMANDS = (
     ["trainer/run.py"],
     ["-m", "trainer.evaluate"],
+    ["-m", "trainer.export"],
+    ["-m", "trainer.flatness"],
     ["-m", "trainer.plan"],
     ["-m", "trainer.report"],
     ["-m", "trainer.sweep"],
+    ["-m", "trainer.grid"],
     ["-m", "trainer.bench"],
     ["-m", "shards.writer"],
 )

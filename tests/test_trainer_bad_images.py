@@ -1,33 +1,51 @@
 """Bad images in a whole run: counted in every record, kept over a resume, and at last its end."""
 
-import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from shards_fixtures import damage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.nn import functional as F
 from trainer_fixtures import arguments, launch, rows
 
+import trainer.vit_embedded  # noqa: F401  (registers the embedded backbone)
 from shards import DataConfig, DomainStream, ShardIndex, open_shards
 from shards.bad_samples import BadSample
+from shards.datasets import dataset_spec
 from shards.errors import DamagedDataError
+from shards.writer import write_shards
 from trainer.bad_images import BadImages
+from trainer.evaluation import Evaluator
+from trainer.figures import figures_of
+from trainer.predictions import collect
+from trainer.world import World
 
 SOURCES = range(5)
+BAD = 10  # every how many-th image is damaged
 
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
-    """The embedded data with a byte flipped in every 40th image."""
-    folder = tmp_path_factory.mktemp("damaged") / "digits"
-    shutil.copytree(open_shards(DataConfig()).root, folder)
-    index = ShardIndex.load(folder)
+    """Eight of each embedded digit and style, with a byte flipped in every 10th image."""
+    folder = tmp_path_factory.mktemp("damaged")
+    embedded = open_shards(DataConfig())
+    for env, domain in enumerate(embedded.domains):
+        labels = embedded.labels(env)
+        for label, name in enumerate(embedded.classes):
+            target = folder / "images" / domain / name
+            target.mkdir(parents=True)
+            for rank in (labels == label).nonzero()[0][:8]:
+                (target / f"{rank}.png").write_bytes(embedded.read(env, int(rank)).image)
+    index = write_shards(folder / "images", folder / "digits", dataset_spec("digits"))
     for env in range(6):
-        for row in index.table(env)[::40]:
-            damage(folder / index.shards[int(row["shard"])].file, int(row["offset"]) + 40)
-    return index
+        for row in index.table(env)[::BAD]:
+            damage(index.root / index.shards[int(row["shard"])].file, int(row["offset"]) + 40)
+    index.close()
+    return ShardIndex.load(index.root)
 
 
 def expected_counts(index: ShardIndex, steps: int) -> dict[str, int]:
@@ -35,7 +53,7 @@ def expected_counts(index: ShardIndex, steps: int) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for step in range(steps):
         for env, _, rank in zip(*stream.slots(step), strict=True):
-            if rank % 40 == 0:
+            if rank % BAD == 0:
                 counts[f"moa/bad/{index.domains[env]}/crc32"] += 1
     return dict(counts)
 
@@ -67,12 +85,34 @@ def test_counts_reach_every_record_and_survive_a_resume(
     results = rows(output / "results.jsonl")
     assert columns(results[-1]) == total
     unusable = sum(v for k, v in results[-1].items() if k.startswith("moa/unusable/"))  # type: ignore[misc]
-    assert unusable == sum(-(-damaged.num_samples(env) // 40) for env in range(6))
+    assert unusable == sum(-(-damaged.num_samples(env) // BAD) for env in range(6))
     assert f"bad images {sum(total.values())}" in result.stdout
     assert "is damaged" in (output / "log.txt").read_text()
     events = EventAccumulator(str(output / "tensorboard")).Reload()
     for name, count in total.items():
         assert events.Scalars(name.replace("moa/", "data/", 1))[-1].value == count
+
+
+def test_an_unusable_image_counts_as_it_is_guessed(damaged: ShardIndex) -> None:
+    """By a model that always says 3: all images of that class count as right, used or not."""
+
+    class Three(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.one_hot(torch.full((len(x),), 3), 10).float()
+
+    model = timm.create_model("vit_embedded")
+    evaluator = Evaluator(
+        index=damaged, data_config=timm.data.resolve_model_data_config(model), trial_seed=0,
+        holdout_fraction=0.2, batch_size=16, workers=0, world=World(0, 1, 0, 1),
+        device=torch.device("cpu"), dtype=torch.float32, sum_over_ranks=lambda value: value,
+    )  # fmt: skip
+    counts = evaluator(Three(), [(0, "all")])
+    labels = damaged.labels(0)
+    assert counts == {(0, "all"): ((labels == 3).sum(), len(labels), -(-len(labels) // BAD))}
+    assert (labels[::BAD] == 3).any()
+    (predictions,) = collect(evaluator, [Three()], 0, "all")
+    figures = figures_of(predictions)
+    assert (figures.correct, figures.samples, figures.unusable) == counts[0, "all"]
 
 
 def test_too_many_end_the_run_on_all_ranks(damaged: ShardIndex, tmp_path: Path) -> None:

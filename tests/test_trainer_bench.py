@@ -1,6 +1,9 @@
 """The benchmark runs, and compares like with like; what it measures is never asserted."""
 
+import importlib.util
 import json
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -65,6 +68,105 @@ def test_steps_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert all(row["img/s"] > 0 for row in rows.values())
 
 
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--rounds", "0"], ["--rounds", "'0'", ">= 1"]),
+        (["--rounds", "few"], ["--rounds", "'few'", "whole number"]),
+        (["--batches", "-4"], ["--batches", "'-4'", ">= 1"]),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(
+    argv: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        bench.main(["--part", "step", *argv])
+    assert caught.value.code == 2
+    told = capsys.readouterr().err
+    assert all(word in told for word in words)
+
+
+def refused(
+    argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str]:
+    """Exit code and lines of a command that must measure nothing."""
+
+    def never(*_: object) -> None:
+        raise AssertionError("measured")
+
+    for module in (bench_layer, bench_step):
+        monkeypatch.setattr(module, "measure", never)
+    code = bench.main(argv)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return code, captured.err
+
+
+def test_what_is_missing_shows_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = ["--part", "layer", "step"]
+    code, told = refused([*both, "--backbones", "vit_hug"], monkeypatch, capsys)
+    assert (code, told.split()[1]) == (2, "--backbones:")
+    assert "'vit_hug'" in told
+    target = tmp_path / "none" / "figures.json"
+    code, told = refused([*both, "--json", str(target)], monkeypatch, capsys)
+    assert (code, told.split()[1]) == (73, "--json:")
+    assert str(target) in told
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, told = refused(["--device", "cuda"], monkeypatch, capsys)
+    assert (code, told.split()[1]) == (2, "--device:")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "peft" else found(n))
+    code, told = refused(both, monkeypatch, capsys)
+    assert code == 2
+    assert "moa-trainer[test]" in told
+
+
+def test_what_is_there_is_shown_and_written_although_the_rest_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("later")
+
+    monkeypatch.setattr(bench_layer, "measure", lambda *_: {"first": {"row": {"ms": 1.5}}})
+    monkeypatch.setattr(bench_traffic, "measure", broken)
+    target = tmp_path / "figures.json"
+    with pytest.raises(RuntimeError, match="later"):
+        bench.main(["--part", "layer", "traffic", "--json", str(target)])
+    assert "first" in capsys.readouterr().out
+    assert json.loads(target.read_text()) == {"first": {"row": {"ms": 1.5}}}
+
+
+@pytest.mark.parametrize("fails", ["building", "stepping"])
+def test_a_model_that_does_not_fit_makes_room_for_the_next(
+    fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[weakref.ref[nn.Module]] = []
+
+    def make_step(name: str, _: bench_step.Setting) -> Callable[[], object]:
+        assert all(model() is None for model in alive), f"{name} is built beside another"
+        model = nn.Linear(1, 1)
+        alive.append(weakref.ref(model))
+        full = name == bench_step.REFERENCE
+
+        def work() -> None:
+            model(torch.ones(1))
+            if full:
+                raise torch.OutOfMemoryError("full")
+
+        if full and fails == "building":
+            work()
+        return work
+
+    monkeypatch.setattr(bench_step, "make_step", make_step)
+    monkeypatch.setattr(bench_step, "_peaks_on_cpu", lambda _: {})
+    setting = bench_step.Setting("vit_embedded", 1, "cpu", torch.float32, alone=True)
+    table, _ = bench_step._alone(setting, 1)
+    assert len(alive) == len(table) == len(bench_step.METHODS)
+    assert [row["ms"] == "out of memory" for row in table.values()] == [True, *[False] * 4]
+
+
 def test_more_is_counted_for_more_work() -> None:
     setting = bench_step.Setting("vit_embedded", 1, "cpu", torch.float32)
     flops = {name: bench_step.step_flops(name, setting) for name in bench_step.METHODS}
@@ -81,6 +183,14 @@ def test_a_step_through_the_engine() -> None:
     for row in rows.values():
         assert row["moved"] == row["trainable tensors"]
         assert 0 < float(row["loss"]) < 20
+
+
+def test_buckets_of_the_engine_hold_all_that_trains() -> None:
+    _, backbone, resolved = bench_engine.build(
+        bench_engine.Case("vit_embedded", 2, "fp32", False, method="full")
+    )
+    trainable = sum(p.numel() for p in backbone.model.parameters() if p.requires_grad)
+    assert resolved["zero_optimization"]["reduce_bucket_size"] > trainable > 2**20
 
 
 def test_traffic_is_what_the_formula_says() -> None:

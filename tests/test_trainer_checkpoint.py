@@ -1,11 +1,13 @@
 """Checkpoints under kills and damage: small tensors, no engine."""
 
+import errno
 import hashlib
 import json
 import os
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 from checkpoint_fixtures import (
@@ -20,7 +22,9 @@ from checkpoint_fixtures import (
 )
 
 from moa.errors import AdapterError
-from moa.state import read_adapter, recover_folder
+from moa.folders import recover_folder
+from moa.state import read_adapter
+from shards.errors import StorageError
 from trainer import checkpoint
 from trainer.best import Best, Candidate, restored_best, write_best
 from trainer.checkpoint import UnknownFormatError, clean_up, load, load_newest, verify
@@ -163,6 +167,51 @@ def test_damage_is_found_and_the_checkpoint_before_is_taken(
     verify(path.parent)
 
 
+class Flaky:
+    """`Path.open` that fails with `error` the first `times` that a file of `name` is opened."""
+
+    def __init__(self, name: str, error: int, times: int) -> None:
+        self.name, self.error, self.left, self.real = name, error, times, Path.open
+
+    def __call__(self, path: Path, *args: Any, **options: Any) -> Any:
+        if path.name == self.name and self.left:
+            self.left -= 1
+            raise OSError(self.error, os.strerror(self.error), str(path))
+        return self.real(path, *args, **options)
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE])
+@pytest.mark.parametrize("name", ["manifest.json", "optimizer.safetensors"])
+def test_a_storage_that_fails_does_not_make_a_checkpoint_damaged(
+    error: int, name: str, two: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(times: int) -> None:
+        flaky = Flaky(name, error, times)
+        monkeypatch.setattr(Path, "open", lambda *args, **options: flaky(*args, **options))
+
+    failing(1)
+    found = load_newest(two)
+    assert found is not None
+    assert found.state["step"] == 2, "tried once more"
+    failing(2)
+    with pytest.raises(StorageError, match=r"step-00000002: cannot be read now .*start again") as e:
+        load_newest(two)
+    assert exit_code(e.value) == 1
+    assert os.strerror(error) in str(e.value)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(
+    two: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(_: object) -> NoReturn:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    for function in ("listdir", "scandir"):
+        monkeypatch.setattr(os, function, refused)
+    with pytest.raises(StorageError, match=r"two: cannot be read now .Permission denied"):
+        load_newest(two)
+
+
 def test_no_flipped_bit_of_the_manifest_passes(two: Path) -> None:
     path = two / "step-00000002" / "manifest.json"
     whole, draw = path.read_bytes(), random.Random(0)
@@ -260,3 +309,16 @@ def test_a_longer_run_forgets_the_closing_evaluation(tmp_path: Path) -> None:
     write_best(tmp_path / "adapter", INFO, Best())
     with pytest.raises(AdapterError):
         read_adapter(tmp_path / "adapter")
+
+
+def test_a_schedule_changed_so_that_the_closing_evaluation_is_a_regular_one(
+    tmp_path: Path,
+) -> None:
+    """Its tensors are then those of a later checkpoint as well, not that checkpoint's own."""
+    best = Best()
+    best.put(candidate(6, 0.5), eval_every=6)
+    best.put(candidate(9, 0.7), eval_every=6)
+    again = restored_best(saved(tmp_path, best, 10), steps=99, eval_every=3)
+    assert value_of(again) == 9
+    later = restored_best(saved(tmp_path, again, 15), steps=99, eval_every=3)
+    assert value_of(later) == 9

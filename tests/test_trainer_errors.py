@@ -8,11 +8,18 @@ from pathlib import Path
 import pytest
 from trainer_fixtures import arguments, environment, launch
 
+from shards import DataConfig, open_shards
+from shards.evaluation import Split, split_ranks
+from trainer.build import build
+from trainer.commandline import parse
 from trainer.session import main
+from trainer.world import ALONE
 
 BAD_SETTINGS = [
     ("data.root", "/no/such/folder", 2, ["/no/such/folder", "shards.writer"]),
     ("data.held_out", "rotatd", 2, ["'rotatd'", "plain, inverted", "'rotated'"]),
+    ("data.held_out", "", 2, ["''", "names no domain"]),
+    ("output_dir", "", 2, ["''", "names no folder"]),
     ("model.backbone", "vit_embeded", 2, ["'vit_embeded'", "vit_embedded"]),
     ("model.backbone", "vit_base_patch16_clip_224.laion2c", 2, ["laion2c", "laion2b"]),
     ("model.weights", "nowhere.safetensors", 2, ["nowhere.safetensors", "pretrained, random"]),
@@ -42,6 +49,26 @@ def test_bad_setting(
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("domain", "split", "word"), [("plain", "out", "validated"), ("rotated", "in", "tested")]
+)
+def test_a_list_leaves_images_to_validate_and_to_test_on(
+    domain: str, split: Split, word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = open_shards(DataConfig())
+    env = index.domain_number(domain, "domain")
+    ranks = split_ranks(index, env, split, trial_seed=0, holdout_fraction=0.2)
+    file = tmp_path / "list.txt"
+    settings = [*arguments(tmp_path / "run"), f"--data.exclude_list={file}"]
+    file.write_text("\n".join(index.key(env, int(rank)) for rank in ranks[1:]))
+    build(parse(settings), ALONE)
+    file.write_text("\n".join(index.key(env, int(rank)) for rank in ranks))
+    assert main(settings) == 2
+    error = capsys.readouterr().err
+    assert f"data.exclude_list: leaves no image of the {split!r} split of {domain!r}" in error
+    assert f"would be {word}" in error
+
+
 def test_all_problems_are_reported_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--moa.methd=lora", "--optim.lr=x", "stray", "--train.steps"]) == 2
     error = capsys.readouterr().err
@@ -51,6 +78,28 @@ def test_all_problems_are_reported_at_once(capsys: pytest.CaptureFixture[str]) -
     error = capsys.readouterr().err
     for word in ("moa.top_k", "train.steps", "data.workers", "optim.eps"):
         assert word in error
+
+
+def test_problems_of_backbone_data_engine_and_world_are_reported_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "ds.json"
+    zero = {"stage": 3, "reduce_bucket_sise": 5}
+    content = {"train_batch_size": 7, "gradient_clipping": "auto", "zero_optimization": zero}
+    file.write_text(json.dumps(content | {"optimizer": {}}))
+    wrong = [f"--ds_config={file}", "--model.backbone=vit_embeded", "--moa.ep_size=2"]
+    assert main([*arguments(tmp_path / "run"), *wrong]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    words = ("vit_embeded", "moa.ep_size: 2 does not divide", "reduce_bucket_size",
+             "train_batch_size is 7", "section 'optimizer'")  # fmt: skip
+    for word in words:
+        assert sum(word in line for line in lines) == 1, (word, lines)
+    assert len(lines) == len(words)
+    wrong = [f"--ds_config={file}", "--model.backbone=vit_embeded", "--data.held_out=rotatd"]
+    assert main([*arguments(tmp_path / "run"), *wrong]) == 2
+    error = capsys.readouterr().err
+    assert "vit_embeded" in error
+    assert "'rotatd'" in error
 
 
 def test_unwritable_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

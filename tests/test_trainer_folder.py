@@ -1,7 +1,9 @@
 """Who may write into a run folder and when: the lock, background saves, changed settings."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -11,15 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 
+from moa import adapter_state_dict, inject
 from trainer import folder_lock
 from trainer.background import SaveQueue
 from trainer.commandline import parse
-from trainer.config import flat_fields
+from trainer.config import RunConfig, flat, flat_fields
 from trainer.errors import ConfigError, OutputError, exit_code
 from trainer.folder_lock import identity, is_alive
-from trainer.resume import check_agreement, flat
+from trainer.resume import check_agreement
 from trainer.run_folder import RunFolder, read_rows
+from trainer.settings import FIXED, FREE, LEAKING
 
 
 def held_by_a_child(folder: Path, with_worker: bool = False) -> int:
@@ -133,6 +138,47 @@ def test_an_unreadable_note_stops_nobody(tmp_path: Path) -> None:
     assert is_alive({}) is None
 
 
+class NoLock(LyingLock):
+    """A lock on a file system that has none, such as NFS without its lock daemon."""
+
+    def acquire(self, timeout: float) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+def test_a_file_system_without_locks_is_no_obstacle_but_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(folder_lock, "FileLock", NoLock)
+    with RunFolder(tmp_path / "run").claimed():
+        assert "file system without locks (No locks available)" in caplog.text
+        with pytest.raises(OutputError, match=f"in use by .* pid {os.getpid()}"):
+            RunFolder(tmp_path / "run").claim()
+
+
+def test_a_folder_removed_or_taken_under_a_run_ends_it(tmp_path: Path) -> None:
+    first = RunFolder(tmp_path / "run")
+    first.claim()
+    first.append(first.metrics, {"step": 0})
+    shutil.rmtree(first.path)
+    with pytest.raises(OutputError, match="was removed while this run went on") as caught:
+        first.append(first.metrics, {"step": 1})
+    assert exit_code(caught.value) == 73
+    child = held_by_a_child(first.path)
+    for write in (lambda: first.append(first.metrics, {"step": 1}), first.sync_rows):
+        with pytest.raises(OutputError, match=f"taken over by .* pid {child} since"):
+            write()
+    first.release()
+    assert not first.metrics.exists()
+    assert json.loads((first.path / "owner.json").read_text())["pid"] == child
+    kill(child)
+
+
+def test_a_last_line_of_garbage_is_a_torn_one(tmp_path: Path) -> None:
+    for tail in (b'{"step": 2', b"\0\0\0", b"\xff\xfe\x00{", b'{"step": 1}\n\xc3'):
+        (tmp_path / "rows").write_bytes(b'{"step": 0}\n{"step": 1}\n' + tail)
+        assert [row["step"] for row in read_rows(tmp_path / "rows", torn=True)][:2] == [0, 1]
+
+
 def finished(saves: SaveQueue) -> None:
     """Waits until the save under way has ended, without taking note of it."""
     assert isinstance(saves._pending, Future)
@@ -197,7 +243,10 @@ CHANGED = {
     "train.batch_per_domain": "3", "train.eval_every": "3", "train.accumulation": "2",
     "train.precision": "bf16", "data.held_out": "plain", "data.holdout_fraction": "0.3",
     "model.backbone": "vit_tiny", "moa.method": "moa_lora", "moa.ranks": "[1, 2]",
-    "moa.aux_weight": "0.5", "moa.gate_noise": "0.5", "moa.top_k": "2",
+    "moa.aux_weight": "0.5", "moa.gate_noise": "0.5", "moa.top_k": "2", "moa.shared_rank": "2",
+    "moa.router": "linear", "moa.router_dim": "8", "moa.balance": "bias", "moa.balance_rate": "0.1",
+    "moa.kron_dim": "8", "moa.kron_impl": "dense", "moa.expert_dropout": "0.5",
+    "moa.targets": "[mlp.fc1]", "moa.blocks": "all", "eval.mode": "selection",
 }  # fmt: skip
 DATA = {"sources": [["plain", 3]], "seed": 0, "batch_per_domain": 4, "index_sha256": "a"}
 
@@ -215,10 +264,31 @@ def test_each_change_is_refused_with_old_and_new_value_unless_allowed(
     assert values[0] != values[1]
     with pytest.raises(ConfigError) as caught:
         check_agreement(old, new, tmp_path)
-    for word in (name, *values, f"--checkpoint.allow_changes=[{name}]", "--output_dir"):
+    for word in (name, *values, "--output_dir"):
         assert word in str(caught.value)
+    offered = f"--checkpoint.allow_changes='[{name}]'" in str(caught.value)
+    assert offered == (name not in LEAKING and name not in FIXED), "only a way that can be gone"
     changes = check_agreement(old, new, tmp_path, allowed=(name,))
     assert [tuple(map(repr, (c["old"], c["new"]))) for c in changes] == [tuple(values)]
+
+
+@pytest.mark.parametrize("name", sorted(n for n in CHANGED if n.startswith("moa.")))
+def test_what_cannot_change_is_what_the_checkpoint_would_not_fit(name: str) -> None:
+    """Every setting of the adapters that is not free: no other list of them can be forgotten."""
+    adapters = {n for n in flat_fields(RunConfig()) if n.startswith("moa.") and n not in FREE}
+    assert adapters <= CHANGED.keys()
+    places = []
+    for changes in ((), (f"--{name}={CHANGED[name]}",)):
+        model = timm.create_model("vit_embedded")
+        inject(model, parse(changes).moa)
+        places.append({n: t.shape for n, t in adapter_state_dict(model).items()})
+    assert (places[0] != places[1]) == (name in FIXED)
+    allow = f"--checkpoint.allow_changes=[{name}]"
+    if name not in FIXED:
+        assert parse([allow])
+    else:
+        with pytest.raises(ConfigError, match=f"'{name}' cannot change within a run.*not fit"):
+            parse([allow])
 
 
 def test_what_an_allowed_change_decides_may_change_with_it(tmp_path: Path) -> None:
@@ -232,6 +302,16 @@ def test_what_an_allowed_change_decides_may_change_with_it(tmp_path: Path) -> No
     changes = check_agreement(state(), other, tmp_path, ("train.seed", "data"))
     assert {"setting": "data (index_sha256)", "old": "a", "new": "b"} in changes
     assert check_agreement(state(), state(), tmp_path, ("train.seed", "data")) == []
+
+
+def test_a_setting_that_an_earlier_release_did_not_have_counts_as_its_default(
+    tmp_path: Path,
+) -> None:
+    old = state()
+    del old["config"]["optim.clip"]
+    assert check_agreement(old, state(), tmp_path) == []
+    with pytest.raises(ConfigError, match=r"optim.clip: the run in .* has 0\.0, now 3\.0"):
+        check_agreement(old, state("--optim.clip=3"), tmp_path)
 
 
 def test_allowing_what_is_no_setting_is_an_error() -> None:

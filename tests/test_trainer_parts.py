@@ -1,10 +1,11 @@
-"""The pure parts of the trainer: command line, DeepSpeed JSON, world, selection, tables."""
+"""The pure parts of the trainer: command line, DeepSpeed JSON, world, resume."""
 
 import json
-import math
+import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -16,22 +17,22 @@ from trainer import checkpoint, ds_json
 from trainer.commandline import RECIPES, parse
 from trainer.config import ROOT, RunConfig, TrainConfig, as_plain
 from trainer.errors import CheckpointError, ConfigError
-from trainer.report import Cell, main, mean_and_error, summary
+from trainer.evaluation import Evaluator
+from trainer.loop import Trainer
 from trainer.resume import check_agreement, flat
 from trainer.run_folder import RunFolder, read_rows
-from trainer.selection import training_domain_validation, validation_accuracy
-from trainer.world import World, export_world, world_from_environment
+from trainer.world import ALONE, World, export_world, world_from_environment
 
 LAUNCHER_VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "SLURM_PROCID",
-    "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE", "SLURM_STEP_ID", "MASTER_ADDR",
-    "MASTER_PORT",
+    "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE", "SLURM_STEP_ID",
+    "SLURM_STEP_NUM_TASKS", "MASTER_ADDR", "MASTER_PORT",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("recipe", sorted(p.stem for p in RECIPES.glob("*.yaml")))
 def test_every_recipe_is_legal_and_survives_its_own_yaml(recipe: str, tmp_path: Path) -> None:
-    config = parse([f"--recipe={recipe}"])
+    config = parse([f"--recipe={recipe}", f"--data.root={tmp_path}"])
     copy = tmp_path / "copy.yaml"
     copy.write_text(yaml.safe_dump(as_plain(config)))
     assert parse([f"--recipe={copy}"]) == config
@@ -66,6 +67,10 @@ def config_with(content: dict[str, Any], tmp_path: Path, **train: Any) -> RunCon
     return RunConfig(ds_config=str(path), train=TrainConfig(**train))
 
 
+def offloaded(section: object, name: str = "offload_optimizer") -> dict[str, Any]:
+    return {"zero_optimization": {"stage": 3, name: section}}
+
+
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"])
 def test_shipped_json_resolves_completely(name: str) -> None:
     config = replace(RunConfig(), ds_config=f"ds_configs/{name}.json")
@@ -95,6 +100,20 @@ def test_shipped_json_resolves_completely(name: str) -> None:
         ({"zero_optimization": {"stage": 2, "overlap_comm": "auto"}}, "overlap_comm"),
         ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "did you mean 'overlap_comm'"),
         ({"zero_optimization": {"stage": 2}, "bf16": {"on": True}}, "bf16.on is not known"),
+        (
+            {"zero_optimization": {"stage": 2}, "data_types": {"grad_acum_dtype": "fp32"}},
+            "data_types.grad_acum_dtype is not known; did you mean 'grad_accum_dtype'",
+        ),
+        (
+            {"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "fp23"}},
+            "data_types.grad_accum_dtype is 'fp23'; legal are fp32, bf16",
+        ),
+        ({"zero_optimization": {"stage": 2}, "data_types": None}, "data_types is None; it must be"),
+        (offloaded({"devise": "cpu"}), "offload_optimizer.devise is not known; did you mean 'dev"),
+        (offloaded({"buffer_size": 1}), "offload_optimizer.buffer_size is not known"),
+        (offloaded({"devise": "cpu"}, "offload_param"), "offload_param.devise is not known"),
+        (offloaded(None), "zero_optimization.offload_optimizer is None; it must be an object"),
+        (offloaded("cpu", "offload_param"), "offload_param is 'cpu'; it must be an object"),
         ({"zero_optimisation": {"stage": 2}}, "has no zero_optimization section"),
         ({"zero_optimization": {"stage": 2}, "activation_checkpointing": {}}, "grad_checkpointing"),
     ],
@@ -105,11 +124,44 @@ def test_json_that_cannot_work(content: dict[str, Any], word: str, tmp_path: Pat
     assert word in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (offloaded({"device": "gpu"}),
+         "ds_config: zero_optimization.offload_optimizer.device is 'gpu'; Input should be 'none', "
+         "'cpu' or 'nvme' (in mine.json)"),
+        ({"zero_optimization": {"stage": 2, "overlap_comm": "perhaps"}},
+         "ds_config: zero_optimization.overlap_comm is 'perhaps'; Input should be a valid boolean"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"ratio": 0.5}}},
+         "ds_config: zero_optimization; Assertion failed, Partial offloading only"),
+    ],
+)  # fmt: skip
+def test_what_deepspeed_would_refuse_is_refused_before(content: dict[str, Any], line: str) -> None:
+    from trainer.zero_check import check_zero
+
+    with pytest.raises(ConfigError, match=re.escape(line)):
+        check_zero(content, "mine.json")
+
+
+def test_the_words_of_offloading_are_those_that_deepspeed_reads() -> None:
+    from deepspeed.runtime.zero import offload_config
+
+    for name, kind in (
+        ("optimizer", offload_config.DeepSpeedZeroOffloadOptimizerConfig),
+        ("param", offload_config.DeepSpeedZeroOffloadParamConfig),
+    ):
+        known = ds_json._KNOWN[f"zero_optimization.offload_{name}"]
+        assert set(known) <= set(kind.model_fields)
+
+
 def test_gradient_bucket_must_hold_all_trainables() -> None:
     content = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}}
     ds_json.check_buckets(content, 999)
     with pytest.raises(ConfigError, match="reduce_bucket_size"):
         ds_json.check_buckets(content, 1000)
+
+
+JOB_OF_EIGHT = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}
 
 
 @pytest.mark.parametrize(
@@ -124,6 +176,14 @@ def test_gradient_bucket_must_hold_all_trainables() -> None:
         ),
         # A shell inside an allocation is not a task of it.
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, World(0, 1, 0, 1)),
+        # The shell of salloc with use_interactive_step: a step of one task in a job of eight.
+        (
+            {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}
+            | {"SLURM_NTASKS_PER_NODE": "4", **JOB_OF_EIGHT},
+            World(0, 1, 0, 1),
+        ),
+        # What srun starts in that shell.
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8"} | JOB_OF_EIGHT, World(0, 8, 0, 1)),
     ],
 )
 def test_world_from_the_launchers_variables(
@@ -136,72 +196,6 @@ def test_world_from_the_launchers_variables(
     assert world_from_environment() == world
     export_world(world)
     assert world_from_environment() == replace(world, local_size=world.local_size)
-
-
-def row(step: int, *accuracies: tuple[float, float]) -> dict[str, Any]:
-    result: dict[str, Any] = {"step": step}
-    for env, (inside, outside) in enumerate(accuracies):
-        result |= {f"env{env}_in_acc": inside, f"env{env}_out_acc": outside}
-    return result
-
-
-def test_training_domain_validation_is_domainbeds() -> None:
-    rows = [
-        row(0, (0.1, 0.5), (0.9, 0.5), (0.70, 1.0)),
-        row(5, (0.1, 0.8), (0.9, 0.6), (0.80, 0.0)),
-        row(9, (0.1, 0.6), (0.9, 0.8), (0.90, 0.9)),
-    ]
-    assert validation_accuracy(rows[0], held_out=2) == 0.5, "the held-out domain does not count"
-    assert training_domain_validation(rows, held_out=2)["step"] == 5, "the first of equals"
-    assert training_domain_validation(rows, held_out=0)["step"] == 9
-    with pytest.raises(ValueError, match="no evaluation"):
-        training_domain_validation([], 0)
-
-
-def test_mean_and_error_are_domainbeds() -> None:
-    mean, error = mean_and_error([0.5, 0.7, 0.9])
-    assert mean == pytest.approx(0.7)
-    assert error == pytest.approx(math.sqrt((0.04 + 0 + 0.04) / 3) / math.sqrt(3))
-
-
-def test_summary_averages_seeds_and_shows_missing_cells() -> None:
-    cells = [
-        Cell("d", "lora", held_out, (seed, seed), value)
-        for held_out, values in {"a": (0.5, 0.6), "b": (0.7, 0.9)}.items()
-        for seed, value in enumerate(values)
-    ]
-    titles, lines = summary([*cells, Cell("d", "full", "a", (0, 0), 0.25)])
-    assert titles == ["a", "b", "mean"]
-    # Seed means 0.60 and 0.75: mean 67.5, population deviation 7.5 over sqrt 2.
-    assert lines["lora"] == ["55.0 ± 3.5", "80.0 ± 7.1", "67.5 ± 5.3"]
-    assert lines["full"] == ["25.0", "-", "-"]
-
-
-def test_summary_refuses_two_runs_for_one_cell() -> None:
-    one = Cell("d", "lora", "a", (0, 0), 0.5, "first")
-    with pytest.raises(ConfigError, match="first and second"):
-        summary([one, replace(one, folder="second")])
-    with pytest.raises(ConfigError, match="two datasets"):
-        summary([one, replace(one, dataset="e", held_out="b")])
-    summary([one, replace(one, seed=(0, 1))])
-
-
-def test_report_reads_run_folders_and_refuses_unfinished(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    config = as_plain(parse(["--data.held_out=plain", "--moa.method=lora"]))
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    rows = [row(s, (0.5 + s / 100, 0.0), (0.5, s / 100)) for s in (0, 10)]
-    for entry in rows:
-        entry["args"] = {"test_envs": [0]}
-    (folder / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    assert main([str(folder)]) == 2
-    assert "done" in capsys.readouterr().err
-    (folder / "done").write_text("done\n")
-    assert main([str(folder), "--format", "markdown"]) == 0
-    assert "| `lora` | 60.0 | 60.0 |" in capsys.readouterr().out
 
 
 def test_resume_cuts_rows_back_and_drops_a_torn_line(tmp_path: Path) -> None:
@@ -261,3 +255,32 @@ def test_default_recipe_is_found_from_any_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert parse([]).ds_config_path() == ROOT / "ds_configs" / "zero2.json"
+
+
+class Asked(Exception):
+    """What a loader was asked for."""
+
+
+def asked(*_: object, **options: Any) -> NoReturn:
+    raise Asked(options["pin_memory"])
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cuda", True), ("cpu", False)])
+def test_batches_for_a_gpu_are_pinned(
+    device: str, pinned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = object.__new__(Trainer)
+    trainer.config, trainer.world, trainer.step = RunConfig(), ALONE, 0
+    trainer.engine = SimpleNamespace(device=torch.device(device))  # type: ignore[assignment]
+    trainer.stream = SimpleNamespace(loader=asked)  # type: ignore[assignment]
+    with pytest.raises(Asked, match=str(pinned)):
+        trainer.train(None)
+    monkeypatch.setattr("trainer.evaluation.evaluation_loader", asked)
+    monkeypatch.setattr("trainer.evaluation.eval_transform", dict)
+    index: Any = None
+    evaluator = Evaluator(
+        index=index, data_config={}, trial_seed=0, holdout_fraction=0.2, batch_size=1, workers=0,
+        world=ALONE, device=torch.device(device), dtype=torch.float32, sum_over_ranks=torch.clone,
+    )  # fmt: skip
+    with pytest.raises(Asked, match=str(pinned)):
+        evaluator._loader(0, "in")

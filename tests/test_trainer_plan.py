@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +14,39 @@ import torch
 from shards_fixtures import make_set
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import moa
 from moa.config import ADAPTER_METHODS
+from moa.layer import moa_layers
+from moa.placement import traffic
 from moa.state import WEIGHTS_FILE, AdapterInfo
 from shards import DataConfigError
 from trainer import checkpoint, ds_json
+from trainer.average_config import AverageConfig
+from trainer.build import build
 from trainer.commandline import parse
 from trainer.config import ModelConfig, RunConfig
 from trainer.estimates import (
     CONTEXT_BYTES,
-    TEXT_BYTES,
     Sharding,
     Weights,
-    adapter_file_bytes,
     batch_arithmetic,
-    checkpoint_bytes,
     gpu_bytes,
+    kept_terms,
     memory_terms,
     memory_warnings,
     read_sharding,
 )
-from trainer.footprint import Footprint, measure, outline, roles, weights_of
-from trainer.plan import main, make_plan, read_command_line
+from trainer.file_sizes import TEXT_BYTES, adapter_file_bytes, checkpoint_bytes
+from trainer.footprint import FLOPS, Footprint, measure, outline, roles, weights_of
+from trainer.plan import main, read_command_line
+from trainer.planning import Plan, make_plan
+from trainer.scaling import FLOPS as RATES
+from trainer.swad import Swad
+from trainer.tokens import tokens_per_image
+from trainer.utilisation import image_utilisation
+from trainer.world import World
 
 GIB = 2**30
 COLUMNS: dict[str, dict[str, Any]] = {
@@ -119,17 +129,34 @@ def test_whole_numbers_in_the_adapter_file_count_too(tmp_path: Path) -> None:
     assert adapter_file_bytes(tensors) == size
 
 
-def test_checkpoint_has_the_planned_size_but_for_its_text(tmp_path: Path) -> None:
-    config = settings("moa_kron")
+@pytest.mark.parametrize(
+    ("averages", "parts"),
+    [
+        ({}, []),
+        ({"ema": True}, ["ema"]),
+        (
+            {"ema": True, "swad": True, "swad_n_converge": 2, "swad_n_tolerance": 3},
+            ["ema", "swad.kept", "swad.open", "swad.waiting0", "swad.waiting1"],
+        ),
+    ],
+)
+def test_checkpoint_has_the_planned_size_but_for_its_text(
+    averages: dict[str, Any], parts: list[str], tmp_path: Path
+) -> None:
+    """With the best adapter, and with all parts of the averages that there can be."""
+    config = settings("moa_kron", balance="bias")
     model, classes = real(config), [f"class {i}" for i in range(7)]
     info = AdapterInfo("vit_embedded", "0" * 64, config, tuple(classes), {})
     masters = moa.adapter_state_dict(model)
     moments = {f"{n}|{m}": t.clone() for n, t in masters.items() for m in ("exp_avg", "exp_avg_sq")}
     state = {"step": 1, "config": {"key": "value"}, "data": {"classes": classes}}
-    folder = checkpoint.save(tmp_path, info, masters, moments, state, keep=1)
+    means = {f"{part}|{n}": t.clone() for part in parts for n, t in masters.items()}
+    folder = checkpoint.save(
+        tmp_path, info, masters, moments, state, keep=1, best=masters, averages=means
+    )
     text = sum(f.stat().st_size for f in folder.iterdir() if f.suffix != ".safetensors")
     whole = sum(f.stat().st_size for f in folder.iterdir())
-    predicted = checkpoint_bytes(masters, list(masters), 7)
+    predicted = checkpoint_bytes(masters, list(masters), 7, AverageConfig(**averages))
     assert predicted - (TEXT_BYTES + 7 * 64) == whole - text
     assert text < TEXT_BYTES + 7 * 64
 
@@ -214,9 +241,12 @@ def test_frozen_layers_have_no_weight_gradient() -> None:
 def test_flops_are_those_of_torchs_own_counter() -> None:
     config = settings("moa_kron")
     model, footprint = real(config), measure(planned(config), 2, 1)
-    with FlopCounterMode(display=False) as forward:
+    missing = {op: partial(count) for op, count in FLOPS.items() if op not in flop_registry}
+    for count in missing.values():
+        count._get_raw = True  # as torch marks those that take tensors, not shapes
+    with FlopCounterMode(display=False, custom_mapping=missing) as forward:
         loss = F.cross_entropy(model(torch.randn(2, 3, 32, 32)), torch.tensor([0, 1]))
-    with FlopCounterMode(display=False) as backward:
+    with FlopCounterMode(display=False, custom_mapping=missing) as backward:
         torch.autograd.backward(loss + moa.aux_loss(model))
     assert footprint.forward == forward.get_total_flops() // 2
     assert footprint.backward == backward.get_total_flops() // 2
@@ -305,6 +335,32 @@ def test_offloaded_terms_are_the_hosts() -> None:
     assert "Adam moments" not in on_gpu
 
 
+def test_the_best_adapter_and_averages_are_kept_beside_the_weights() -> None:
+    def kept(averages: AverageConfig, **zero: Any) -> dict[tuple[str, str], int]:
+        terms = kept_terms(WEIGHTS, sharding_of(2, 8, True, **zero), averages)
+        return {(t.name, t.place): t.bytes for t in terms}
+
+    best = {("best adapter", "host"): 4000}
+    assert kept(AverageConfig()) == best
+    both = AverageConfig(ema=True, swad=True)
+    # SWAD: what is kept, the open segment, and five that wait for the sixth loss above the level.
+    assert kept(both) == best | {("EMA", "gpu"): 500, ("SWAD", "gpu"): 7 * 500}
+    offloaded = kept(both, offload_optimizer={"device": "cpu"})
+    assert offloaded == best | {("EMA", "host"): 500, ("SWAD", "host"): 7 * 500}
+
+
+@pytest.mark.parametrize("losses", [[5.0] * 20, [3.0, 2.0, 1.0, 9.0, 9.0, 9.0, 1.0, 9.0], [1.0]])
+def test_swad_never_holds_more_copies_than_planned(losses: list[float]) -> None:
+    config, most = AverageConfig(swad=True, swad_n_converge=2, swad_n_tolerance=4), 0
+    swad = Swad(config.swad_n_converge, config.swad_n_tolerance, config.swad_tolerance_ratio)
+    for loss in losses:
+        swad.add([torch.ones(3)])
+        most = max(most, sum(mean.values is not None for mean in swad.means().values()))
+        swad = swad.closed(loss)
+        assert len(swad.means()) <= config.swad_copies
+    assert most <= config.swad_copies == 5
+
+
 def test_a_large_evaluation_batch_counts_beyond_training() -> None:
     terms = memory_terms(WEIGHTS, sharding_of(2, 1, True), replace(FOOTPRINT, evaluation=1500))
     assert {t.name: t.bytes for t in terms}["evaluation beyond training"] == 500
@@ -339,7 +395,7 @@ def test_evaluations_and_checkpoints_are_counted_as_the_loop_makes_them(
         [f"--train.steps={steps}", f"--train.eval_every={eval_every}",
          f"--checkpoint.every={every}"]
     )  # fmt: skip
-    batches = batch_arithmetic(config, 2, 6, {"a": 16})
+    batches = batch_arithmetic(config, 2, 6, 5, {"a": 16})
     last = steps - 1
     assert batches.evaluations == sum(s % eval_every == 0 or s == last for s in range(steps))
     assert batches.checkpoints == sum((s + 1) % every == 0 or s == last for s in range(steps))
@@ -350,9 +406,9 @@ def test_evaluations_and_checkpoints_are_counted_as_the_loop_makes_them(
 def test_batches_that_cannot_be_cut() -> None:
     config = parse(["--train.batch_per_domain=8", "--train.accumulation=3"])
     with pytest.raises(DataConfigError, match="micro-batches"):
-        batch_arithmetic(config, 1, 6, {})
+        batch_arithmetic(config, 1, 6, 5, {})
     with pytest.raises(DataConfigError, match="world size 7"):
-        batch_arithmetic(config, 7, 6, {})
+        batch_arithmetic(config, 7, 6, 5, {})
 
 
 def plan_json(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
@@ -376,7 +432,7 @@ def test_whole_command_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(batches["epochs"]) == {"clipart", "infograph", "painting", "quickdraw", "sketch"}
     clipart = 48129 - math.floor(48129 * 0.2)
     assert batches["epochs"]["clipart"] == 15001 * 32 / clipart
-    terms = {term["name"]: term["bytes"] for term in plan["memory"]}
+    terms = {term["name"]: term["bytes"] for term in plan["memory"] if term["place"] == "gpu"}
     assert plan["gpu_bytes"] == sum(terms.values())
     assert terms["frozen weights"] == 2 * (plan["total"] - plan["trainable"])
     # Linear layers of a ViT-B/16: 17.5 GMAC per image; adapters add a few per cent.
@@ -398,6 +454,109 @@ def test_settings_reach_the_plan() -> None:
     assert checkpointed.kept < whole.kept
     split, _ = terms("--world-size=4")
     assert split["Adam moments"] == -(-plain["Adam moments"] // 32) * 8
+
+
+def plan_of(*argv: str) -> Plan:
+    config, request = read_command_line(["--train.batch_per_domain=8", *argv])
+    return make_plan(config, request)
+
+
+def test_averages_reach_the_plan() -> None:
+    plain, more = plan_of(), plan_of("--average.ema=true", "--average.swad=true")
+    files = more.checkpoint_bytes - plain.checkpoint_bytes
+    assert files > 8 * plain.adapter_bytes
+    assert more.gpu_bytes - plain.gpu_bytes == 8 * 4 * plain.trainable
+
+
+def test_precision_decides_about_the_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    for precision, rate in RATES.items():
+        plan = plan_of(f"--train.precision={precision}")
+        (alone,) = (p for p in plan.predictions if p.world == 1)
+        assert alone.compute == pytest.approx(plan.load.flops * plan.load.images / rate)
+        assert main([f"--train.precision={precision}"]) == 0
+        title = " ".join(capsys.readouterr().out.split())
+        assert f"{rate / 1e12:g} TFLOP/s a GPU in {precision}" in title
+    assert RATES["fp32"] < 67e12 < RATES["bf16"]
+
+
+def test_accumulation_reaches_the_prediction() -> None:
+    sharing = ["--moa.ep_size=2", "--world-size=2", "--moa.transport=gather"]
+    whole, pieces = plan_of(*sharing), plan_of(*sharing, "--train.accumulation=4")
+    assert (whole.load.accumulation, pieces.load.accumulation) == (1, 4)
+    assert pieces.load.expert_bytes == 4 * whole.load.expert_bytes > 0
+    assert pieces.traffic["gather"] == 4 * whole.traffic["gather"]
+    assert pieces.traffic["all_to_all"] == whole.traffic["all_to_all"]
+    for one, four in zip(whole.predictions, pieces.predictions, strict=True):
+        assert four.gradients > one.gradients
+
+
+def test_what_is_sent_is_what_the_layers_send() -> None:
+    plan = plan_of("--moa.ep_size=2", "--world-size=2", "--moa.transport=all_to_all")
+    config, _ = read_command_line(["--moa.ep_size=2"])
+    model, _ = outline(config.model, config.moa, 10)
+    layers = [layer for _, layer in moa_layers(model)]
+    sent = traffic(layers, 17 * plan.batches.per_process, 2, 2)
+    assert plan.load.expert_bytes == sent["all_to_all"]
+    assert plan.load.transport == "all_to_all"
+
+
+def test_a_transport_that_nothing_uses_is_not_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    masked = ["--moa.transport=all_to_all", "--moa.expert_dropout=0.2"]
+    assert plan_of(*masked).load.transport is None
+    assert main([*masked, "--moa.ep_size=2", "--world-size=2"]) == 2
+    assert "moa.transport" in capsys.readouterr().err
+
+
+BACKBONES = {
+    "vit_tiny_patch16_224": (197, 12),
+    "vit_small_patch14_reg4_dinov2": (37**2 + 1 + 4, 12),
+    "naflexvit_base_patch16_siglip": (24**2, 12),
+    "mvitv2_tiny": (56**2, 10),
+    "swin_tiny_patch4_window7_224": (56**2, 12),
+    "hiera_tiny_224": (56**2, 12),
+}
+"""Most tokens of a layer, and blocks."""
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_backbones_of_all_builds_are_planned(name: str) -> None:
+    plan = plan_of(f"--model.backbone={name}", "--moa.kron_dim=32", "--train.batch_per_domain=2")
+    assert plan.load.modules == BACKBONES[name][1]
+    assert plan.footprint.forward > 0
+    settings = moa.MoAConfig(kron_dim=32, blocks="all")
+    model, _ = outline(ModelConfig(backbone=name), settings, 7)
+    assert tokens_per_image(model) == BACKBONES[name][0]
+    assert model.training
+
+
+def test_a_run_counts_tokens_only_to_choose_a_transport() -> None:
+    def tokens(*argv: str) -> int:
+        # Whatever the model is: a backbone need not tell its number of patches.
+        flags = ["--train.batch_per_domain=8", "--train.accumulation=2", *argv]
+        return replace(build(parse(flags), World(0, 2, 0, 2)), model=nn.Identity()).tokens(
+            World(0, 2, 0, 2)
+        )
+
+    assert tokens() == 0
+    assert tokens("--moa.ep_size=2", "--moa.transport=gather") == 0
+    assert tokens("--moa.ep_size=2") == 10 * 17, "40 images in two pieces on two processes"
+
+
+def test_a_backbone_that_cannot_be_counted_has_no_utilisation(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> Footprint:
+        raise ValueError("too many values to unpack")
+
+    config = replace(RunConfig(), train=replace(RunConfig().train, precision="bf16"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100")
+    device = torch.device("cuda")
+    assert image_utilisation(config, device, 10, 1) is not None
+    monkeypatch.setattr("trainer.footprint.measure", broken)
+    assert image_utilisation(config, device, 10, 1) is None
+    assert "vit_embedded" in caplog.text
 
 
 def test_tables_are_plain_text_and_say_whether_it_fits(

@@ -19,7 +19,17 @@ from trainer_fixtures import DEEPSPEED, ROOT, RUN, arguments, environment, launc
 
 from shards import DataConfig, DomainStream, open_shards
 from trainer.config import TrainConfig
-from trainer.errors import FAILED, PEER_LOST, RESUBMIT, TRAINING_INVALID
+from trainer.errors import (
+    DAMAGED_DATA,
+    FAILED,
+    PEER_LOST,
+    RESUBMIT,
+    TRAINING_INVALID,
+    DamagedDataError,
+    PeerLostError,
+    exit_code,
+)
+from trainer.run_folder import RunFolder
 from trainer.session import conclude
 from trainer.stopping import EvaluationBrokenOff, Stopping, seconds_of, shielded
 from trainer.watchdog import COMPUTING, LOADING, Watchdog
@@ -237,13 +247,16 @@ def test_signal_before_training_ends_at_once(capsys: pytest.CaptureFixture[str])
 
 BLOCKED = """
 import ctypes, sys
-from trainer.stopping import Stopping
-stopping = Stopping(is_main=sys.argv[1] == "0")
-stopping.listen()
-print("ready", flush=True)
+from trainer.stopping import Stopped, Stopping
 libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
 libc.pthread_mutex_lock(mutex)
-libc.pthread_mutex_lock(mutex)  # for ever: unlike other waits, no signal breaks it off
+stopping = Stopping(is_main=sys.argv[1] == "0")
+stopping.listen()
+try:
+    print("ready", flush=True)
+    libc.pthread_mutex_lock(mutex)  # for ever: unlike other waits, no signal breaks it off
+except Stopped:  # the signal was faster
+    libc.pthread_mutex_lock(mutex)
 """
 
 
@@ -277,9 +290,9 @@ def test_votes_of_one_rank_stop_all() -> None:
     ranks[1]._seen.add("SIGUSR1")
     summed = [sum(votes) for votes in zip(*(r.votes_in_step(False) for r in ranks), strict=True)]
     for rank in ranks:
-        rank.begin(lambda numbers: [sum(numbers), *summed])
+        rank.begin(lambda _: summed)
         with pytest.raises(EvaluationBrokenOff):
-            rank.pause(True)
+            rank.pause()
         assert rank.reason == "SIGUSR1"
 
 
@@ -347,3 +360,46 @@ def test_watchdog_is_patient_with_the_first_step(tmp_path: Path) -> None:
     for _ in range(10):
         dog.tick(5.0)
     assert codes
+
+
+def pair(folder: Path) -> list[Watchdog]:
+    """The watchdogs of two ranks, with little patience."""
+    return [Watchdog(folder, World(rank, 2, rank, 2), 6.0) for rank in range(2)]
+
+
+def test_an_error_of_one_rank_is_told_and_counts_for_the_others(tmp_path: Path) -> None:
+    """They only meet the collective that it broke."""
+    main, other = pair(tmp_path)
+    other.note(COMPUTING, 4)
+    with pytest.raises(DamagedDataError), other.watching():
+        raise DamagedDataError("a.tar: bad\nmore")
+    with pytest.raises(PeerLostError) as caught, main.watching():
+        raise RuntimeError("connection closed by peer")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 1
+    assert f"rank 1 (host {socket.gethostname()}, pid {os.getpid()}), step 4, comp" in lines[0]
+    assert "DamagedDataError: a.tar: bad" in lines[0]
+    assert exit_code(caught.value) == DAMAGED_DATA
+
+
+def test_an_error_of_ones_own_is_not_blamed_on_others(tmp_path: Path) -> None:
+    main, other = pair(tmp_path)
+    with other.watching(), pytest.raises(RuntimeError, match="out of memory"), main.watching():
+        raise RuntimeError("out of memory")
+    assert [path.name for path in (tmp_path / "heartbeats").iterdir()] == ["rank-00000.json"]
+    with RunFolder(tmp_path).claimed():
+        assert not (tmp_path / "heartbeats").exists(), "the next start begins without it"
+
+
+def test_a_rank_that_died_is_named_with_its_last_step(tmp_path: Path) -> None:
+    main, other = pair(tmp_path)
+    other.start()
+    other.note(LOADING, 7)
+    other._ended.set()
+    other._thread.join()
+    other._beat()  # the last one
+    with pytest.raises(PeerLostError, match=r"no sign .* rank 1 .* step 7") as caught, (
+        main.watching()
+    ):  # fmt: skip
+        raise RuntimeError("connection closed by peer")
+    assert exit_code(caught.value) == PEER_LOST

@@ -1,0 +1,38 @@
+"""What make removes, and what it must not leave behind."""
+
+import os
+import subprocess
+from pathlib import Path
+
+from trainer_fixtures import ROOT
+
+HALF_WAY = """#!/bin/sh
+if [ "$2" = venv ]; then mkdir -p "$3/bin" && touch "$3/bin/python" && exit 1; fi
+"""
+
+
+def make(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Runs the Makefile on what is in `folder`."""
+    return subprocess.run(
+        ["make", f"--file={ROOT / 'Makefile'}", *arguments],
+        cwd=folder, capture_output=True, text=True, check=False,
+        env={k: v for k, v in os.environ.items() if k != "MAKEFLAGS"},  # of a make around the tests
+    )  # fmt: skip
+
+
+def test_an_environment_that_failed_half_way_is_made_anew(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(HALF_WAY)
+    python.chmod(0o755)
+    for _ in range(2):
+        result = make(tmp_path, ".venv/bin/python", f"PYTHON={python}")
+        assert result.returncode != 0
+        assert "-m venv" in result.stdout
+        assert not (tmp_path / ".venv").exists()
+
+
+def test_clean_keeps_the_results(tmp_path: Path) -> None:
+    for name in (".venv", "build", "moa.egg-info", "outputs"):
+        (tmp_path / name).mkdir()
+    assert make(tmp_path, "clean").returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]

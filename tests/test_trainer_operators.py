@@ -1,0 +1,48 @@
+"""Where compiled operators are kept, and what is said before one is compiled."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer import operators
+
+
+def prepared(monkeypatch: pytest.MonkeyPatch, cpu: bool = True) -> Path:
+    monkeypatch.delenv(operators.VARIABLE, raising=False)
+    operators.prepare(cpu)
+    return Path(os.environ[operators.VARIABLE])
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "PATH", operators.VARIABLE):  # as they are, afterwards
+        monkeypatch.setenv(name, str(tmp_path))
+
+
+def test_each_environment_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = prepared(monkeypatch)
+    assert prepared(monkeypatch) == first
+    monkeypatch.setattr(sys, "prefix", "/another/environment")
+    assert prepared(monkeypatch) not in (first, first.parent)
+
+
+def test_what_the_user_set_stays(tmp_path: Path) -> None:
+    operators.prepare(cpu=True)
+    assert os.environ[operators.VARIABLE] == str(tmp_path)
+
+
+def test_compiling_is_announced_until_it_is_done(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="trainer")
+    prepared(monkeypatch, cpu=False)
+    assert "compiling" not in caplog.text
+    folder = prepared(monkeypatch)
+    assert caplog.text.count("compiling") == 1
+    (folder / operators.ON_CPU).mkdir(parents=True)
+    (folder / operators.ON_CPU / "operator.so").touch()
+    prepared(monkeypatch)
+    assert caplog.text.count("compiling") == 1
