@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test lint bench embedded-table clean
+.PHONY: help setup demo test lint bench reference embedded-table clean
 
 help:
 	@echo "make setup            the environment alone (.venv)"
@@ -12,11 +12,14 @@ help:
 	@echo "make test             the CPU test suite"
 	@echo "make lint             ruff, mypy, codespell, shellcheck"
 	@echo "make bench            speed and memory ratios, one table"
-	@echo "make embedded-table   methods x held-out domains x seeds on the embedded data (72 runs)"
+	@echo "make reference        the pages that are made from the code"
+	@echo "make embedded-table   methods x held-out domains x seeds on the embedded data (162 runs)"
+	@echo "make clean            remove the environment and what was built; outputs/ stays"
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
+	@# What is left of a failure (Debian without python3-venv) would count as done from then on.
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # One stamp per extra: made anew when pyproject.toml changes.
 $(VENV)/.installed-core: pyproject.toml | $(VENV)/bin/python
@@ -33,7 +36,7 @@ demo: $(VENV)/.installed-core
 	$(BIN)/deepspeed --num_gpus 2 trainer/run.py --ds_config ds_configs/zero2.json --output_dir outputs/demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -41,21 +44,27 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/codespell
 	@if command -v shellcheck >/dev/null; then \
-	  git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck; \
+	  git ls-files -z '*.sh' '*.env.example' .ci/run | xargs -0 shellcheck; \
 	elif [ -n "$$CI" ]; then \
 	  echo "shellcheck is missing: apt-get install shellcheck"; exit 1; \
 	else \
 	  echo "shellcheck is missing, shell scripts were not checked: apt-get install shellcheck"; \
 	fi
 
+reference: $(VENV)/.installed-core
+	$(BIN)/python -m trainer.reference flags > docs/reference.md
+	$(BIN)/python -m trainer.reference modules > docs/modules.md
+
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m trainer.bench
 
+METHODS := linear,bias,attention,lora,kadaptation,multi_lora,moa_lora,moa_kron,full
 embedded-table: $(VENV)/.installed-core
-	$(BIN)/python -m trainer.sweep --methods linear,moa_lora,moa_kron,full \
+	$(BIN)/python -m trainer.sweep --methods $(METHODS) \
 	  --held-out plain,inverted,outline,coarse,textured,rotated --seeds 0,1,2 \
 	  --jobs $$(nproc) --output-dir outputs/embedded
-	$(BIN)/python -m trainer.report outputs/embedded/*/ --format markdown
+	$(BIN)/python -m trainer.report outputs/embedded --format markdown --compare linear
 
+# Not outputs: results and checkpoints of every run.
 clean:
-	rm -rf $(VENV) outputs build *.egg-info
+	rm -rf $(VENV) build *.egg-info
