@@ -9,6 +9,7 @@ What is open stays readable after it has gone, so no reader can be disturbed.
 
 import contextlib
 import os
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
@@ -58,9 +59,8 @@ class NodeCache:
         self.patience = patience
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / f".probe-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass  # it can be written
         except OSError as error:
             raise OutputError(
                 f"data.cache_dir = {str(root)!r}: cannot be written ({error.strerror}); a remote "

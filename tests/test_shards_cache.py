@@ -53,6 +53,12 @@ def test_room_that_others_are_filling_is_waited_for(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("set/*.tar"))) == 4
 
 
+def test_a_cache_can_be_opened_by_many_at_the_same_time(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: NodeCache(tmp_path, "set", 45), range(2000)))
+    assert list((tmp_path / "set").iterdir()) == []
+
+
 def test_others_that_get_nowhere_end_the_wait(tmp_path: Path) -> None:
     cache = NodeCache(tmp_path, "set", 25, patience=0.3)
     assert cache.obtain("kept.tar", 10, ten_bytes)
