@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test lint bench reference embedded-table clean
+.PHONY: help setup demo test test-gpu lint bench reference embedded-table clean
 
 help:
 	@echo "make setup            the environment alone (.venv)"
 	@echo "make demo             train Mixture-of-Adapters on the embedded data with two processes"
 	@echo "make test             the CPU test suite"
+	@echo "make test-gpu         what only a GPU can show"
 	@echo "make lint             ruff, mypy, codespell, shellcheck"
 	@echo "make bench            speed and memory ratios, one table"
 	@echo "make reference        the pages that are made from the code"
@@ -36,7 +37,10 @@ demo: $(VENV)/.installed-core
 	$(BIN)/deepspeed --num_gpus 2 trainer/run.py --ds_config ds_configs/zero2.json --output_dir outputs/demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+test-gpu: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 4 tests/gpu_checks.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

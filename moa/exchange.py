@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moa.experts import KroneckerRule, kronecker_delta, lora_delta, lora_down
-from moa.router import full_precision, wide_product
+from moa.precision import full_precision, wide_product
 
 if TYPE_CHECKING:
     from moa.expert_parallel import ExpertParallel

@@ -24,14 +24,13 @@ from moa.experts import (
     lora_down,
 )
 from moa.noise import fresh_key, normal, uniform
+from moa.precision import full_precision, wide_product
 from moa.router import (
     Routing,
     UniformRouter,
     balance_counts,
     choose,
-    full_precision,
     make_router,
-    wide_product,
 )
 
 

@@ -7,16 +7,14 @@ experts: a router has a `weight` [K, D] and turns `x weight^T` into logits.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moa.config import MoAConfig
+from moa.precision import wide_dtype
 
 MAX_LOG_SCALE = math.log(100.0)
 """The logits' scale exp(temperature) is capped at 100."""
@@ -160,46 +158,6 @@ def choose(logits: Tensor, noise: Tensor | None, kept: int, bias: Tensor | None 
     ids = (chosen if bias is None else chosen + bias.to(chosen.dtype)).topk(kept, dim=-1).indices
     top = chosen.gather(-1, ids)
     return Routing(torch.zeros_like(chosen).scatter(-1, ids, top), probs, top.amax(-1))
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """At least fp32: a rounded logit changes which expert wins."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Within the block autocast does not lower the precision of products."""
-    kind = device.type
-    autocasts = torch.amp.is_autocast_available(kind)
-    with torch.autocast(kind, enabled=False) if autocasts else nullcontext():
-        yield
-
-
-def wide_product(x: Tensor, weight: Tensor) -> Tensor:
-    """Product x weight^T [N, K] in at least fp32, from x [N, D] and weight [K, D] of any dtype.
-
-    Keeps `x` for backward as it is, not a widened copy of it.
-    """
-    if x.dtype == wide_dtype(x.dtype):
-        return F.linear(x, weight.to(x.dtype))
-    product: Tensor = _WideProduct.apply(x, weight)
-    return product
-
-
-class _WideProduct(torch.autograd.Function):
-    """The product of low precision factors, in fp32 forward and backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return x.float() @ weight.float().T
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        of_x = (gradient @ weight.float()).to(x.dtype)
-        return of_x, (gradient.T @ x.float()).to(weight.dtype)
 
 
 def balance_counts(routing: Routing) -> Tensor:

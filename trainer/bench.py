@@ -36,7 +36,7 @@ def bench_command(args: argparse.Namespace) -> None:
         OutputError: the file for the figures cannot be written.
     """
     on_cpu = tuple(part for part in PARTS if part != "engine")
-    parts = args.part or (("step",) if args.device == "cuda" else on_cpu)
+    parts = args.part or (("step", "engine") if args.device == "cuda" else on_cpu)
     _check(args, parts)
     measured: dict[str, Table] = {}
     for part in parts:
@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog="python -m trainer.bench", description=__doc__)
     result.add_argument(
         "--part", type=_part, nargs="+", metavar="PART",
-        help=f"which of {', '.join(PARTS)}; default all but engine; on a GPU step",
+        help=f"which of {', '.join(PARTS)}; default all but engine; on a GPU step engine",
     )  # fmt: skip
     result.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     result.add_argument(
@@ -147,7 +147,10 @@ def _measure(part: str, args: argparse.Namespace) -> "Iterator[dict[str, Table]]
     elif part == "engine":
         from trainer import bench_engine
 
-        yield bench_engine.measure()
+        if args.device == "cuda":
+            yield from bench_engine.measure(bench_engine.GPU_CASES, args.rounds)
+        else:
+            yield from bench_engine.measure()
     elif part == "traffic":
         from trainer import bench_traffic
 

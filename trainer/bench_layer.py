@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import moa
 from moa.experts import KroneckerExpert, KroneckerRule, LoRAExpert, dense_delta
 from moa.layer import MoALinear
-from moa.router import CosineRouter, choose, wide_product
+from moa.precision import wide_product
+from moa.router import CosineRouter, choose
 from trainer.bench_timing import Table, Work, interleaved
 
 WIDTHS = {"ViT-B": 768, "ViT-L": 1024, "ViT-G": 1664}

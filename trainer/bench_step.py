@@ -4,10 +4,9 @@ The frozen backbone has random weights; images are noise. A step is forward, bac
 """
 
 import multiprocessing
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from functools import cache
 
 import timm
 import torch
@@ -18,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import moa
 import trainer.vit_embedded  # noqa: F401  (registers the embedded backbone)
 from trainer.bench_timing import Table, Work, interleaved
+from trainer.compiling import compile_blocks
 from trainer.peak_memory import highest_resident
 
 REFERENCE = "PEFT LoRA r=8, qkv of all blocks"
@@ -71,7 +71,7 @@ def measure(setting: Setting, rounds: int) -> Table:
             continue
         seconds = row["ms"] / 1000
         row["img/s"] = setting.batch / seconds
-        row["MFU"] = step_flops(name, setting) * setting.batch / seconds / yardstick
+        row["MFU"] = step_flops(name, setting.backbone) * setting.batch / seconds / yardstick
         if setting.alone and not isinstance(reference, str):
             row["ratio"] = row["ms"] / reference
         if name in peaks:
@@ -123,17 +123,20 @@ def make_step(name: str, setting: Setting) -> Work:
     """Builds a model and returns one training step of it."""
     torch.manual_seed(0)
     device = torch.device(setting.device)
-    model = _model(name, setting).to(device, setting.dtype).train()
+    with device:  # filling billions of weights on a CPU takes longer than the measurement
+        model = _model(name, setting)
+    model.to(device, setting.dtype).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters) if parameters else None
     size = timm.data.resolve_model_data_config(model)["input_size"]
     images = torch.randn(setting.batch, *size, device=device, dtype=setting.dtype)
     images.requires_grad_(not parameters)
     labels = torch.randint(10, (setting.batch,), device=device)
-    scores: Callable[[Any], Any] = torch.compile(model) if setting.compiled else model
+    if setting.compiled:
+        compile_blocks(model)
 
     def work() -> None:
-        loss = F.cross_entropy(scores(images).float(), labels) + moa.aux_loss(model)
+        loss = F.cross_entropy(model(images).float(), labels) + moa.aux_loss(model)
         if optimizer is not None:
             optimizer.zero_grad()
         torch.autograd.backward(loss)
@@ -175,10 +178,10 @@ def _peak(name: str, setting: Setting) -> int:
     return max(1, highest_resident() - imported)  # a tiny model hides below the imports' peak
 
 
-def step_flops(name: str, setting: Setting) -> int:
-    """Floating point operations of one image's forward and backward, recomputation not counted."""
-    plain = replace(setting, batch=1, device="meta", compiled=False, checkpointing=False)
-    model = _model_on_meta(name, plain)
+@cache
+def step_flops(name: str, backbone: str) -> int:
+    """Floating point operations of one image's forward and backward, without recomputation."""
+    model = _model_on_meta(name, Setting(backbone, 1, "meta", torch.float32))
     size = timm.data.resolve_model_data_config(model)["input_size"]
     images = torch.zeros(1, *size, device="meta", requires_grad=True)
     with FlopCounterMode(display=False) as counter:
