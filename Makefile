@@ -40,7 +40,7 @@ test: $(VENV)/.installed-test
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-gpu: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 4 tests/gpu_checks.py
+	$(BIN)/python -m pytest tests/gpu_checks.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
