@@ -16,6 +16,7 @@ from moa.experts import (
     KroneckerExpert,
     KroneckerRule,
     LoRAExpert,
+    columns_of,
     dense_delta,
     gate_columns,
     kronecker_delta,
@@ -54,6 +55,8 @@ class MoALinear(nn.Module):
         MoAConfigError: the config is illegal, or `kron_dim` does not divide the layer's widths.
     """
 
+    rank_columns: Tensor
+    """[E, R] which rank columns belong to which expert, the shared one last"""
     noise_key: Tensor | None
     """[KEY_WORDS] of the running micro-batch; None draws from torch's own generator"""
     remote_experts: Callable[[], list[Any]] | None = None
@@ -77,10 +80,12 @@ class MoALinear(nn.Module):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.config, self.ranks = config, list(config.ranks or ())
         self._counts: Tensor | None = None  # [2, E] with graph, until the auxiliary loss takes it
-        self._stats: dict[str, Tensor] = {}
+        self._routed: tuple[Tensor, Tensor] | None = None  # gates and probabilities [N, E]
         self._chosen: Tensor | None = None  # [E] tokens, summed until the balance takes it
         self._shared_rule: tuple[KroneckerRule, ...] = ()  # a tuple hides it from the module tree
         self.register_buffer("noise_key", None, persistent=False)
+        columns = columns_of([*self.ranks, *filter(None, [config.shared_rank])])
+        self.register_buffer("rank_columns", columns.to(base.weight.device), persistent=False)
         self._random = config.expert_dropout > 0 or (config.routed and config.gate_noise > 0)
         self.bias: nn.Parameter | None = None
         if config.kronecker:
@@ -191,10 +196,10 @@ class MoALinear(nn.Module):
             gates = torch.cat([gates, torch.ones_like(gates[:, :1])], dim=1)
         if self.config.kron_impl == "dense":
             return self._dense_delta(tokens, experts, gates, key)
-        ranks = [*self.ranks, *([self.config.shared_rank] if self.config.shared_rank else [])]
-        columns, rate = gate_columns(gates, ranks), self.config.expert_dropout
+        columns, rate = gate_columns(gates, self.rank_columns), self.config.expert_dropout
         if key is not None and rate > 0:
-            kept = uniform(key, x.shape[0], x.shape[1:-1].numel(), sum(ranks)) > rate
+            number = self.rank_columns.shape[1]
+            kept = uniform(key, x.shape[0], x.shape[1:-1].numel(), number) > rate
             mask = kept / (1 - rate)
             columns = mask if columns is None else columns * mask
         return self._local_delta(tokens, experts, columns, h, rule)
@@ -232,23 +237,17 @@ class MoALinear(nn.Module):
         return dense_delta(tokens, matrices, gates)
 
     def _record(self, routing: Routing) -> None:
-        """Keeps the balance counts (with graph) and detached statistics of a training forward."""
+        """Keeps the balance counts (with graph) and the routing itself of a training forward."""
         if not self.training:
             return
         counts = balance_counts(routing)  # always: a recomputation must repeat every operation
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return  # activation checkpointing recomputes in backward: the counts were taken
         self._counts = counts
-        with torch.no_grad():
-            chosen, probs = (routing.gates > 0).float(), routing.probs
-            self._stats = {
-                "load": chosen.mean(0),
-                "entropy": torch.special.entr(probs).sum(-1).mean(),
-                "max_prob": probs.amax(-1).mean(),
-            }
-            if self.config.balance == "bias":
-                total = chosen.sum(0)
-                self._chosen = total if self._chosen is None else self._chosen + total
+        self._routed = (routing.gates.detach(), routing.probs.detach())
+        if self.config.balance == "bias":
+            total = (routing.gates.detach() > 0).float().sum(0)
+            self._chosen = total if self._chosen is None else self._chosen + total
 
     def take_counts(self) -> Tensor | None:
         """Balance counts [2, E] of the last training forward, once; None if there are none."""
@@ -270,11 +269,17 @@ class MoALinear(nn.Module):
                 weights = self.router()[0]
             entropy = torch.special.entr(weights).sum()
             return {"load": weights, "entropy": entropy, "max_prob": weights.amax()}
-        if self.router is None or not self._stats:
+        if self.router is None or self._routed is None:
             return {}
+        gates, probs = self._routed
         temperature = getattr(self.router, "temperature", None)
         known = {} if temperature is None else {"temperature": temperature.detach()[0]}
-        return {**self._stats, **known}
+        return {
+            "load": (gates > 0).float().mean(0),
+            "entropy": torch.special.entr(probs).sum(-1).mean(),
+            "max_prob": probs.amax(-1).mean(),
+            **known,
+        }
 
 
 def check_kron_dim(base: nn.Linear, kron_dim: int, name: str) -> None:

@@ -14,6 +14,11 @@ from torch.nn import functional as F
 _COMPILABLE = torch.__version__ >= "2.10"
 """From this release on torch.compile knows products of bf16 factors in fp32."""
 
+# Asked here once, since not every release of torch.compile can follow the question.
+_AUTOCAST = {
+    kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind)
+}
+
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """At least fp32: a rounded logit changes which expert wins."""
@@ -23,9 +28,8 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Within the block autocast does not lower the precision of products."""
-    kind = device.type
-    autocasts = torch.amp.is_autocast_available(kind)
-    with torch.autocast(kind, enabled=False) if autocasts else nullcontext():
+    autocasts = device.type in _AUTOCAST
+    with torch.autocast(device.type, enabled=False) if autocasts else nullcontext():
         yield
 
 

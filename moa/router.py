@@ -155,9 +155,11 @@ def choose(logits: Tensor, noise: Tensor | None, kept: int, bias: Tensor | None 
     chosen = probs if noise is None else (logits + noise.to(logits.dtype)).softmax(-1)
     if kept == logits.shape[-1]:
         return Routing(chosen, probs, chosen.amax(-1))
-    ids = (chosen if bias is None else chosen + bias.to(chosen.dtype)).topk(kept, dim=-1).indices
+    score = chosen if bias is None else chosen + bias.to(chosen.dtype)
+    ids = score.argmax(-1, keepdim=True) if kept == 1 else score.topk(kept, dim=-1).indices
     top = chosen.gather(-1, ids)
-    return Routing(torch.zeros_like(chosen).scatter(-1, ids, top), probs, top.amax(-1))
+    gates = torch.zeros_like(chosen).scatter(-1, ids, top)
+    return Routing(gates, probs, top[:, 0] if kept == 1 else top.amax(-1))
 
 
 def balance_counts(routing: Routing) -> Tensor:

@@ -1,5 +1,6 @@
 """The DeepSpeed engine: process group, optimizer, initialisation, collectives, shutdown."""
 
+import gc
 import importlib
 import logging
 import os
@@ -82,7 +83,11 @@ def _import_muon() -> None:
 
 
 def stop() -> None:
-    """Leaves the process group."""
+    """Leaves the process group, after what is left of models has gone.
+
+    A GPU's pinned memory that only the interpreter's end frees can end the process with an abort.
+    """
+    gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
 
