@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import moa
 from moa import precision
 from tests.trainer_fixtures import arguments, launch, rows
-from trainer.compiling import as_written, compile_blocks
+from trainer.bench_step import _compile_blocks
 
 assert torch.cuda.is_available(), "torch finds no GPU, which these checks are about"
 GPU = torch.device("cuda")
@@ -107,8 +107,8 @@ def test_compiled_blocks_train_alike(method: str, checkpointing: bool) -> None:
     moa.inject(model, moa.MoAConfig(method=method))  # type: ignore[arg-type]
     model.to(GPU).train()
     compiled = copy.deepcopy(model)
-    compile_blocks(compiled)
-    losses, scores = [], []
+    _compile_blocks(compiled)
+    losses = []
     images = torch.randn(4, 3, 224, 224, device=GPU)
     labels = torch.arange(4, device=GPU)
     for twin in (model, compiled):
@@ -120,12 +120,7 @@ def test_compiled_blocks_train_alike(method: str, checkpointing: bool) -> None:
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        twin.eval()
-        with torch.inference_mode(), as_written():
-            scores.append(twin(images))
-        twin.train()
     assert losses[:4] == pytest.approx(losses[4:], rel=1e-4)
-    torch.testing.assert_close(*scores, rtol=1e-2, atol=1e-2)
     assert losses[3] < losses[0]
 
 
@@ -141,9 +136,7 @@ RUNS = {
     "device cpu": ({"data__augment_on": "device"}, 0, {"CUDA_VISIBLE_DEVICES": ""}),
     "workers": ({"data__workers": "2"}, 0, {}),
     "checkpointing": ({"model__grad_checkpointing": "true"}, 0, {}),
-    "compiled": ({"model__compile": "true"}, 0, {}),
     "bf16": ({"train__precision": "auto"}, 0, {}),
-    "bf16 compiled": ({"train__precision": "auto", "model__compile": "true"}, 0, {}),
 }
 
 
@@ -175,11 +168,10 @@ def losses(folder: Path) -> list[float]:
         ("gpu", "cpu", 1e-4),
         *((name, "gpu", 1e-4) for name in (
             "deepspeed", "zero1", "zero2_offload", "zero3", "zero3_offload", "workers",
-            "checkpointing", "compiled",
+            "checkpointing",
         )),
         ("device", "device cpu", 1e-3),
         ("bf16", "gpu", 0.05),
-        ("bf16 compiled", "gpu", 0.05),
     ],
 )  # fmt: skip
 def test_runs_train_alike(runs: Path, name: str, other: str, tolerance: float) -> None:
@@ -201,10 +193,8 @@ def test_a_run_resumes(runs: Path, tmp_path: Path, name: str) -> None:
     assert found == pytest.approx(expected, rel=1e-5 if name == "gpu" else 1e-2)
 
 
-@pytest.mark.parametrize("name", ["gpu", "compiled"])
-def test_an_adapter_evaluates_as_its_run_did(runs: Path, name: str) -> None:
-    """To the image, also after a compiled run: evaluations are never compiled."""
-    adapter = runs / name / "adapter"
+def test_an_adapter_evaluates_as_its_run_did(runs: Path) -> None:
+    adapter = runs / "gpu" / "adapter"
     ended = subprocess.run(
         [sys.executable, "-m", "trainer.evaluate", "--adapter", str(adapter), "--json"],
         capture_output=True, text=True, check=False,

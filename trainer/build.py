@@ -23,7 +23,6 @@ from shards import (
 from shards.datasets import held_out_names
 from shards.evaluation import Split, split_ranks
 from trainer import ds_json
-from trainer.compiling import compile_blocks
 from trainer.config import RunConfig
 from trainer.errors import ConfigError
 from trainer.estimates import batch_arithmetic
@@ -103,8 +102,6 @@ def build(config: RunConfig, world: World) -> Parts:
         head = use_text_head(config, index, withheld, backbone)
     with nullcontext() if whole else torch.device("meta"):
         report = moa.inject(backbone.model, config.moa)
-    if config.model.compile:
-        compile_blocks(backbone.model)
     on_device = config.data.augment_on == "device"
     make_transform = loader_transform if on_device else train_transform
     stream = DomainStream(
@@ -152,7 +149,6 @@ def _checked(
         sharded = ds_json.read(config)["zero_optimization"].get("stage") == 3
     with _noted(problems):
         check_expert_parallel(config.moa, world.size, sharded)
-        check_compiled(config, sharded)
     with _noted(problems):
         index = open_shards(config.data)
         config, withheld = _resolve(config, index)
@@ -189,18 +185,6 @@ def check_expert_parallel(adapters: moa.MoAConfig, processes: int, sharded: bool
         raise ConfigError(
             f"moa.ep_size: {size} with ZeRO-3, which shards experts itself and whose engine knows "
             "no expert parallelism; use --moa.ep_size 1, or --ds_config ds_configs/zero2.json"
-        )
-
-
-def check_compiled(config: RunConfig, sharded: bool) -> None:
-    """Raises `ConfigError` where parameters are not at hand when a block runs."""
-    if not config.model.compile:
-        return
-    if sharded or config.moa.ep_size > 1:
-        what = "ZeRO-3" if sharded else f"moa.ep_size {config.moa.ep_size}"
-        raise ConfigError(
-            f"model.compile: true with {what}, which fetches parameters while a block runs; use "
-            "--model.compile false, or --moa.ep_size 1 and --ds_config ds_configs/zero2.json"
         )
 
 

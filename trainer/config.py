@@ -41,8 +41,6 @@ class ModelConfig:
     """pretrained (timm's own for the tag), random, or the path of a safetensors file"""
     grad_checkpointing: bool = False
     """recompute activations in backward: less memory, about a third more time"""
-    compile: bool = False
-    """compile the blocks with torch.compile at the first step, for training only; on GPUs"""
     head_init: Literal["random", "text"] = "random"
     """random, or text: the classifier starts as CLIP's zero-shot classifier of the class names"""
     text_model: str | None = None

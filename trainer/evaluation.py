@@ -13,7 +13,6 @@ from shards import Batch, Decoder, ShardIndex, eval_transform, evaluation_loader
 from shards.bad_samples import check_unusable
 from shards.evaluation import split_ranks
 from shards.order import Int64Array
-from trainer.compiling import as_written
 from trainer.stopping import shielded
 from trainer.world import World
 
@@ -178,12 +177,12 @@ class Evaluator:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Models in evaluation mode, as written, no gradients; afterwards each has its mode again."""
+    """Models in evaluation mode and no gradients in a block; afterwards each has its mode again."""
     modes = [model.training for model in models]
     try:
         for model in models:
             model.eval()
-        with torch.inference_mode(), as_written():
+        with torch.inference_mode():
             yield
     finally:
         for model, mode in zip(models, modes, strict=True):

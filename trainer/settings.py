@@ -7,7 +7,7 @@ FREE = {
     "ds_config", "output_dir", "resume", "data.root", "data.workers",
     "data.cache_dir", "data.cache_gib", "data.fetch_deadline", "data.fetch_retries",
     "data.max_bad_fraction", "model.weights",
-    "model.grad_checkpointing", "model.compile", "moa.ep_size", "moa.transport",
+    "model.grad_checkpointing", "moa.ep_size", "moa.transport",
     "train.steps", "train.eval_batch", "train.time_limit", "train.skip_nonfinite",
     "train.step_deadline", "checkpoint.every", "checkpoint.keep",
     "checkpoint.background", "checkpoint.allow_changes",
