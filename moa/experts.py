@@ -71,18 +71,11 @@ class KroneckerExpert(nn.Module):
             nn.init.uniform_(factor, -bound, bound)
 
 
-def columns_of(ranks: Sequence[int]) -> Tensor:
-    """Which rank columns belong to which expert: [E, R] of zeros and ones, fp32."""
-    owners = torch.tensor([e for e, rank in enumerate(ranks) for _ in range(rank)])
-    return (torch.arange(len(ranks))[:, None] == owners).float()
-
-
-def gate_columns(gates: Tensor | None, columns: Tensor) -> Tensor | None:
-    """Each expert's gate, repeated for each of its ranks: [N, E] to [N, R]; None stays None.
-
-    By a product with `columns_of` [E, R]: on a GPU one operation instead of several per expert.
-    """
-    return None if gates is None else gates @ columns.to(gates.dtype)
+def gate_columns(gates: Tensor | None, ranks: Sequence[int]) -> Tensor | None:
+    """Each expert's gate, repeated for each of its ranks: [N, E] to [N, R]; None stays None."""
+    if gates is None:
+        return None
+    return torch.cat([gates[:, e : e + 1].expand(-1, r) for e, r in enumerate(ranks)], dim=1)
 
 
 def _weighted(h: Tensor, columns: Tensor | None) -> Tensor:

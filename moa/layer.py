@@ -16,7 +16,6 @@ from moa.experts import (
     KroneckerExpert,
     KroneckerRule,
     LoRAExpert,
-    columns_of,
     dense_delta,
     gate_columns,
     kronecker_delta,
@@ -55,8 +54,6 @@ class MoALinear(nn.Module):
         MoAConfigError: the config is illegal, or `kron_dim` does not divide the layer's widths.
     """
 
-    rank_columns: Tensor
-    """[E, R] which rank columns belong to which expert, the shared one last"""
     noise_key: Tensor | None
     """[KEY_WORDS] of the running micro-batch; None draws from torch's own generator"""
     remote_experts: Callable[[], list[Any]] | None = None
@@ -84,8 +81,6 @@ class MoALinear(nn.Module):
         self._chosen: Tensor | None = None  # [E] tokens, summed until the balance takes it
         self._shared_rule: tuple[KroneckerRule, ...] = ()  # a tuple hides it from the module tree
         self.register_buffer("noise_key", None, persistent=False)
-        columns = columns_of([*self.ranks, *filter(None, [config.shared_rank])])
-        self.register_buffer("rank_columns", columns.to(base.weight.device), persistent=False)
         self._random = config.expert_dropout > 0 or (config.routed and config.gate_noise > 0)
         self.bias: nn.Parameter | None = None
         if config.kronecker:
@@ -196,10 +191,10 @@ class MoALinear(nn.Module):
             gates = torch.cat([gates, torch.ones_like(gates[:, :1])], dim=1)
         if self.config.kron_impl == "dense":
             return self._dense_delta(tokens, experts, gates, key)
-        columns, rate = gate_columns(gates, self.rank_columns), self.config.expert_dropout
+        ranks = [*self.ranks, *([self.config.shared_rank] if self.config.shared_rank else [])]
+        columns, rate = gate_columns(gates, ranks), self.config.expert_dropout
         if key is not None and rate > 0:
-            number = self.rank_columns.shape[1]
-            kept = uniform(key, x.shape[0], x.shape[1:-1].numel(), number) > rate
+            kept = uniform(key, x.shape[0], x.shape[1:-1].numel(), sum(ranks)) > rate
             mask = kept / (1 - rate)
             columns = mask if columns is None else columns * mask
         return self._local_delta(tokens, experts, columns, h, rule)

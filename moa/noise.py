@@ -58,8 +58,8 @@ def fresh_key(device: torch.device) -> Tensor:
 def normal(key: Tensor, num_images: int, tokens: int, columns: int) -> Tensor:
     """Standard normal numbers [N, K] in fp32, N = num_images * tokens, by Box and Muller."""
     counter = _counter(key, num_images, tokens, columns)
-    first, second = _unit(counter, key[1:3, None, None])  # at once: half the operations
-    return (-2.0 * first.log()).sqrt() * (2.0 * math.pi * second).cos()
+    drawn = _unit(counter, key[1:3, None, None])  # [2, N, K] at once: half the operations
+    return (-2.0 * drawn[0].log()).sqrt() * (2.0 * math.pi * drawn[1]).cos()
 
 
 def uniform(key: Tensor, num_images: int, tokens: int, columns: int) -> Tensor:

@@ -16,7 +16,6 @@ from moa.experts import (
     KroneckerExpert,
     KroneckerRule,
     LoRAExpert,
-    columns_of,
     gate_columns,
     kronecker_delta,
     kronecker_matrix,
@@ -66,14 +65,14 @@ def assert_close(fast: Tensor, slow: Tensor, tolerance: float, scale: float = 0.
 
 
 def fast_lora(x: Tensor, experts: Sequence[LoRAExpert], gates: Tensor | None) -> Tensor:
-    columns = gate_columns(gates, columns_of([len(e.down) for e in experts]))
+    columns = gate_columns(gates, [len(e.down) for e in experts])
     return lora_delta(x @ lora_down(experts).T, experts, columns)
 
 
 def fast_kronecker(
     x: Tensor, experts: Sequence[KroneckerExpert], gates: Tensor | None, rule: KroneckerRule
 ) -> Tensor:
-    columns = gate_columns(gates, columns_of([e.left.shape[2] for e in experts]))
+    columns = gate_columns(gates, [e.left.shape[2] for e in experts])
     return kronecker_delta(x, experts, columns, rule)
 
 
