@@ -1,8 +1,9 @@
 """LoRA and Kronecker (KAdaptation) experts, all evaluated together in factored form.
 
-Letters: N tokens, D in, O out, E experts, r_e rank of expert e, R = sum of ranks, P = kron_dim.
-All experts of a layer share two skinny products: the ranks are concatenated, the R intermediate
-columns are multiplied by each token's gate, and nothing of size D x O is ever formed.
+Letters: N tokens, D in, O out, E experts, r_e rank of expert e, R sum of the ranks, filled up to a
+multiple of `ALIGNMENT`, P = kron_dim. All experts of a layer share two skinny products: the ranks are
+concatenated, the R intermediate columns are multiplied by each token's gate, and nothing of size
+D x O is ever formed.
 
 Sources: LoRA, arXiv 2106.09685; KAdaptation, arXiv 2203.16329; the mixture, arXiv 2310.11031.
 """
@@ -13,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 ALIGNMENT = 8
-"""The ranks of a layer's Kronecker experts are filled up to a multiple of this by zeros: a skinny
-product of 15 columns takes a CPU up to 2.7 times as long as one of 16."""
+"""The ranks of a layer's experts are filled up to a multiple of this by zeros: a skinny product of
+15 columns takes a CPU up to 2.7 times as long as one of 16, and a GPU's matrix units want rows of
+whole 16 bytes."""
 
 
 class LoRAExpert(nn.Module):
@@ -75,7 +76,13 @@ def gate_columns(gates: Tensor | None, ranks: Sequence[int]) -> Tensor | None:
     """Each expert's gate, repeated for each of its ranks: [N, E] to [N, R]; None stays None."""
     if gates is None:
         return None
-    return torch.cat([gates[:, e : e + 1].expand(-1, r) for e, r in enumerate(ranks)], dim=1)
+    pieces = [g.expand(-1, r) for g, r in zip(gates.split(1, dim=1), ranks, strict=True)]
+    return _filled(pieces, dim=1)
+
+
+def fill(columns: Tensor) -> Tensor:
+    """Columns [N, sum of the ranks] with zeros appended, [N, R]."""
+    return _filled([columns], dim=1)
 
 
 def _weighted(h: Tensor, columns: Tensor | None) -> Tensor:
@@ -83,8 +90,8 @@ def _weighted(h: Tensor, columns: Tensor | None) -> Tensor:
 
 
 def lora_down(experts: Sequence[LoRAExpert]) -> Tensor:
-    """The first factors of all experts, [R, D]."""
-    return torch.cat([e.down for e in experts])
+    """The first factors of all experts, filled up: [R, D]."""
+    return _filled([e.down for e in experts], dim=0)
 
 
 def lora_delta(h: Tensor, experts: Sequence[LoRAExpert], columns: Tensor | None) -> Tensor:
@@ -98,7 +105,7 @@ def lora_delta(h: Tensor, experts: Sequence[LoRAExpert], columns: Tensor | None)
     Returns:
         [N, O], dtype of the experts.
     """
-    up = torch.cat([e.up for e in experts], dim=1)  # [O, R]
+    up = _filled([e.up for e in experts], dim=1)  # [O, R]
     return _weighted(h, columns).to(up.dtype) @ up.T
 
 
@@ -117,26 +124,27 @@ def kronecker_delta(
         rule: the shared slow weights.
 
     Returns:
-        [N, O], dtype of `x`.
+        [N, P, O/P], dtype of `x`, not always contiguous: what it is added to spares a copy of it.
     """
     left = _filled([e.left for e in experts], dim=2)  # [P, D/P, R]
     right = _filled([e.right for e in experts], dim=1)  # [P, R, O/P]
-    if columns is not None:
-        columns = F.pad(columns, (0, left.shape[2] - columns.shape[1]))
     dim, width, _ = left.shape
     rows = x.view(len(x), dim, width).transpose(0, 1).reshape(dim, -1)
     mixed = (rule.left @ rows).view(dim, len(x), width)
     z = _weighted(mixed @ left, columns)  # [P, N, R]
-    y: Tensor = _Spread.apply(z @ right, rule.right.to(z.dtype))  # [N, P, O/P]
-    return y.flatten(1)
+    y: Tensor = _Spread.apply(z @ right, rule.right.to(z.dtype))
+    return y
 
 
 def _filled(factors: list[Tensor], dim: int) -> Tensor:
     """All experts' factors side by side, with zeros up to a multiple of `ALIGNMENT` ranks."""
     missing = -sum(f.shape[dim] for f in factors) % ALIGNMENT
+    if not missing:
+        return torch.cat(factors, dim=dim)
     shape = list(factors[0].shape)
     shape[dim] = missing
-    return torch.cat([*factors, factors[0].new_zeros(shape)] if missing else factors, dim=dim)
+    zeros = factors[0].new_zeros([1] * len(shape)).expand(shape)  # one number: quickly filled
+    return torch.cat([*factors, zeros], dim=dim)
 
 
 class _Spread(torch.autograd.Function):

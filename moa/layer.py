@@ -5,6 +5,7 @@ M width of the router's projection.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from moa.experts import (
     KroneckerRule,
     LoRAExpert,
     dense_delta,
+    fill,
     gate_columns,
     kronecker_delta,
     kronecker_matrix,
@@ -28,7 +30,6 @@ from moa.precision import full_precision, wide_product
 from moa.router import (
     Routing,
     UniformRouter,
-    balance_counts,
     choose,
     make_router,
 )
@@ -56,6 +57,8 @@ class MoALinear(nn.Module):
 
     noise_key: Tensor | None
     """[KEY_WORDS] of the running micro-batch; None draws from torch's own generator"""
+    shared_noise: Callable[[int, int, int], Tensor] | None = None
+    """draws this layer's gate noise together with all others'; None draws from the key"""
     remote_experts: Callable[[], list[Any]] | None = None
     """under expert parallelism by `gather`: the factors of all experts, whoever owns them"""
     exchange: Callable[[Tensor, Tensor, Any], Tensor] | None = None
@@ -76,8 +79,8 @@ class MoALinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.config, self.ranks = config, list(config.ranks or ())
-        self._counts: Tensor | None = None  # [2, E] with graph, until the auxiliary loss takes it
-        self._routed: tuple[Tensor, Tensor] | None = None  # gates and probabilities [N, E]
+        self._routing: Routing | None = None  # with graph, until the auxiliary loss takes it
+        self._routed: Routing | None = None  # the same without
         self._chosen: Tensor | None = None  # [E] tokens, summed until the balance takes it
         self._shared_rule: tuple[KroneckerRule, ...] = ()  # a tuple hides it from the module tree
         self.register_buffer("noise_key", None, persistent=False)
@@ -104,8 +107,8 @@ class MoALinear(nn.Module):
         return LoRAExpert(*sizes, weight)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which cannot take balance counts that hang in a graph."""
-        return {**self.__dict__, "_counts": None}
+        """For copies and pickles, which cannot take what hangs in a graph."""
+        return {**self.__dict__, "_routing": None}
 
     def extra_repr(self) -> str:
         """The settings that tell two layers apart."""
@@ -123,8 +126,9 @@ class MoALinear(nn.Module):
         if self.training and self._random:
             key = fresh_key(x.device) if self.noise_key is None else self.noise_key
         gates, h = self._route(x, tokens, key)
-        delta = self._delta(x, tokens, gates, h, key, rule).view(*x.shape[:-1], self.out_features)
-        y: Tensor = self.base(x) + delta
+        delta = self._delta(x, tokens, gates, h, key, rule)
+        y: Tensor = self.base(x)
+        y = (y.reshape(delta.shape) + delta).view(y.shape)
         return y if self.bias is None else y + self.bias
 
     @property
@@ -168,7 +172,10 @@ class MoALinear(nn.Module):
     ) -> Routing:
         noise, scale = None, self.config.gate_noise / len(self.ranks)
         if key is not None and scale > 0:
-            noise = scale * normal(key, x.shape[0], x.shape[1:-1].numel(), len(self.ranks))
+            drawn = self.shared_noise
+            if drawn is None or torch.compiler.is_compiling():  # a compiler fuses the layer's own
+                drawn = partial(normal, key)
+            noise = scale * drawn(x.shape[0], x.shape[1:-1].numel(), len(self.ranks))
         bias = None if steps is None else self.config.balance_rate * steps
         return choose(logits, noise, self.config.experts_kept, bias)
 
@@ -181,12 +188,15 @@ class MoALinear(nn.Module):
         key: Tensor | None,
         rule: Any,
     ) -> Tensor:
-        """The experts' sum [N, O]."""
+        """The experts' sum, [N, O] or, of Kronecker experts, [N, P, O/P]."""
         experts = self.all_experts()
         if self.exchange is not None:
             assert gates is not None
             routed = self.exchange(tokens, gates, rule)
-            return routed + self._local_delta(tokens, experts, None, h, rule) if experts else routed
+            if not experts:
+                return routed
+            shared = self._local_delta(tokens, experts, None, h, rule)
+            return routed.view(shared.shape) + shared
         if gates is not None and self.shared_expert is not None:
             gates = torch.cat([gates, torch.ones_like(gates[:, :1])], dim=1)
         if self.config.kron_impl == "dense":
@@ -195,7 +205,7 @@ class MoALinear(nn.Module):
         columns, rate = gate_columns(gates, ranks), self.config.expert_dropout
         if key is not None and rate > 0:
             kept = uniform(key, x.shape[0], x.shape[1:-1].numel(), sum(ranks)) > rate
-            mask = kept / (1 - rate)
+            mask = fill(kept / (1 - rate))
             columns = mask if columns is None else columns * mask
         return self._local_delta(tokens, experts, columns, h, rule)
 
@@ -232,22 +242,20 @@ class MoALinear(nn.Module):
         return dense_delta(tokens, matrices, gates)
 
     def _record(self, routing: Routing) -> None:
-        """Keeps the balance counts (with graph) and the routing itself of a training forward."""
+        """Keeps the routing of a training forward, for the auxiliary loss and the statistics."""
         if not self.training:
             return
-        counts = balance_counts(routing)  # always: a recomputation must repeat every operation
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            return  # activation checkpointing recomputes in backward: the counts were taken
-        self._counts = counts
-        self._routed = (routing.gates.detach(), routing.probs.detach())
+            return  # activation checkpointing recomputes in backward: the routing was taken
+        self._routing, self._routed = routing, routing.detach()
         if self.config.balance == "bias":
             total = (routing.gates.detach() > 0).float().sum(0)
             self._chosen = total if self._chosen is None else self._chosen + total
 
-    def take_counts(self) -> Tensor | None:
-        """Balance counts [2, E] of the last training forward, once; None if there are none."""
-        counts, self._counts = self._counts, None
-        return counts
+    def take_routing(self) -> Routing | None:
+        """The routing of the last training forward, with graph, once; None if there is none."""
+        routing, self._routing = self._routing, None
+        return routing
 
     def take_chosen(self) -> Tensor | None:
         """Tokens [E] that chose each expert since the last call, in training forwards."""
@@ -266,7 +274,7 @@ class MoALinear(nn.Module):
             return {"load": weights, "entropy": entropy, "max_prob": weights.amax()}
         if self.router is None or self._routed is None:
             return {}
-        gates, probs = self._routed
+        gates, probs = self._routed.gates, self._routed.probs
         temperature = getattr(self.router, "temperature", None)
         known = {} if temperature is None else {"temperature": temperature.detach()[0]}
         return {

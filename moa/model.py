@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from moa.layer import moa_layers
-from moa.noise import RoutingPosition, noise_keys
-from moa.router import TokenRouter, balance_loss
+from moa.noise import LayersNoise, RoutingPosition, noise_keys
+from moa.router import TokenRouter, balance_counts, balance_loss
 
 SumOverRanks = Callable[[Tensor], Tensor]
 
@@ -22,11 +22,12 @@ def set_routing_position(model: nn.Module, position: RoutingPosition | None) -> 
     layers = [layer for _, layer in moa_layers(model)]
     if position is None or not layers:
         for layer in layers:
-            layer.noise_key = None
+            layer.noise_key = layer.shared_noise = None
         return
     keys = noise_keys(position, len(layers)).to(layers[0].base.weight.device, non_blocking=True)
-    for layer, key in zip(layers, keys.unbind(), strict=True):
-        layer.noise_key = key
+    noise = LayersNoise(keys)
+    for number, layer in enumerate(layers):
+        layer.noise_key, layer.shared_noise = keys[number], partial(noise.normal, number)
 
 
 def aux_loss(model: nn.Module, sum_over_ranks: SumOverRanks | None = None) -> Tensor:
@@ -41,18 +42,18 @@ def aux_loss(model: nn.Module, sum_over_ranks: SumOverRanks | None = None) -> Te
         A scalar with graph; zero if no layer routes, `balance` is not by loss, or nothing ran
         since the last call.
     """
-    weight, counts = 0.0, []
+    weight, routings = 0.0, []
     for _, layer in moa_layers(model):
-        taken = layer.take_counts()
+        taken = layer.take_routing()
         if taken is not None and layer.config.balance == "loss":
             weight = layer.config.aux_weight
-            counts.append(taken)
-    if not counts:
+            routings.append(taken)
+    if not routings:
         return torch.zeros((), device=next(model.parameters()).device)
-    stacked = torch.stack(counts)
+    counts = balance_counts(routings)  # of all layers at once: a GPU waits for small launches
     if sum_over_ranks is not None:
-        stacked = sum_over_ranks(stacked)
-    return weight * balance_loss(stacked)
+        counts = sum_over_ranks(counts)
+    return weight * balance_loss(counts)
 
 
 def update_balance(model: nn.Module, sum_over_ranks: SumOverRanks | None = None) -> None:

@@ -4,7 +4,7 @@ Whoever computes a token draws the same numbers for it: on one process or many, 
 recomputation of it, on a CPU or a GPU, compiled or not. The generator is a hash of a counter, as in
 counter-based generators (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 
-Letters: N rows (tokens), K columns.
+Letters: L layers, N rows (tokens), K columns.
 """
 
 import hashlib
@@ -49,6 +49,25 @@ def noise_keys(position: RoutingPosition, num_layers: int) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64)
 
 
+class LayersNoise:
+    """Gate noise of all layers, drawn at once: on a GPU one layer's costs as many launches.
+
+    Args:
+        keys: one key per layer, [L, KEY_WORDS].
+    """
+
+    def __init__(self, keys: Tensor) -> None:
+        self.keys = keys
+        self._drawn: dict[tuple[int, int, int], Tensor] = {}
+
+    def normal(self, layer: int, num_images: int, tokens: int, columns: int) -> Tensor:
+        """What `normal` gives for the layer's key, [N, K]."""
+        shape = (num_images, tokens, columns)
+        if shape not in self._drawn:
+            self._drawn[shape] = normal(self.keys, *shape)
+        return self._drawn[shape][layer]
+
+
 def fresh_key(device: torch.device) -> Tensor:
     """A key [KEY_WORDS] from torch's own generator, for a layer used outside a trainer."""
     key = torch.randint(_WORD + 1, (KEY_WORDS,), device=device)
@@ -56,27 +75,38 @@ def fresh_key(device: torch.device) -> Tensor:
 
 
 def normal(key: Tensor, num_images: int, tokens: int, columns: int) -> Tensor:
-    """Standard normal numbers [N, K] in fp32, N = num_images * tokens, by Box and Muller."""
-    counter = _counter(key, num_images, tokens, columns)
-    drawn = _unit(counter, key[1:3, None, None])  # [2, N, K] at once: half the operations
-    return (-2.0 * drawn[0].log()).sqrt() * (2.0 * math.pi * drawn[1]).cos()
+    """Standard normal numbers in fp32, N = num_images * tokens, by Box and Muller.
+
+    Args:
+        key: [KEY_WORDS] or [L, KEY_WORDS].
+        num_images: images of the local micro-batch.
+        tokens: tokens of an image.
+        columns: K.
+
+    Returns:
+        [N, K] or [L, N, K].
+    """
+    radius, angle = _units(key, slice(1, 3), num_images, tokens, columns).unbind(-3)
+    return (-2.0 * radius.log()).sqrt() * (2.0 * math.pi * angle).cos()
 
 
 def uniform(key: Tensor, num_images: int, tokens: int, columns: int) -> Tensor:
     """Numbers in (0, 1] as [N, K] in fp32, independent of those of `normal`."""
-    return _unit(_counter(key, num_images, tokens, columns), key[3])
+    return _units(key, slice(3, 4), num_images, tokens, columns)[0]
 
 
-def _counter(key: Tensor, num_images: int, tokens: int, columns: int) -> Tensor:
-    """Hash [N, K] of each number's place in the global batch."""
-    size = num_images * tokens * columns
-    place = torch.arange(size, device=key.device) + key[4] * (tokens * columns)
-    return _mix((place & _WORD) ^ key[0]).view(num_images * tokens, columns)
+def _units(
+    key: Tensor, words: slice, num_images: int, tokens: int, columns: int
+) -> Tensor:
+    """Numbers in (0, 1], fp32, [..., W, N, K]: a set for each of W words of the key.
 
-
-def _unit(counter: Tensor, word: Tensor) -> Tensor:
-    """Uniform in (0, 1], fp32."""
-    return (_mix(counter ^ word) + 0.5).float() * 2.0**-32
+    They are hashes of a number's place in the global batch.
+    """
+    key, size = key.unsqueeze(-1), num_images * tokens * columns
+    place = torch.arange(size, device=key.device) + key[..., 4:, :] * (tokens * columns)
+    counter = _mix((place & _WORD) ^ key[..., :1, :])  # [..., 1, N K]
+    drawn = (_mix(counter ^ key[..., words, :]).float() + 0.5) * 2.0**-32
+    return drawn.view(*drawn.shape[:-1], num_images * tokens, columns)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -68,8 +68,11 @@ def split(wide: Tensor) -> Tensor:
 
     A GPU multiplies bf16 numbers, and adds them up in fp32, many times as fast as fp32 ones.
     """
-    high = wide.to(torch.bfloat16)
-    return torch.cat([high, (wide - high.float()).to(torch.bfloat16)], dim=1)
+    width = wide.shape[1]
+    halves = wide.new_empty(len(wide), 2 * width, dtype=torch.bfloat16)
+    halves[:, :width] = wide
+    halves[:, width:] = wide - halves[:, :width]
+    return halves
 
 
 def _on_matrix_units(*factors: Tensor) -> bool:

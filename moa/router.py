@@ -1,17 +1,18 @@
 """Routers of Mixture-of-Adapters and the load balancing loss (arXiv 2310.11031).
 
-Letters: N tokens, D in, K width of a router's projection, M router dimension, E experts.
+Letters: L layers, N tokens, D in, K width of a router's projection, M router dimension, E experts.
 
 A router's first product with the tokens is left to the layer, which shares it with that of the LoRA
 experts: a router has a `weight` [K, D] and turns `x weight^T` into logits.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from moa.config import MoAConfig
 from moa.precision import wide_dtype
@@ -26,13 +27,22 @@ class Routing:
 
     Attributes:
         gates: [N, E] weight of each expert, zero where it was not chosen.
-        probs: [N, E] noise-free softmax.
+        logits: [N, E] without noise.
         top_prob: [N] largest probability of the softmax that chose (noisy in training).
     """
 
     gates: Tensor
-    probs: Tensor
+    logits: Tensor
     top_prob: Tensor
+
+    @property
+    def probs(self) -> Tensor:
+        """Noise-free softmax [N, E]."""
+        return self.logits.softmax(-1)
+
+    def detach(self) -> "Routing":
+        """Without graph."""
+        return Routing(self.gates.detach(), self.logits.detach(), self.top_prob.detach())
 
 
 class TokenRouter(nn.Module):
@@ -88,12 +98,48 @@ class CosineRouter(TokenRouter):
 
     def forward(self, projected: Tensor) -> Tensor:
         """Scaled cosines [N, E] from `x weight^T` [N, M], in its dtype."""
-        wide = projected.dtype
-        z = projected + self.proj.bias.to(wide)
-        # Dividing the product by the length of z, not z itself, keeps one [N, M] less for backward.
-        length = torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp(min=1e-12)
-        cosine: Tensor = (z @ F.normalize(self.embed.to(wide), dim=0)) / length
-        return self.temperature.to(wide).clamp(max=MAX_LOG_SCALE).exp() * cosine
+        z = projected + self.proj.bias  # in the wider dtype of the two, as all that follows
+        logits: Tensor = _ScaledCosine.apply(z, self.embed, self.temperature)
+        return logits
+
+
+class _ScaledCosine(torch.autograd.Function):
+    """Cosines of z [N, M] and embed [M, E], times exp(min(temperature, ln 100)): [N, E].
+
+    One node instead of a dozen, since a GPU waits for the launches of small operations. Backward
+    starts from inputs and output alone, so that it can itself be differentiated.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, embed: Tensor, temperature: Tensor) -> Tensor:
+        scaled = embed * (_scale(temperature, z.dtype) / _length(embed, 0, z.dtype))
+        # Dividing the product by the length of z, not z itself, needs no further [N, M].
+        logits = (z @ scaled) / _length(z, -1, z.dtype)
+        ctx.save_for_backward(z, embed, temperature, logits)
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z, embed, temperature, logits = ctx.saved_tensors
+        length, size = _length(z, -1, z.dtype), _length(embed, 0, z.dtype)  # [N, 1], [1, E]
+        factor = _scale(temperature, z.dtype) / size
+        scaled, of_product = embed * factor, gradient / length
+        along = (gradient * logits).sum(-1, keepdim=True) / length.square()
+        of_z = torch.addcmul(of_product @ scaled.T, z, along, value=-1)
+        of_scaled = z.T @ of_product
+        by_expert = (of_scaled * scaled).sum(0)
+        of_embed = of_scaled * factor - embed * (by_expert / size.square())
+        of_temperature = by_expert.sum() * (temperature <= MAX_LOG_SCALE)
+        return of_z, of_embed.to(embed.dtype), of_temperature.to(temperature.dtype)
+
+
+def _length(vectors: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    length = torch.linalg.vector_norm(vectors, dim=dim, keepdim=True, dtype=dtype)
+    return length.clamp(min=1e-12)
+
+
+def _scale(temperature: Tensor, dtype: torch.dtype) -> Tensor:
+    return temperature.to(dtype).clamp(max=MAX_LOG_SCALE).exp()
 
 
 class LinearRouter(TokenRouter):
@@ -151,27 +197,27 @@ def choose(logits: Tensor, noise: Tensor | None, kept: int, bias: Tensor | None 
         kept: experts kept per token.
         bias: [E] added to the probabilities when comparing them, not to the weights.
     """
-    probs = logits.softmax(-1)
-    chosen = probs if noise is None else (logits + noise.to(logits.dtype)).softmax(-1)
+    chosen = (logits if noise is None else logits + noise.to(logits.dtype)).softmax(-1)
     if kept == logits.shape[-1]:
-        return Routing(chosen, probs, chosen.amax(-1))
-    score = chosen if bias is None else chosen + bias.to(chosen.dtype)
+        return Routing(chosen, logits, chosen.amax(-1))
+    score = chosen.detach() if bias is None else chosen.detach() + bias.to(chosen.dtype)
     ids = score.argmax(-1, keepdim=True) if kept == 1 else score.topk(kept, dim=-1).indices
-    top = chosen.gather(-1, ids)
-    gates = torch.zeros_like(chosen).scatter(-1, ids, top)
-    return Routing(gates, probs, top[:, 0] if kept == 1 else top.amax(-1))
+    gates = chosen * torch.zeros_like(score).scatter_(-1, ids, 1)
+    return Routing(gates, logits, gates.sum(-1) if kept == 1 else gates.amax(-1))
 
 
-def balance_counts(routing: Routing) -> Tensor:
-    """Importance and smooth load of each expert, summed over tokens, as [2, E].
+def balance_counts(routings: Sequence[Routing]) -> Tensor:
+    """Importance and smooth load of each expert of L layers, summed over tokens, as [L, 2, E].
 
     importance_e = sum of the noise-free softmax; load_e = sum of Phi((p_e - p_max) * E), with p
     noise-free and p_max the chosen maximum. Sums add up over ranks, so the loss can be global.
     """
-    num_experts = routing.probs.shape[-1]
-    margin = (routing.probs - routing.top_prob.unsqueeze(-1)) * num_experts
-    load = torch.special.ndtr(margin)
-    return torch.stack([routing.probs.sum(0), load.sum(0)])
+    if len({routing.logits.shape for routing in routings}) > 1:
+        return torch.cat([balance_counts([routing]) for routing in routings])
+    probs = torch.stack([routing.logits for routing in routings]).softmax(-1)  # [L, N, E]
+    top = torch.stack([routing.top_prob for routing in routings])
+    load = torch.special.ndtr((probs - top.unsqueeze(-1)) * probs.shape[-1])
+    return torch.stack([probs, load]).sum(2).transpose(0, 1)
 
 
 def balance_loss(counts: Tensor) -> Tensor:

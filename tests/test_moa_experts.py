@@ -73,7 +73,7 @@ def fast_kronecker(
     x: Tensor, experts: Sequence[KroneckerExpert], gates: Tensor | None, rule: KroneckerRule
 ) -> Tensor:
     columns = gate_columns(gates, [e.left.shape[2] for e in experts])
-    return kronecker_delta(x, experts, columns, rule)
+    return kronecker_delta(x, experts, columns, rule).flatten(1)
 
 
 def formed_kronecker(

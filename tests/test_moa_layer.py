@@ -27,7 +27,7 @@ from moa import MoAConfig, MoAConfigError, MoALinear, aux_loss, inject, routing_
 from moa.experts import KroneckerRule
 from moa.layer import moa_layers
 from moa.model import set_routing_position
-from moa.router import Routing, UniformRouter, choose
+from moa.router import Routing, UniformRouter, balance_counts, choose
 
 
 def lone_layer(method: str, dim_out: int = 24, **changes: object) -> MoALinear:
@@ -249,11 +249,11 @@ def test_copies_use_their_own_shared_rule(lone: bool) -> None:
 
 @pytest.mark.parametrize("method", MIXTURES)
 def test_a_copy_between_forward_and_loss(method: str) -> None:
-    """The copy has no balance counts, the original keeps its own."""
+    """The copy has no routing to balance, the original keeps its own."""
     layer = lone_layer(method)
     layer(tokens(2, 3))
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert other.take_counts() is None
+        assert other.take_routing() is None
         assert torch.equal(other.eval()(tokens(2, 3)), copy.deepcopy(layer).eval()(tokens(2, 3)))
     assert (aux_loss(layer) > 0) == layer.config.routed
 
@@ -341,24 +341,30 @@ def test_without_position_noise_is_torchs_own() -> None:
     assert not torch.equal(outputs[0], outputs[2])
 
 
+def taken_counts(model: nn.Module) -> Tensor | None:
+    """Balance counts [L, 2, E] of the last training forward; None if nothing routes."""
+    taken = [layer.take_routing() for _, layer in moa_layers(model)]
+    routings = [routing for routing in taken if routing is not None]
+    return balance_counts(routings).detach() if routings else None
+
+
 @pytest.mark.parametrize("shares", [(3, 3), (1, 2, 3), (6,), (1,) * 6])
 @pytest.mark.parametrize("method", MIXTURES)
 def test_a_batch_split_over_ranks_is_routed_alike(method: str, shares: tuple[int, ...]) -> None:
     model = injected(method)
     x = images(6, dtype=torch.float64)
     whole = model(x)
-    counts = [layer.take_counts() for _, layer in moa_layers(model)]
+    counts = taken_counts(model)
     parts, part_counts, first = [], [], 0
     for share in shares:
         set_routing_position(model, position(first=first))
         parts.append(model(x[first : first + share]))
-        part_counts.append([layer.take_counts() for _, layer in moa_layers(model)])
+        part_counts.append(taken_counts(model))
         first += share
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-10, atol=1e-10)
-    for layer, count in enumerate(counts):
-        assert count is not None
-        total = sum(part[layer] for part in part_counts)  # type: ignore[misc]
-        torch.testing.assert_close(total, count, rtol=1e-10, atol=1e-10)
+    if counts is not None:
+        total = torch.stack([part for part in part_counts if part is not None]).sum(0)
+        torch.testing.assert_close(total, counts, rtol=1e-10, atol=1e-10)
     set_routing_position(model, position(first=0))
     assert not torch.allclose(model(x[3:]), whole[3:])  # the place matters
 
@@ -413,25 +419,25 @@ def test_nothing_of_the_graph_outlives_backward(checkpointing: bool) -> None:
 # The balance loss.
 
 
-def hand_made(layers: int = 3) -> list[Tensor]:
+def hand_made(layers: int = 3) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return [torch.rand(2, 3, generator=generator, dtype=torch.float64) * 40 for _ in range(layers)]
+    return torch.rand(layers, 2, 3, generator=generator, dtype=torch.float64) * 40
 
 
 def test_aux_loss_of_hand_made_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     model = injected("moa_kron", blocks=(0, 1, 3), aux_weight=0.7)
+    model(images(2, dtype=torch.float64))
     counts = hand_made()
-    supply = iter(counts)
-    monkeypatch.setattr(MoALinear, "take_counts", lambda _: next(supply))
-    wanted = 0.7 * scalar_loss(torch.stack(counts))
+    monkeypatch.setattr("moa.model.balance_counts", lambda _: counts)
+    wanted = 0.7 * scalar_loss(counts)
     assert aux_loss(model).item() == pytest.approx(wanted, rel=1e-12)
 
 
 def test_counts_are_summed_over_ranks_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = injected("moa_kron", blocks=(0, 1, 3), aux_weight=0.7)
+    model(images(2, dtype=torch.float64))
     counts, others, seen = hand_made(), torch.rand(3, 2, 3, dtype=torch.float64), []
-    supply = iter(counts)
-    monkeypatch.setattr(MoALinear, "take_counts", lambda _: next(supply))
+    monkeypatch.setattr("moa.model.balance_counts", lambda _: counts)
 
     def sum_over_ranks(local: Tensor) -> Tensor:
         seen.append(local)
@@ -440,8 +446,8 @@ def test_counts_are_summed_over_ranks_once(monkeypatch: pytest.MonkeyPatch) -> N
     loss = aux_loss(model, sum_over_ranks)
     assert len(seen) == 1
     assert seen[0].shape == (3, 2, 3)
-    assert torch.equal(seen[0], torch.stack(counts))
-    assert loss.item() == pytest.approx(0.7 * scalar_loss(torch.stack(counts) + others), rel=1e-12)
+    assert torch.equal(seen[0], counts)
+    assert loss.item() == pytest.approx(0.7 * scalar_loss(counts + others), rel=1e-12)
 
 
 def test_gradients_of_ranks_add_up_to_those_of_the_whole_batch() -> None:
@@ -460,8 +466,8 @@ def test_gradients_of_ranks_add_up_to_those_of_the_whole_batch() -> None:
     totals = [torch.zeros_like(p) for p in router]
     for mine, other in (((0, 2), (2, 6)), ((2, 6), (0, 2))):
         run(*other)
-        taken = [layer.take_counts() for _, layer in moa_layers(model)]
-        remote = torch.stack([t.detach() for t in taken if t is not None])
+        remote = taken_counts(model)
+        assert remote is not None
         run(*mine)
         loss = aux_loss(model, lambda local, remote=remote: local + remote)
         assert loss.item() == pytest.approx(whole.item(), rel=1e-10)

@@ -3,7 +3,15 @@ import math
 import pytest
 import torch
 
-from moa.noise import KEY_WORDS, RoutingPosition, fresh_key, noise_keys, normal, uniform
+from moa.noise import (
+    KEY_WORDS,
+    LayersNoise,
+    RoutingPosition,
+    fresh_key,
+    noise_keys,
+    normal,
+    uniform,
+)
 
 
 def key(seed: int = 0, step: int = 0, first: int = 0, layer: int = 0) -> torch.Tensor:
@@ -30,6 +38,23 @@ def test_a_part_of_the_batch_gets_its_part_of_the_numbers(shares: tuple[int, ...
             parts.append(draw(key(first=first), share, 7, 3))
             first += share
         assert torch.equal(torch.cat(parts), whole)
+
+
+def test_all_layers_at_once_draw_what_each_draws() -> None:
+    keys = noise_keys(RoutingPosition(seed=3, step=1, first=2), 3)
+    noise = LayersNoise(keys)
+    for shape in ((2, 5, 4), (1, 7, 2), (2, 5, 4), (0, 5, 4)):
+        for layer in (2, 0, 1):
+            assert torch.equal(noise.normal(layer, *shape), normal(keys[layer], *shape))
+
+
+def test_the_default_dtype_does_not_matter() -> None:
+    before = normal(key(), 2, 3, 4)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(normal(key(), 2, 3, 4), before)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_seed_step_and_layer_each_change_everything() -> None:

@@ -162,6 +162,7 @@ def test_gradients_of_the_gates() -> None:
         return routing.gates
 
     assert torch.autograd.gradcheck(gates, (x, *values))
+    assert torch.autograd.gradgradcheck(gates, (x, *values))  # for the sharpness of minima
 
 
 @pytest.mark.parametrize(
@@ -241,9 +242,9 @@ def test_runs_on_the_meta_device() -> None:
 @given(st.integers(1, 12), st.integers(2, 6), SEEDS)
 def test_balance_equals_plain_python(tokens: int, experts: int, seed: int) -> None:
     torch.manual_seed(seed)
-    probs = torch.randn(tokens, experts, dtype=torch.float64).softmax(-1)
-    top = torch.rand(tokens, dtype=torch.float64)
-    counts = balance_counts(Routing(torch.zeros_like(probs), probs, top))
+    logits = torch.randn(tokens, experts, dtype=torch.float64)
+    probs, top = logits.softmax(-1), torch.rand(tokens, dtype=torch.float64)
+    counts = balance_counts([Routing(torch.zeros_like(probs), logits, top)])[0]
     importance = [sum(row[e] for row in probs.tolist()) for e in range(experts)]
     load = [
         sum(phi((probs[n, e].item() - top[n].item()) * experts) for n in range(tokens))
@@ -252,6 +253,17 @@ def test_balance_equals_plain_python(tokens: int, experts: int, seed: int) -> No
     torch.testing.assert_close(counts, as_tensor([importance, load]), rtol=1e-12, atol=1e-12)
     wanted = scalar_loss([importance, load])
     assert balance_loss(counts).item() == pytest.approx(wanted, rel=1e-10)
+
+
+def test_layers_are_counted_apart() -> None:
+    """All at once if they have as many tokens, one by one otherwise, with the same result."""
+    torch.manual_seed(0)
+    router = make_router()
+    routings = [router(torch.randn(n, 6, dtype=torch.float64), None) for n in (5, 5, 7, 0)]
+    each = torch.cat([balance_counts([routing]) for routing in routings])
+    assert each.shape == (4, 2, 4)
+    torch.testing.assert_close(balance_counts(routings), each, rtol=0, atol=0)
+    torch.testing.assert_close(balance_counts(routings[:2]), each[:2], rtol=1e-12, atol=1e-12)
 
 
 def test_balance_loss_sums_over_layers() -> None:
@@ -276,13 +288,13 @@ def test_balance_loss_by_hand(counts: list[list[float]], loss: float) -> None:
 
 def test_balance_gradients() -> None:
     torch.manual_seed(0)
-    probs = torch.randn(5, 3, dtype=torch.float64).softmax(-1).requires_grad_()
+    logits = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     top = torch.rand(5, dtype=torch.float64, requires_grad=True)
 
-    def counts(p: Tensor, t: Tensor) -> Tensor:
-        return balance_counts(Routing(p, p, t))
+    def counts(z: Tensor, t: Tensor) -> Tensor:
+        return balance_counts([Routing(z, z, t)])
 
-    assert torch.autograd.gradcheck(counts, (probs, top))
+    assert torch.autograd.gradcheck(counts, (logits, top))
     hand_made = (torch.rand(2, 2, 3, dtype=torch.float64) + 0.5).requires_grad_()
     assert torch.autograd.gradcheck(balance_loss, (hand_made,))
     assert torch.autograd.gradgradcheck(balance_loss, (hand_made,))
