@@ -1,9 +1,9 @@
 """LoRA and Kronecker (KAdaptation) experts, all evaluated together in factored form.
 
 Letters: N tokens, D in, O out, E experts, r_e rank of expert e, R sum of the ranks, filled up to a
-multiple of `ALIGNMENT`, P = kron_dim. All experts of a layer share two skinny products: the ranks are
-concatenated, the R intermediate columns are multiplied by each token's gate, and nothing of size
-D x O is ever formed.
+multiple of `ALIGNMENT`, P = kron_dim.
+All experts of a layer share two skinny products: the ranks are concatenated, the R intermediate
+columns are multiplied by each token's gate, and nothing of size D x O is ever formed.
 
 Sources: LoRA, arXiv 2106.09685; KAdaptation, arXiv 2203.16329; the mixture, arXiv 2310.11031.
 """
@@ -76,7 +76,7 @@ def gate_columns(gates: Tensor | None, ranks: Sequence[int]) -> Tensor | None:
     """Each expert's gate, repeated for each of its ranks: [N, E] to [N, R]; None stays None."""
     if gates is None:
         return None
-    pieces = [g.expand(-1, r) for g, r in zip(gates.split(1, dim=1), ranks, strict=True)]
+    pieces = [g.expand(-1, r) for g, r in zip(torch.split(gates, 1, dim=1), ranks, strict=True)]
     return _filled(pieces, dim=1)
 
 

@@ -172,10 +172,10 @@ class MoALinear(nn.Module):
     ) -> Routing:
         noise, scale = None, self.config.gate_noise / len(self.ranks)
         if key is not None and scale > 0:
-            drawn = self.shared_noise
-            if drawn is None or torch.compiler.is_compiling():  # a compiler fuses the layer's own
-                drawn = partial(normal, key)
-            noise = scale * drawn(x.shape[0], x.shape[1:-1].numel(), len(self.ranks))
+            # A compiler makes one operation of the layer's own draw.
+            draw = None if torch.compiler.is_compiling() else self.shared_noise
+            draw = draw or partial(normal, key)
+            noise = scale * draw(x.shape[0], x.shape[1:-1].numel(), len(self.ranks))
         bias = None if steps is None else self.config.balance_rate * steps
         return choose(logits, noise, self.config.experts_kept, bias)
 
@@ -274,15 +274,9 @@ class MoALinear(nn.Module):
             return {"load": weights, "entropy": entropy, "max_prob": weights.amax()}
         if self.router is None or self._routed is None:
             return {}
-        gates, probs = self._routed.gates, self._routed.probs
         temperature = getattr(self.router, "temperature", None)
         known = {} if temperature is None else {"temperature": temperature.detach()[0]}
-        return {
-            "load": (gates > 0).float().mean(0),
-            "entropy": torch.special.entr(probs).sum(-1).mean(),
-            "max_prob": probs.amax(-1).mean(),
-            **known,
-        }
+        return {**self._routed.stats(), **known}
 
 
 def check_kron_dim(base: nn.Linear, kron_dim: int, name: str) -> None:

@@ -95,9 +95,7 @@ def uniform(key: Tensor, num_images: int, tokens: int, columns: int) -> Tensor:
     return _units(key, slice(3, 4), num_images, tokens, columns)[0]
 
 
-def _units(
-    key: Tensor, words: slice, num_images: int, tokens: int, columns: int
-) -> Tensor:
+def _units(key: Tensor, words: slice, num_images: int, tokens: int, columns: int) -> Tensor:
     """Numbers in (0, 1], fp32, [..., W, N, K]: a set for each of W words of the key.
 
     They are hashes of a number's place in the global batch.

@@ -44,6 +44,15 @@ class Routing:
         """Without graph."""
         return Routing(self.gates.detach(), self.logits.detach(), self.top_prob.detach())
 
+    def stats(self) -> dict[str, Tensor]:
+        """`load` [E], the share of tokens that chose each expert, `entropy` and `max_prob`."""
+        probs = self.probs
+        return {
+            "load": (self.gates > 0).float().mean(0),
+            "entropy": torch.special.entr(probs).sum(-1).mean(),
+            "max_prob": probs.amax(-1).mean(),
+        }
+
 
 class TokenRouter(nn.Module):
     """A router that decides for every token.
@@ -134,7 +143,7 @@ class _ScaledCosine(torch.autograd.Function):
 
 
 def _length(vectors: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    length = torch.linalg.vector_norm(vectors, dim=dim, keepdim=True, dtype=dtype)
+    length: Tensor = torch.linalg.vector_norm(vectors, dim=dim, keepdim=True, dtype=dtype)
     return length.clamp(min=1e-12)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from moa import MoAConfig, MoALinear
+from moa.layer import moa_layers
 from trainer import bench, bench_engine, bench_layer, bench_step, bench_traffic
 from trainer.bench_timing import interleaved
 
@@ -53,7 +54,7 @@ def test_steps_of_all_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     (rows,) = json.loads(target.read_text()).values()
     assert list(rows) == list(bench_step.METHODS)
     for row in rows.values():
-        assert set(row) == {"ms", "ratio", "img/s", "MFU", "peak GiB", "peak ratio"}
+        assert set(row) == {"ms", "ratio", "img/s", "MFU", "operations", "peak GiB", "peak ratio"}
     assert "moa_kron" in capsys.readouterr().out
 
 
@@ -168,10 +169,24 @@ def test_a_model_that_does_not_fit_makes_room_for_the_next(
 
 
 def test_more_is_counted_for_more_work() -> None:
-    flops = {name: bench_step.step_flops(name, "vit_embedded") for name in bench_step.METHODS}
-    floor = flops["backbone alone, gradient of the input"]
-    assert all(count > floor for name, count in flops.items() if "alone" not in name)
-    assert flops["moa_kron"] < 1.5 * floor
+    costs = {name: bench_step.step_costs(name, "vit_embedded") for name in bench_step.METHODS}
+    floor = costs["backbone alone, gradient of the input"]
+    for name, cost in costs.items():
+        assert "alone" in name or cost.flops > floor.flops
+        assert "alone" in name or cost.operations > floor.operations
+    assert costs["moa_kron"].flops < 1.5 * floor.flops
+
+
+def test_an_adapted_layer_launches_few_operations() -> None:
+    """On a GPU it waits for them: what is small is to be done for all layers at once."""
+    number = len(list(moa_layers(bench_step._model_on_meta("moa_kron", ON_META))))
+    before = bench_step.step_costs("backbone alone, gradient of the input", "vit_embedded")
+    after = bench_step.step_costs("moa_kron", "vit_embedded")
+    assert number > 1
+    assert (after.operations - before.operations) / number < 170
+
+
+ON_META = bench_step.Setting("vit_embedded", 1, "meta", torch.float32)
 
 
 def test_a_step_through_the_engine() -> None:

@@ -3,15 +3,18 @@
 The frozen backbone has random weights; images are noise. A step is forward, backward and Adam.
 """
 
+import itertools
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import moa
@@ -30,6 +33,8 @@ METHODS = {
     "moa_kron": moa.MoAConfig(method="moa_kron"),
 }
 GIB = 2**30
+IN_FLIGHT = 5
+"""Steps that follow each other on a GPU before anyone waits for them, as in training."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +60,12 @@ class Setting:
 
 
 def measure(setting: Setting, rounds: int) -> Table:
-    """Time, images/s, MFU, peak memory and their ratios to PEFT LoRA for each method.
+    """Time, images/s, MFU, operations, peak memory and their ratios to PEFT LoRA for each method.
 
     On a CPU the methods take turns; on a GPU, where several large models do not fit beside each
-    other, each runs alone. MFU counts the operations of forward and backward, a recomputation not
-    among them, against a matrix product measured in the same call.
+    other, each runs alone. MFU counts the floating point operations of forward and backward, a
+    recomputation not among them, against a matrix product measured in the same call; `operations`
+    are the calls of forward and backward that a GPU must launch, views and allocations not counted.
     """
     device = torch.device(setting.device)
     yardstick = matmul_flops(device, setting.dtype)
@@ -70,7 +76,9 @@ def measure(setting: Setting, rounds: int) -> Table:
             continue
         seconds = row["ms"] / 1000
         row["img/s"] = setting.batch / seconds
-        row["MFU"] = step_flops(name, setting.backbone) * setting.batch / seconds / yardstick
+        costs = step_costs(name, setting.backbone)
+        row["MFU"] = costs.flops * setting.batch / seconds / yardstick
+        row["operations"] = costs.operations
         if setting.alone and not isinstance(reference, str):
             row["ratio"] = row["ms"] / reference
         if name in peaks:
@@ -104,11 +112,13 @@ def _alone(setting: Setting, rounds: int) -> tuple[Table, dict[str, int]]:
 
 def _milliseconds(name: str, setting: Setting, rounds: int, device: torch.device) -> float | str:
     """Of a step; its model goes with this function, be it with an error, before the next's."""
-    work = make_step(name, setting)
+    work, in_a_row = make_step(name, setting), 1
     work()
-    if device.type == "cuda":  # a step's peak, not the compiler's
-        torch.cuda.reset_peak_memory_stats(device)
-    return interleaved({name: work}, rounds, device)[name]["ms"]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # a step's peak, not the compiler's
+        in_a_row = IN_FLIGHT
+    works = {name: lambda: [work() for _ in range(in_a_row)]}
+    return float(interleaved(works, rounds, device)[name]["ms"]) / in_a_row
 
 
 def _peaks_on_cpu(setting: Setting) -> dict[str, int]:
@@ -134,7 +144,11 @@ def make_step(name: str, setting: Setting) -> Work:
     if setting.compiled:
         _compile_blocks(model)
 
+    steps = itertools.count()
+
     def work() -> None:
+        if METHODS[name] is not None:  # as the trainer does
+            moa.set_routing_position(model, moa.RoutingPosition(0, next(steps), 0))
         loss = F.cross_entropy(model(images).float(), labels) + moa.aux_loss(model)
         if optimizer is not None:
             optimizer.zero_grad()
@@ -190,16 +204,42 @@ def _peak(name: str, setting: Setting) -> int:
     return max(1, highest_resident() - imported)  # a tiny model hides below the imports' peak
 
 
+@dataclass(frozen=True)
+class Costs:
+    """What a step asks of a device, whatever the device is."""
+
+    flops: int
+    operations: int
+
+
+_ALLOCATIONS = ("empty", "new_empty", "_unsafe_view")
+
+
+class _OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operations that compute something."""
+
+    operations = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        free = func.is_view or func.overloadpacket.__name__.startswith(_ALLOCATIONS)
+        self.operations += not free
+        return func(*args, **(kwargs or {}))
+
+
 @cache
-def step_flops(name: str, backbone: str) -> int:
-    """Floating point operations of one image's forward and backward, without recomputation."""
+def step_costs(name: str, backbone: str) -> Costs:
+    """Of one image's forward and backward, without recomputation and optimizer."""
     model = _model_on_meta(name, Setting(backbone, 1, "meta", torch.float32))
     size = timm.data.resolve_model_data_config(model)["input_size"]
     images = torch.zeros(1, *size, device="meta", requires_grad=True)
-    with FlopCounterMode(display=False) as counter:
+    if METHODS[name] is not None:
+        moa.set_routing_position(model, moa.RoutingPosition(0, 0, 0))
+    with FlopCounterMode(display=False) as counter, _OperationCounter() as calls:  # type: ignore[no-untyped-call]
         loss = model(images).sum() + moa.aux_loss(model)
         torch.autograd.backward(loss)
-    return int(counter.get_total_flops())
+    return Costs(int(counter.get_total_flops()), calls.operations)
 
 
 def _model_on_meta(name: str, setting: Setting) -> nn.Module:
