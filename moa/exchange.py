@@ -107,7 +107,7 @@ class TokenExchange:
     def _update(layer: "MoALinear", number: int, tokens: Tensor, rule: Any) -> Tensor:
         experts: list[Any] = [layer.experts[number]]
         if layer.config.kronecker:
-            return kronecker_delta(tokens, experts, None, rule).flatten(1)
+            return kronecker_delta(tokens, experts, None, rule)
         with full_precision(tokens.device):
             h = wide_product(tokens, lora_down(experts))
         return lora_delta(h, experts, None)

@@ -124,16 +124,16 @@ def kronecker_delta(
         rule: the shared slow weights.
 
     Returns:
-        [N, P, O/P], dtype of `x`, not always contiguous: what it is added to spares a copy of it.
+        [N, O], dtype of `x`.
     """
     left = _filled([e.left for e in experts], dim=2)  # [P, D/P, R]
     right = _filled([e.right for e in experts], dim=1)  # [P, R, O/P]
     dim, width, _ = left.shape
-    rows = x.view(len(x), dim, width).transpose(0, 1).reshape(dim, -1)
+    rows = _Regrouped.apply(x.view(len(x), dim, width)).flatten(1)
     mixed = (rule.left @ rows).view(dim, len(x), width)
     z = _weighted(mixed @ left, columns)  # [P, N, R]
-    y: Tensor = _Spread.apply(z @ right, rule.right.to(z.dtype))
-    return y
+    y: Tensor = _Spread.apply(z @ right, rule.right.to(z.dtype))  # [N, P, O/P]
+    return y.flatten(1)
 
 
 def _filled(factors: list[Tensor], dim: int) -> Tensor:
@@ -159,13 +159,43 @@ class _Spread(torch.autograd.Function):
         if small.device.type == "cpu":  # a product per token needs no reordering afterwards
             return torch.bmm(v.T.expand(small.shape[1], -1, -1), small.transpose(0, 1))
         # One large product: CUDA's batched ones are not to be trusted beyond 65,535 tokens.
-        return (v.T @ small.flatten(1)).view_as(small).transpose(0, 1)
+        spread: Tensor = _Regrouped.apply((v.T @ small.flatten(1)).view_as(small))
+        return spread
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         small, v = ctx.saved_tensors
-        rows = gradient.transpose(0, 1).flatten(1).contiguous()  # also if it was expanded
+        rows = _Regrouped.apply(gradient).flatten(1)
         return (v @ rows).view_as(small), small.flatten(1) @ rows.T
+
+
+class _Regrouped(torch.autograd.Function):
+    """[A, B, K] to a contiguous [B, A, K].
+
+    Rows of K numbers move in words as wide as fit them, since a GPU copies them word by word.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        turned = x.view(_word(x)).transpose(0, 1).clone(memory_format=torch.contiguous_format)
+        return turned.view(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        result: Tensor = _Regrouped.apply(gradient)
+        return result
+
+
+def _word(x: Tensor) -> torch.dtype:
+    """The widest type as which the rows of `x` can be read."""
+    if x.stride(-1) != 1 or torch.compiler.is_compiling():
+        return x.dtype
+    for word in (torch.int64, torch.int32):
+        whole = word.itemsize // x.element_size()
+        places = (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
+        if whole > 1 and all(place % whole == 0 for place in places):
+            return word
+    return x.dtype
 
 
 def kronecker_matrix(expert: KroneckerExpert, rule: KroneckerRule) -> Tensor:

@@ -126,9 +126,8 @@ class MoALinear(nn.Module):
         if self.training and self._random:
             key = fresh_key(x.device) if self.noise_key is None else self.noise_key
         gates, h = self._route(x, tokens, key)
-        delta = self._delta(x, tokens, gates, h, key, rule)
-        y: Tensor = self.base(x)
-        y = (y.reshape(delta.shape) + delta).view(y.shape)
+        delta = self._delta(x, tokens, gates, h, key, rule).view(*x.shape[:-1], self.out_features)
+        y: Tensor = self.base(x) + delta
         return y if self.bias is None else y + self.bias
 
     @property
@@ -188,15 +187,12 @@ class MoALinear(nn.Module):
         key: Tensor | None,
         rule: Any,
     ) -> Tensor:
-        """The experts' sum, [N, O] or, of Kronecker experts, [N, P, O/P]."""
+        """The experts' sum [N, O]."""
         experts = self.all_experts()
         if self.exchange is not None:
             assert gates is not None
             routed = self.exchange(tokens, gates, rule)
-            if not experts:
-                return routed
-            shared = self._local_delta(tokens, experts, None, h, rule)
-            return routed.view(shared.shape) + shared
+            return routed + self._local_delta(tokens, experts, None, h, rule) if experts else routed
         if gates is not None and self.shared_expert is not None:
             gates = torch.cat([gates, torch.ones_like(gates[:, :1])], dim=1)
         if self.config.kron_impl == "dense":

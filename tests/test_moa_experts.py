@@ -16,6 +16,7 @@ from moa.experts import (
     KroneckerExpert,
     KroneckerRule,
     LoRAExpert,
+    _Regrouped,
     gate_columns,
     kronecker_delta,
     kronecker_matrix,
@@ -73,7 +74,7 @@ def fast_kronecker(
     x: Tensor, experts: Sequence[KroneckerExpert], gates: Tensor | None, rule: KroneckerRule
 ) -> Tensor:
     columns = gate_columns(gates, [e.left.shape[2] for e in experts])
-    return kronecker_delta(x, experts, columns, rule).flatten(1)
+    return kronecker_delta(x, experts, columns, rule)
 
 
 def formed_kronecker(
@@ -314,3 +315,34 @@ def test_parameters_take_dtype_and_device(dtype: torch.dtype) -> None:
         for parameter in module.parameters():
             assert (parameter.dtype, parameter.device.type) == (dtype, "meta")
             assert parameter.requires_grad
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_rows_are_regrouped_whatever_their_width(dtype: torch.dtype, width: int) -> None:
+    """Also those that begin in the middle of a word, or whose numbers do not lie side by side."""
+    source = torch.randn(5, 3, 9).to(dtype)
+    cases = [
+        source[:, :, :width].contiguous(),
+        source[:, :, :width],
+        source[:, :, 1 : 1 + width],
+        source[1:, :, :width].transpose(0, 1),
+        source.transpose(1, 2)[:, :width],
+        source[:1, :, :width].expand(4, -1, -1),
+        source[:0, :, :width],
+    ]
+    for x in cases:
+        turned = _Regrouped.apply(x)
+        assert turned.is_contiguous()
+        assert torch.equal(turned, x.transpose(0, 1))
+
+
+def test_gradients_of_regrouped_rows() -> None:
+    x = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(_Regrouped.apply, (x,))
+    assert torch.autograd.gradgradcheck(_Regrouped.apply, (x,))
+    single = torch.randn(3, 2, 4, requires_grad=True)  # moved in words of eight bytes
+    weight = torch.randn(2, 3, 4)
+    (_Regrouped.apply(single) * weight).sum().backward()  # type: ignore[no-untyped-call]
+    assert single.grad is not None
+    assert torch.equal(single.grad, weight.transpose(0, 1))
