@@ -156,17 +156,24 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, small: Tensor, v: Tensor) -> Tensor:
         ctx.save_for_backward(small, v)
-        if small.device.type == "cpu":  # a product per token needs no reordering afterwards
-            return torch.bmm(v.T.expand(small.shape[1], -1, -1), small.transpose(0, 1))
-        # One large product: CUDA's batched ones are not to be trusted beyond 65,535 tokens.
-        spread: Tensor = _Regrouped.apply((v.T @ small.flatten(1)).view_as(small))
-        return spread
+        return _spread_by_token(small, v) if small.is_cpu else _spread_at_once(small, v)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         small, v = ctx.saved_tensors
         rows = _Regrouped.apply(gradient).flatten(1)
         return (v @ rows).view_as(small), small.flatten(1) @ rows.T
+
+
+def _spread_by_token(small: Tensor, v: Tensor) -> Tensor:
+    """A product per token, which needs no reordering afterwards."""
+    return torch.bmm(v.T.expand(small.shape[1], -1, -1), small.transpose(0, 1))
+
+
+def _spread_at_once(small: Tensor, v: Tensor) -> Tensor:
+    """One large product: CUDA's batched ones are not to be trusted beyond 65,535 tokens."""
+    spread: Tensor = _Regrouped.apply((v.T @ small.flatten(1)).view_as(small))
+    return spread
 
 
 class _Regrouped(torch.autograd.Function):

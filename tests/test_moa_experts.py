@@ -17,6 +17,8 @@ from moa.experts import (
     KroneckerRule,
     LoRAExpert,
     _Regrouped,
+    _spread_at_once,
+    _spread_by_token,
     gate_columns,
     kronecker_delta,
     kronecker_matrix,
@@ -335,6 +337,15 @@ def test_rows_are_regrouped_whatever_their_width(dtype: torch.dtype, width: int)
         turned = _Regrouped.apply(x)
         assert turned.is_contiguous()
         assert torch.equal(turned, x.transpose(0, 1))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_both_ways_to_spread(dtype: torch.dtype) -> None:
+    """A CPU takes the first, a GPU the second."""
+    small, v = torch.randn(4, 7, 6, dtype=dtype), torch.randn(4, 4, dtype=dtype)
+    wanted = torch.einsum("pb,pnk->nbk", v.double(), small.double())
+    for spread in (_spread_by_token, _spread_at_once):
+        assert_close(spread(small, v), wanted, TOLERANCE[dtype])
 
 
 def test_gradients_of_regrouped_rows() -> None:
