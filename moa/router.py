@@ -206,7 +206,7 @@ def choose(logits: Tensor, noise: Tensor | None, kept: int, bias: Tensor | None 
         kept: experts kept per token.
         bias: [E] added to the probabilities when comparing them, not to the weights.
     """
-    chosen = (logits if noise is None else logits + noise.to(logits.dtype)).softmax(-1)
+    chosen = (logits if noise is None else logits + noise.to(logits)).softmax(-1)
     if kept == logits.shape[-1]:
         return Routing(chosen, logits, chosen.amax(-1))
     score = chosen.detach() if bias is None else chosen.detach() + bias.to(chosen.dtype)

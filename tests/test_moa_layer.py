@@ -369,6 +369,13 @@ def test_a_batch_split_over_ranks_is_routed_alike(method: str, shares: tuple[int
     assert not torch.allclose(model(x[3:]), whole[3:])  # the place matters
 
 
+def test_a_model_may_move_after_its_position_was_set() -> None:
+    model = injected("moa_lora")
+    set_routing_position(model, position())
+    model.to("meta")
+    assert model(images(2, dtype=torch.float64).to("meta")).device.type == "meta"
+
+
 # Activation checkpointing.
 
 
