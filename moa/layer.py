@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moa.config import MoAConfig
 from moa.errors import MoAConfigError
@@ -153,7 +154,7 @@ class MoALinear(nn.Module):
         with full_precision(x.device):
             if router is None or isinstance(router, UniformRouter):
                 gates = None if router is None else router()
-                return gates, None if down is None else wide_product(tokens, down)
+                return gates, None if down is None else F.linear(tokens, down.to(tokens.dtype))
             if down is None:
                 projected, h = wide_product(tokens, router.weight), None
             else:  # one product for the router and all experts

@@ -5,6 +5,7 @@ The frozen backbone has random weights; images are noise. A step is forward, bac
 
 import itertools
 import multiprocessing
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import moa
 import trainer.vit_embedded  # noqa: F401  (registers the embedded backbone)
 from trainer.bench_timing import Table, Work, interleaved
+from trainer.footprint import fused_attention
 from trainer.peak_memory import highest_resident
 
 REFERENCE = "PEFT LoRA r=8, qkv of all blocks"
@@ -64,8 +66,8 @@ def measure(setting: Setting, rounds: int) -> Table:
 
     On a CPU the methods take turns; on a GPU, where several large models do not fit beside each
     other, each runs alone. MFU counts the floating point operations of forward and backward, a
-    recomputation not among them, against a matrix product measured in the same call; `operations`
-    are the calls of forward and backward that a GPU must launch, views and allocations not counted.
+    recomputation not among them, against a matrix product measured in the same call. `operations`
+    are what forward and backward launch, as `step_operations` counts.
     """
     device = torch.device(setting.device)
     yardstick = matmul_flops(device, setting.dtype)
@@ -76,9 +78,8 @@ def measure(setting: Setting, rounds: int) -> Table:
             continue
         seconds = row["ms"] / 1000
         row["img/s"] = setting.batch / seconds
-        costs = step_costs(name, setting.backbone)
-        row["MFU"] = costs.flops * setting.batch / seconds / yardstick
-        row["operations"] = costs.operations
+        row["MFU"] = step_flops(name, setting.backbone) * setting.batch / seconds / yardstick
+        row["operations"] = step_operations(name, setting.backbone, setting.dtype)
         if setting.alone and not isinstance(reference, str):
             row["ratio"] = row["ms"] / reference
         if name in peaks:
@@ -190,13 +191,15 @@ def _model(name: str, setting: Setting) -> nn.Module:
 
 
 def _peak_in_child(name: str, setting: Setting) -> int:
-    """Bytes that a fresh process needs for two steps beyond what importing takes."""
+    """Bytes that a fresh process needs for two steps beyond what importing takes, PEFT included."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_peak, name, setting).result()
 
 
 def _peak(name: str, setting: Setting) -> int:
+    import peft  # noqa: F401  (else it would count as memory of the one method that uses it)
+
     imported = highest_resident()
     work = make_step(name, setting)
     work()
@@ -204,15 +207,7 @@ def _peak(name: str, setting: Setting) -> int:
     return max(1, highest_resident() - imported)  # a tiny model hides below the imports' peak
 
 
-@dataclass(frozen=True)
-class Costs:
-    """What a step asks of a device, whatever the device is."""
-
-    flops: int
-    operations: int
-
-
-_ALLOCATIONS = ("empty", "new_empty", "_unsafe_view")
+_COMPUTES_NOTHING = ("empty", "new_empty", "_unsafe_view", "promote_types")
 
 
 class _OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -223,28 +218,47 @@ class _OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
-        free = func.is_view or func.overloadpacket.__name__.startswith(_ALLOCATIONS)
+        free = func.is_view or func.overloadpacket.__name__.startswith(_COMPUTES_NOTHING)
         self.operations += not free
         return func(*args, **(kwargs or {}))
 
 
 @cache
-def step_costs(name: str, backbone: str) -> Costs:
-    """Of one image's forward and backward, without recomputation and optimizer."""
-    model = _model_on_meta(name, Setting(backbone, 1, "meta", torch.float32))
+def step_flops(name: str, backbone: str) -> int:
+    """Floating point operations of one image's forward and backward, without recomputation."""
+    step = _step_on_meta(name, backbone, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return int(counter.get_total_flops())
+
+
+@cache
+def step_operations(name: str, backbone: str, dtype: torch.dtype) -> int:
+    """Operations that an eager forward and backward dispatch, attention being one.
+
+    Not counted are views, allocations, the optimizer and what activation checkpointing repeats. On
+    the meta device, so that any machine counts alike; a GPU multiplies bf16 by a few more.
+    """
+    step, counter = _step_on_meta(name, backbone, dtype), _OperationCounter()  # type: ignore[no-untyped-call]
+    with fused_attention(), counter:
+        step()
+    return counter.operations
+
+
+def _step_on_meta(name: str, backbone: str, dtype: torch.dtype) -> Callable[[], None]:
+    """Forward and backward of one image."""
+    with torch.device("meta"):
+        model = _model(name, Setting(backbone, 1, "meta", dtype)).to(dtype).train()
     size = timm.data.resolve_model_data_config(model)["input_size"]
-    images = torch.zeros(1, *size, device="meta", requires_grad=True)
-    if METHODS[name] is not None:
-        moa.set_routing_position(model, moa.RoutingPosition(0, 0, 0))
-    with FlopCounterMode(display=False) as counter, _OperationCounter() as calls:  # type: ignore[no-untyped-call]
+    images = torch.zeros(1, *size, device="meta", dtype=dtype, requires_grad=True)
+
+    def step() -> None:
+        if METHODS[name] is not None:
+            moa.set_routing_position(model, moa.RoutingPosition(0, 0, 0))
         loss = model(images).sum() + moa.aux_loss(model)
         torch.autograd.backward(loss)
-    return Costs(int(counter.get_total_flops()), calls.operations)
 
-
-def _model_on_meta(name: str, setting: Setting) -> nn.Module:
-    with torch.device("meta"):
-        return _model(name, setting).train()
+    return step
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
