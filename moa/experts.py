@@ -153,10 +153,15 @@ class _Spread(torch.autograd.Function):
     Autograd's own backward of the product per token would keep a [P, P] for each of them.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, small: Tensor, v: Tensor) -> Tensor:
-        ctx.save_for_backward(small, v)
+    def forward(small: Tensor, v: Tensor) -> Tensor:
         return _spread_by_token(small, v) if small.is_cpu else _spread_at_once(small, v)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,10 +187,18 @@ class _Regrouped(torch.autograd.Function):
     Rows of K numbers move in words as wide as fit them, since a GPU copies them word by word.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        turned = x.view(_word(x)).transpose(0, 1).clone(memory_format=torch.contiguous_format)
-        return turned.view(x.dtype)
+    def forward(x: Tensor) -> Tensor:
+        word = _word(x)
+        rows = x if word is None else x.view(word)
+        turned = rows.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+        return turned if word is None else turned.view(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Backward needs nothing."""
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -193,16 +206,17 @@ class _Regrouped(torch.autograd.Function):
         return result
 
 
-def _word(x: Tensor) -> torch.dtype:
-    """The widest type as which the rows of `x` can be read."""
-    if x.stride(-1) != 1 or torch.compiler.is_compiling():
-        return x.dtype
+def _word(x: Tensor) -> torch.dtype | None:
+    """The widest type as which the rows of `x` can be read; None if that is its own."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if traced or x.stride(-1) != 1 or x.is_neg():
+        return None
     for word in (torch.int64, torch.int32):
         whole = word.itemsize // x.element_size()
         places = (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
         if whole > 1 and all(place % whole == 0 for place in places):
             return word
-    return x.dtype
+    return None
 
 
 def kronecker_matrix(expert: KroneckerExpert, rule: KroneckerRule) -> Tensor:

@@ -10,15 +10,19 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from moa.layer import moa_layers
+from moa.layer import MoALinear, moa_layers
 from moa.noise import LayersNoise, RoutingPosition, noise_keys
-from moa.router import TokenRouter, balance_counts, balance_loss
+from moa.router import Routing, TokenRouter, balance_counts, balance_loss
 
 SumOverRanks = Callable[[Tensor], Tensor]
 
 
 def set_routing_position(model: nn.Module, position: RoutingPosition | None) -> None:
-    """Tells every layer where the next micro-batch stands; None returns to unkeyed noise."""
+    """Tells every layer where the next micro-batch stands; None returns to unkeyed noise.
+
+    Under activation checkpointing the backward of a forward must come before the next position: the
+    recomputation draws the noise of the position that is set when it runs.
+    """
     layers = [layer for _, layer in moa_layers(model)]
     if position is None or not layers:
         for layer in layers:
@@ -41,12 +45,17 @@ def aux_loss(model: nn.Module, sum_over_ranks: SumOverRanks | None = None) -> Te
     Returns:
         A scalar with graph; zero if no layer routes, `balance` is not by loss, or nothing ran
         since the last call.
+
+    Raises:
+        RuntimeError: the forward left no graph to routers that train, as under reentrant
+            checkpointing; the loss would balance nothing.
     """
     weight, routings = 0.0, []
-    for _, layer in moa_layers(model):
+    for name, layer in moa_layers(model):
         taken = layer.take_routing()
         if taken is not None and layer.config.balance == "loss":
             weight = layer.config.aux_weight
+            _check_graph(name, layer, taken)
             routings.append(taken)
     if not routings:
         return torch.zeros((), device=next(model.parameters()).device)
@@ -54,6 +63,18 @@ def aux_loss(model: nn.Module, sum_over_ranks: SumOverRanks | None = None) -> Te
     if sum_over_ranks is not None:
         counts = sum_over_ranks(counts)
     return weight * balance_loss(counts)
+
+
+def _check_graph(name: str, layer: MoALinear, routing: Routing) -> None:
+    if routing.logits.requires_grad or not torch.is_grad_enabled() or not layer.config.aux_weight:
+        return
+    assert layer.router is not None
+    if any(p.requires_grad for p in layer.router.parameters()):
+        raise RuntimeError(
+            f"the training forward left no graph to {name}.router, so the auxiliary loss would "
+            "balance nothing: checkpoint with use_reentrant=False; or if the forward ran under "
+            "no_grad, take its loss under no_grad, too"
+        )
 
 
 def update_balance(model: nn.Module, sum_over_ranks: SumOverRanks | None = None) -> None:

@@ -119,13 +119,17 @@ class _ScaledCosine(torch.autograd.Function):
     starts from inputs and output alone, so that it can itself be differentiated.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, z: Tensor, embed: Tensor, temperature: Tensor) -> Tensor:
+    def forward(z: Tensor, embed: Tensor, temperature: Tensor) -> Tensor:
         scaled = embed * (_scale(temperature, z.dtype) / _length(embed, 0, z.dtype))
         # Dividing the product by the length of z, not z itself, needs no further [N, M].
-        logits = (z @ scaled) / _length(z, -1, z.dtype)
-        ctx.save_for_backward(z, embed, temperature, logits)
-        return logits
+        return (z @ scaled) / _length(z, -1, z.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs, output)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,12 +137,12 @@ class _ScaledCosine(torch.autograd.Function):
         length, size = _length(z, -1, z.dtype), _length(embed, 0, z.dtype)  # [N, 1], [1, E]
         factor = _scale(temperature, z.dtype) / size
         scaled, of_product = embed * factor, gradient / length
-        along = (gradient * logits).sum(-1, keepdim=True) / length.square()
-        of_z = torch.addcmul(of_product @ scaled.T, z, along, value=-1)
+        along = (gradient * logits).sum(-1, keepdim=True)
+        of_z = torch.addcmul(of_product @ scaled.T, z, along / length.square(), value=-1)
         of_scaled = z.T @ of_product
         by_expert = (of_scaled * scaled).sum(0)
         of_embed = of_scaled * factor - embed * (by_expert / size.square())
-        of_temperature = by_expert.sum() * (temperature <= MAX_LOG_SCALE)
+        of_temperature = along.sum() * (temperature <= MAX_LOG_SCALE)
         return of_z, of_embed.to(embed.dtype), of_temperature.to(temperature.dtype)
 
 

@@ -332,6 +332,7 @@ def test_rows_are_regrouped_whatever_their_width(dtype: torch.dtype, width: int)
         source.transpose(1, 2)[:, :width],
         source[:1, :, :width].expand(4, -1, -1),
         source[:0, :, :width],
+        torch._neg_view(source[:, :, :width].contiguous()),
     ]
     for x in cases:
         turned = _Regrouped.apply(x)

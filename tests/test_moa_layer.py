@@ -410,6 +410,22 @@ def test_activation_checkpointing_changes_nothing(method: str) -> None:
         torch.testing.assert_close(checkpointed[name], grad, rtol=1e-10, atol=1e-12)
 
 
+def test_a_balance_that_would_train_nothing_is_refused() -> None:
+    """Reentrant checkpointing runs the forward without a graph."""
+    layer = lone_layer("moa_lora")
+    x = tokens(2, 3).requires_grad_()
+    checkpoint(layer, x, use_reentrant=True)
+    with pytest.raises(RuntimeError, match=r"\.router.*use_reentrant=False"):
+        aux_loss(layer)
+    with torch.no_grad():
+        layer(x)
+        assert aux_loss(layer) > 0
+        layer(x)
+    assert layer.router is not None
+    layer.router.requires_grad_(False)
+    assert aux_loss(layer) > 0
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_nothing_of_the_graph_outlives_backward(checkpointing: bool) -> None:
     """A recomputation leaves no counts behind: they would hold its activations."""

@@ -244,6 +244,30 @@ def test_a_new_position_needs_no_new_compilation() -> None:
     assert counter.frame_count == 1
 
 
+# Transforms of torch.func.
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_gradients_of_each_image(method: str) -> None:
+    """As for Fisher information: per image by vmap, and their sum, against plain backward."""
+    model = tiny_vit()
+    inject(model, small_config(method))
+    stir(model)
+    model.eval()
+    given = {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+    x = images(3)
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(given, x.unsqueeze(1))
+    model(x).square().sum().backward()
+    for name, parameter in given.items():
+        assert parameter.grad is not None
+        torch.testing.assert_close(each[name].sum(0), parameter.grad, rtol=1e-4, atol=1e-5)
+
+
 # Balance by bias.
 
 

@@ -220,6 +220,21 @@ def test_arithmetic_is_wide(dtype: torch.dtype, computed: torch.dtype, autocast:
         assert torch.equal(given_part, getattr(expected, name))
 
 
+def test_autocast_around_backward_leaves_the_temperature_exact() -> None:
+    torch.manual_seed(0)
+    router = make_router(dtype=torch.float32)
+    x = torch.randn(500, 6)
+    grads = []
+    for enabled in (False, True):
+        router.zero_grad()
+        loss = router.logits(x).square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss.backward()
+        assert router.temperature.grad is not None
+        grads.append(router.temperature.grad.item())
+    assert grads[1] == pytest.approx(grads[0], rel=1e-6)
+
+
 def test_a_zero_projection_gives_no_nan() -> None:
     router = make_router()
     with torch.no_grad():
