@@ -26,7 +26,7 @@ from moa.experts import (
     lora_delta,
     lora_down,
 )
-from moa.noise import fresh_key, normal, uniform
+from moa.noise import fresh_key, images_and_tokens, normal, uniform
 from moa.precision import full_precision, wide_product
 from moa.router import (
     Routing,
@@ -60,6 +60,8 @@ class MoALinear(nn.Module):
     """[KEY_WORDS] of the running micro-batch; None draws from torch's own generator"""
     shared_noise: Callable[[int, int, int], Tensor] | None = None
     """draws this layer's gate noise together with all others'; None draws from the key"""
+    num_images: int | None = None
+    """of the running micro-batch; None takes the first axis of the input"""
     remote_experts: Callable[[], list[Any]] | None = None
     """under expert parallelism by `gather`: the factors of all experts, whoever owns them"""
     exchange: Callable[[Tensor, Tensor, Any], Tensor] | None = None
@@ -175,7 +177,7 @@ class MoALinear(nn.Module):
             # A compiler makes one operation of the layer's own draw.
             draw = None if torch.compiler.is_compiling() else self.shared_noise
             draw = draw or partial(normal, key)
-            noise = scale * draw(x.shape[0], x.shape[1:-1].numel(), len(self.ranks))
+            noise = scale * draw(*images_and_tokens(x, self.num_images), len(self.ranks))
         bias = None if steps is None else self.config.balance_rate * steps
         return choose(logits, noise, self.config.experts_kept, bias)
 
@@ -201,7 +203,7 @@ class MoALinear(nn.Module):
         ranks = [*self.ranks, *([self.config.shared_rank] if self.config.shared_rank else [])]
         columns, rate = gate_columns(gates, ranks), self.config.expert_dropout
         if key is not None and rate > 0:
-            kept = uniform(key, x.shape[0], x.shape[1:-1].numel(), sum(ranks)) > rate
+            kept = uniform(key, *images_and_tokens(x, self.num_images), sum(ranks)) > rate
             mask = fill(kept / (1 - rate))
             columns = mask if columns is None else columns * mask
         return self._local_delta(tokens, experts, columns, h, rule)

@@ -26,12 +26,13 @@ def set_routing_position(model: nn.Module, position: RoutingPosition | None) -> 
     layers = [layer for _, layer in moa_layers(model)]
     if position is None or not layers:
         for layer in layers:
-            layer.noise_key = layer.shared_noise = None
+            layer.noise_key = layer.shared_noise = layer.num_images = None
         return
     keys = noise_keys(position, len(layers)).to(layers[0].base.weight.device, non_blocking=True)
     noise = LayersNoise(keys)
     for number, layer in enumerate(layers):
         layer.noise_key, layer.shared_noise = keys[number], partial(noise.normal, number)
+        layer.num_images = position.images
 
 
 def aux_loss(model: nn.Module, sum_over_ranks: SumOverRanks | None = None) -> Tensor:

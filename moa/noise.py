@@ -31,11 +31,25 @@ class RoutingPosition:
         seed: the run's seed.
         step: global step; with gradient accumulation its micro-batches share the step.
         first: position of the local micro-batch's first image in the global batch.
+        images: images of the local micro-batch, which some backbones cut into windows before a
+            layer sees them; None takes the first axis of a layer's input.
     """
 
     seed: int
     step: int
     first: int
+    images: int | None = None
+
+
+def images_and_tokens(x: Tensor, images: int | None) -> tuple[int, int]:
+    """How many images a layer's input [B, ..., D] belongs to, and how many tokens each of them has.
+
+    Windows (Swin, SAM) lie along the first axis, those of an image behind each other.
+    """
+    rows = x.shape[:-1].numel()
+    if not images or rows % images:
+        return x.shape[0], x.shape[1:-1].numel()
+    return images, rows // images
 
 
 def noise_keys(position: RoutingPosition, num_layers: int) -> Tensor:

@@ -4,8 +4,10 @@ import pickle
 import statistics
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 
 import pytest
+import timm
 import torch
 from moa_fixtures import (
     ADAPTERS,
@@ -27,6 +29,7 @@ from moa import MoAConfig, MoAConfigError, MoALinear, aux_loss, inject, routing_
 from moa.experts import KroneckerRule
 from moa.layer import moa_layers
 from moa.model import set_routing_position
+from moa.noise import RoutingPosition
 from moa.router import Routing, UniformRouter, balance_counts, choose
 
 
@@ -367,6 +370,26 @@ def test_a_batch_split_over_ranks_is_routed_alike(method: str, shares: tuple[int
         torch.testing.assert_close(total, counts, rtol=1e-10, atol=1e-10)
     set_routing_position(model, position(first=0))
     assert not torch.allclose(model(x[3:]), whole[3:])  # the place matters
+
+
+@pytest.mark.parametrize("changes", [{}, {"expert_dropout": 0.4}])
+def test_windows_of_an_image_do_not_count_as_images(changes: dict[str, float]) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=56, num_classes=3, drop_path_rate=0.0,
+        embed_dim=16, depths=(2, 2), num_heads=(2, 2),
+    ).double()  # fmt: skip
+    inject(model, small_config("moa_lora", gate_noise=4.0, **changes))
+    stir(model)
+    x = torch.randn(3, 3, 56, 56, dtype=torch.float64)
+    results = []
+    for pieces in ((0, 3), (0, 1, 3)):
+        parts = []
+        for first, last in pairwise(pieces):
+            set_routing_position(model, RoutingPosition(1, 2, first, last - first))
+            parts.append(model(x[first:last]))
+        results.append(torch.cat(parts))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
 
 
 def test_a_model_may_move_after_its_position_was_set() -> None:

@@ -224,7 +224,7 @@ class Trainer:
         engine, train = self.engine, self.config.train
         moa.set_routing_position(
             engine.module,
-            moa.RoutingPosition(train.seed, self.step, batch.first_slot),
+            moa.RoutingPosition(train.seed, self.step, batch.first_slot, len(batch.labels)),
         )
         images = finish_images(batch, engine.device, self.parts.info.data_config)
         scores = engine(images.to(engine.dtype))
