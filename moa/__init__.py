@@ -27,10 +27,12 @@ if TYPE_CHECKING:
     from moa.noise import RoutingPosition
     from moa.origin import Origin
     from moa.peft_bridge import export_peft, import_peft
+    from moa.reading import AdapterInfo
     from moa.state import adapter_state_dict, base_hash, load_adapter, save_adapter
 
 _OWNERS = {
     "AdapterError": "errors",
+    "AdapterInfo": "reading",
     "InjectReport": "injection",
     "MissingAdapterError": "errors",
     "MoAConfig": "config",
@@ -56,6 +58,7 @@ _OWNERS = {
 
 __all__ = [
     "AdapterError",
+    "AdapterInfo",
     "InjectReport",
     "MissingAdapterError",
     "MoAConfig",

@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from moa.origin import Origin
 
 if TYPE_CHECKING:
-    from moa.state import AdapterInfo
+    from moa.reading import AdapterInfo
 
 SPLITS = ("in", "out", "all", "left_out")
 _FIGURE = re.compile(r"(?:moa/)?env(\d+)_(in|out|all|left_out)_acc")

@@ -189,6 +189,9 @@ class MoAConfig:
         for name in ("router_dim", "top_k", "shared_rank", "kron_dim", "ep_size"):
             if type(getattr(self, name)) is not int:
                 found.append(f"moa.{name}: {getattr(self, name)!r}; must be a whole number")
+        for name in ("gate_noise", "aux_weight", "balance_rate", "expert_dropout"):
+            if type(getattr(self, name)) not in (int, float):
+                found.append(f"moa.{name}: {getattr(self, name)!r}; must be a number")
         return found
 
     def _wrong_choices(self) -> list[str]:
@@ -274,7 +277,7 @@ class MoAConfig:
                 "--moa.method moa_lora with it"
             )
         number, keeps_all = len(whole.ranks or ()), whole.router in ("soft", "uniform")
-        if self.mixes and not 1 <= self.top_k <= number:
+        if self.mixes and number and not 1 <= self.top_k <= number:
             found.append(f"moa.top_k: {self.top_k}; legal is 1 to the number of experts, {number}")
         elif self.mixes and keeps_all and self.top_k != 1:
             found.append(

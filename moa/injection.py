@@ -59,22 +59,38 @@ def inject(model: nn.Module, config: MoAConfig) -> InjectReport:
         for path, base in bases.items():
             assert isinstance(base, nn.Linear)
             check_kron_dim(base, config.kron_dim, path)
+    rule, layers = _adapters(model, config, bases)
     model.requires_grad_(config.method == "full")
     for name in unfrozen:
         model.get_parameter(name).requires_grad_(True)
-    rule = None
-    if config.kronecker:
-        rule = KroneckerRule(config.kron_dim, next(iter(bases.values())).weight)  # type: ignore[arg-type]
+    if rule is not None:
         model.kron_rule = rule
-    for path, base in bases.items():
-        assert isinstance(base, nn.Linear)
-        layer = MoALinear(base, config, rule)
-        layer.train(base.training)
+    for path, layer in layers.items():
+        layer.requires_grad_(True).base.requires_grad_(False)
+        layer.train(layer.base.training)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, layer)
         _call_projection(model.get_submodule(parent))
     head.requires_grad_(True)
     return _report(model, paths or unfrozen)
+
+
+def _adapters(
+    model: nn.Module, config: MoAConfig, bases: dict[str, nn.Module]
+) -> tuple[KroneckerRule | None, dict[str, MoALinear]]:
+    """The model's rule, and a layer for each of `bases`; the model is as it was."""
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    rule, layers = None, {}
+    try:
+        for path, base in bases.items():
+            assert isinstance(base, nn.Linear)
+            if config.kronecker and rule is None:
+                rule = KroneckerRule(config.kron_dim, base.weight)
+            layers[path] = MoALinear(base, config, rule)
+    finally:  # also if there is no memory for all of them
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+    return rule, layers
 
 
 def _call_projection(attention: nn.Module) -> None:
@@ -157,6 +173,11 @@ def classifier(model: nn.Module) -> nn.Module:
     Raises:
         MoAConfigError: the model has none to train.
     """
+    if not hasattr(model, "get_classifier"):
+        raise MoAConfigError(
+            f"{type(model).__name__} is no timm model; give one of timm.create_model, such as "
+            "vit_base_patch16_clip_224"
+        )
     head = model.get_classifier()  # type: ignore[operator]
     if not isinstance(head, nn.Module) or not any(True for _ in head.parameters()):
         raise MoAConfigError(

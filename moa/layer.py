@@ -76,6 +76,8 @@ class MoALinear(nn.Module):
     ) -> None:
         super().__init__()
         config.check()
+        if not isinstance(base, nn.Linear):
+            raise MoAConfigError(f"base: {type(base).__name__}; must be a torch.nn.Linear")
         config = config.resolved()
         if not config.adapts:
             raise MoAConfigError(f"moa.method: {config.method!r} does not wrap layers")

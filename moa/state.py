@@ -10,52 +10,23 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from moa.card import creation, model_card
-from moa.config import MoAConfig
-from moa.errors import AdapterError
+from moa.errors import AdapterError, MoAConfigError
 from moa.folders import replaced_folder
 from moa.hub import CARD_FILE as CARD_FILE
 from moa.hub import CONFIG_FILE as CONFIG_FILE
 from moa.hub import WEIGHTS_FILE as WEIGHTS_FILE
-from moa.hub import adapter_folder
 from moa.injection import classifier, inject
-from moa.origin import Origin, origin_from
-
-FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class AdapterInfo:
-    """Everything about an adapter that is not a tensor.
-
-    Attributes:
-        base_model: timm name `architecture.tag` of the frozen base.
-        base_sha256: `base_hash` of that base before injection.
-        moa: the adapter's configuration.
-        classes: class names in label order.
-        data_config: the base's `input_size`, `mean`, `std`, `interpolation`.
-        results: figures for the model card.
-        origin: the run it comes from; None if unknown.
-        head: how the classifier began, if not at random.
-    """
-
-    base_model: str
-    base_sha256: str
-    moa: MoAConfig
-    classes: tuple[str, ...]
-    data_config: Mapping[str, Any]
-    results: Mapping[str, float] = field(default_factory=dict)
-    origin: Origin | None = None
-    head: Mapping[str, Any] = field(default_factory=dict)
+from moa.layer import moa_layers
+from moa.reading import FORMAT_VERSION, AdapterInfo, read_adapter
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -146,57 +117,6 @@ def save_adapter(
         write_adapter(temporary, adapter_state_dict(model) if tensors is None else tensors, info)
 
 
-def read_adapter(folder: str | Path) -> tuple[AdapterInfo, dict[str, Tensor]]:
-    """Reads an adapter without a model, from a folder or from `hf-hub:organisation/name`.
-
-    Raises:
-        MissingAdapterError: there is nothing at that place.
-        AdapterError: a file is missing or damaged, of another format version, or not finite.
-    """
-    folder = adapter_folder(folder)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise AdapterError(f"{folder}: no {name}; give the folder of a saved adapter")
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS_FILE)
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
-        raise AdapterError(f"{folder}: damaged adapter ({error}); take another copy") from error
-    if not isinstance(config, dict):
-        raise AdapterError(f"{folder}: {CONFIG_FILE} holds no JSON object; take another copy")
-    if config.get("peft_type") != "MOA" or config.get("format_version") != FORMAT_VERSION:
-        raise AdapterError(
-            f"{folder}: peft_type {config.get('peft_type')!r}, format_version "
-            f"{config.get('format_version')!r}; this release reads 'MOA', {FORMAT_VERSION}"
-        )
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise AdapterError(f"{folder}: {name} holds NaN or infinity; take another copy")
-    return _info(folder, config), tensors
-
-
-def _info(folder: Path, config: dict[str, Any]) -> AdapterInfo:
-    try:
-        settings = config["moa_config"]
-        unknown = set(settings) - {f.name for f in fields(MoAConfig)}
-        if unknown:
-            raise ValueError(f"unknown moa_config fields {sorted(unknown)}")
-        moa = MoAConfig(**settings)
-        moa.check()
-        return AdapterInfo(
-            base_model=config["base_model_name_or_path"],
-            base_sha256=str(config["base_sha256"]),
-            moa=moa,
-            classes=tuple(config["classes"]),
-            data_config=config["data_config"],
-            results=config.get("results", {}),
-            origin=None if config.get("origin") is None else origin_from(config["origin"]),
-            head=config.get("head", {}),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise AdapterError(f"{folder}: {CONFIG_FILE} is not legal: {error}") from error
-
-
 def load_adapter(model: nn.Module, folder: str | Path) -> AdapterInfo:
     """Injects and loads a saved adapter into a fresh base model, which keeps its dtype and device.
 
@@ -213,6 +133,11 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterInfo:
         AdapterError: damaged folder, another base, or names or shapes that do not fit exactly.
     """
     info, tensors = read_adapter(folder)
+    for path, _ in moa_layers(model):
+        raise AdapterError(
+            f"{folder}: the model carries adapters already (at {path}); load into a fresh base, as "
+            "timm.create_model gives it"
+        )
     dtype = next(model.parameters()).dtype
     check_base(str(folder), info, base_hash(model), dtype)
     attach(model, info, tensors, str(folder))
@@ -241,7 +166,10 @@ def attach(
         AdapterError: names or shapes do not fit exactly; the model is as it was.
     """
     outline = _outline(model)
-    _prepare(outline, info)
+    try:
+        _prepare(outline, info)
+    except MoAConfigError as error:
+        raise AdapterError(f"{name}: its moa_config does not fit the model: {error}") from error
     _check_fit(name, adapter_state_dict(outline), tensors)
     _prepare(model, info)
     for key, place in adapter_state_dict(model).items():
@@ -269,11 +197,17 @@ def _prepare(model: nn.Module, info: AdapterInfo) -> None:
 def _check_fit(folder: str, wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
     problems = [f"missing {name}" for name in wanted if name not in given]
     problems += [f"unexpected {name}" for name in given if name not in wanted]
-    problems += [
-        f"{name} is {tuple(given[name].shape)}, the model has {tuple(wanted[name].shape)}"
-        for name in wanted
-        if name in given and given[name].shape != wanted[name].shape
-    ]
+    for name in (name for name in wanted if name in given):
+        theirs, ours = given[name], wanted[name]
+        if theirs.shape != ours.shape:
+            problems.append(f"{name} is {tuple(theirs.shape)}, the model has {tuple(ours.shape)}")
+        elif theirs.is_floating_point() != ours.is_floating_point():
+            problems.append(f"{name} is {theirs.dtype}, the model has {ours.dtype}")
+        elif not torch.isfinite(theirs.to(ours.dtype)).all():
+            problems.append(f"{name} does not fit into {ours.dtype}")
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise AdapterError(f"{folder}: does not fit the model: {'; '.join(problems[:4])}{more}")
+        raise AdapterError(
+            f"{folder}: does not fit the model: {'; '.join(problems[:4])}{more}; give the model "
+            f"and the {WEIGHTS_FILE} that belong to its {CONFIG_FILE}, or another copy of it"
+        )

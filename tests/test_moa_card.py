@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from moa import MoAConfig, Origin
 from moa.card import model_card
 from moa.origin import origin_from
-from moa.state import AdapterInfo
+from moa.reading import AdapterInfo
 
 ORIGIN = Origin(
     dataset="officehome", domains=("Art", "Clipart", "Product", "Real World"),

@@ -131,6 +131,9 @@ ILLEGAL = [
     ({"targets": "attn.qkv"}, "moa.targets: 'attn.qkv'; give a list of module paths"),
     ({"blocks": (0.5,)}, "moa.blocks: (0.5,); give a list of block numbers"),
     ({"top_k": 1.5}, "moa.top_k: 1.5; must be a whole number"),
+    ({"gate_noise": "1"}, "moa.gate_noise: '1'; must be a number"),
+    ({"aux_weight": None}, "moa.aux_weight: None; must be a number"),
+    ({"expert_dropout": True}, "moa.expert_dropout: True; must be a number"),
     ({"kron_dim": 8.0}, "moa.kron_dim: 8.0; must be a whole number"),
 ]
 

@@ -1,5 +1,6 @@
 import copy
-from functools import cache
+import itertools
+from functools import cache, partial
 
 import pytest
 import timm
@@ -18,6 +19,7 @@ from torch import nn
 
 from moa import MoAConfig, MoAConfigError, MoALinear, NoMatchingModuleError, inject
 from moa.layer import moa_layers
+from moa.router import make_router
 
 COUNTS = {
     "vit_base_patch16_clip_224": (110_592, 294_912, 1_463_814, 1_485_830),
@@ -251,6 +253,7 @@ REFUSED = [
     (tiny_vit, {"blocks": ()}, MoAConfigError, "blocks 0 to 3"),
     (tiny_vit, {"blocks": "last_5"}, MoAConfigError, "'last_5'; the model has only 4 blocks"),
     (tiny_vit, {"top_k": 9}, MoAConfigError, "moa.top_k: 9"),
+    (partial(nn.Linear, 2, 2), {}, MoAConfigError, "Linear is no timm model; give one of timm"),
     (tiny_vit, {"method": "adapter"}, MoAConfigError, "moa.method: 'adapter'"),
     *((injected_already, {"method": m}, MoAConfigError, "blocks.0.*fresh model") for m in METHODS),
     *(
@@ -269,6 +272,26 @@ def test_refused_injection_leaves_the_model_untouched(
     before = snapshot(model)
     with pytest.raises(error, match=message):
         inject(model, small_config(**{"method": "moa_kron", **changes}))  # type: ignore[arg-type]
+    assert_untouched(model, before)
+
+
+def test_an_injection_that_fails_halfway_leaves_the_model_untouched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As one that needs more memory than there is."""
+    model = tiny_vit()
+    next(model.parameters()).requires_grad_(False)
+    before, number = snapshot(model), itertools.count()
+
+    def router(*given: object) -> object:
+        if next(number) == 1:
+            raise MemoryError
+        return make_router(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("moa.layer.make_router", router)
+    with pytest.raises(MemoryError):
+        inject(model, small_config("moa_kron"))
+    assert next(number) == 2
     assert_untouched(model, before)
 
 

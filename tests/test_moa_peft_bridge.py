@@ -36,7 +36,8 @@ from moa import (
     save_adapter,
 )
 from moa.layer import moa_layers
-from moa.state import CONFIG_FILE, WEIGHTS_FILE, AdapterInfo
+from moa.reading import AdapterInfo
+from moa.state import CONFIG_FILE, WEIGHTS_FILE
 
 # Where nothing may be skipped, a missing library is an error.
 if os.environ.get("MOA_NO_SKIPS"):
@@ -409,9 +410,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "other rank": (lambda f: edit_config(f, r=3), r"lora_A.weight is \(2, 16\), .* has \(3, 16\)"),
     "other width": (
         lambda f: edit_tensors(f, lambda t: t.update({B: torch.ones(47, 2)})),
-        rf"{B} is \(47, 2\), the model has \(48, 2\)$",
+        rf"{B} is \(47, 2\), the model has \(48, 2\); give",
     ),
-    "missing factor": (lambda f: edit_tensors(f, lambda t: t.pop(A)), f"missing {A}$"),
+    "missing factor": (lambda f: edit_tensors(f, lambda t: t.pop(A)), f"missing {A}; give"),
     "missing layer": (
         lambda f: edit_tensors(f, lambda t: (t.pop(A), t.pop(B))),
         "for blocks.1.attn.qkv there are no tensors",
@@ -428,7 +429,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit_tensors(
             f, lambda t: t.update({"base_model.model.norm.bias": torch.ones(2)})
         ),
-        "unexpected base_model.model.norm.bias$",
+        "unexpected base_model.model.norm.bias; give",
     ),
     "missing head": (
         lambda f: edit_tensors(f, lambda t: t.pop(f"{HEAD}.weight")),
@@ -436,7 +437,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "head not announced": (
         lambda f: edit_config(f, modules_to_save=None),
-        f"unexpected {HEAD}.bias; unexpected {HEAD}.weight$",
+        f"unexpected {HEAD}.bias; unexpected {HEAD}.weight; give",
     ),
     "head without classes": (
         lambda f: edit_tensors(f, lambda t: t.update({f"{HEAD}.weight": torch.ones(0, 16)})),

@@ -21,7 +21,8 @@ from trainer_fixtures import ROOT, environment
 
 import moa
 from moa.card import creation
-from moa.state import WEIGHTS_FILE, read_adapter
+from moa.reading import read_adapter
+from moa.state import WEIGHTS_FILE
 from shards import DataConfig, eval_transform, evaluation_loader, open_shards
 from trainer import checkpoint
 from trainer.build import build

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import moa
-from moa.state import AdapterInfo, save_adapter
+from moa.reading import AdapterInfo
+from moa.state import save_adapter
 from shards import DataConfig, open_shards
 from trainer import flatness
 from trainer.config import ModelConfig

@@ -20,7 +20,8 @@ import moa
 from moa.config import ADAPTER_METHODS
 from moa.layer import moa_layers
 from moa.placement import traffic
-from moa.state import WEIGHTS_FILE, AdapterInfo
+from moa.reading import AdapterInfo
+from moa.state import WEIGHTS_FILE
 from shards import DataConfigError
 from trainer import checkpoint, ds_json
 from trainer.average_config import AverageConfig

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import moa
 from moa.folders import sync
-from moa.state import AdapterInfo, adapter_state_dict, base_hash
+from moa.reading import AdapterInfo
+from moa.state import adapter_state_dict, base_hash
 from trainer import checkpoint
 from trainer.background import SaveQueue
 from trainer.bench_timing import Table

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from moa.folders import replaced_folder
-from moa.state import AdapterInfo, write_adapter
+from moa.reading import AdapterInfo
+from moa.state import write_adapter
 from trainer.checkpoint import Checkpoint
 
 

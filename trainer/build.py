@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import moa
-from moa.state import AdapterInfo
+from moa.reading import AdapterInfo
 from shards import (
     DataConfig,
     DataConfigError,

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from moa.errors import AdapterError
 from moa.folders import discard, recover_folder, replaced_folder, sync
-from moa.state import CONFIG_FILE, WEIGHTS_FILE, AdapterInfo, read_adapter, write_adapter
+from moa.reading import AdapterInfo, read_adapter
+from moa.state import CONFIG_FILE, WEIGHTS_FILE, write_adapter
 from shards.errors import StorageError
 from trainer.durable import replace_text
 from trainer.errors import CheckpointError, OutputError

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from moa.state import AdapterInfo, attach
+from moa.reading import AdapterInfo
+from moa.state import attach
 from trainer.predictions import Predictions
 
 Average = Literal["probabilities", "logits"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moa.origin import Origin
-from moa.state import AdapterInfo
+from moa.reading import AdapterInfo
 from trainer.errors import ConfigError
 from trainer.members import Member
 
