@@ -129,11 +129,11 @@ def kronecker_delta(
     left = _filled([e.left for e in experts], dim=2)  # [P, D/P, R]
     right = _filled([e.right for e in experts], dim=1)  # [P, R, O/P]
     dim, width, _ = left.shape
-    rows = _Regrouped.apply(x.view(len(x), dim, width)).flatten(1)
+    rows = _regrouped(x.view(len(x), dim, width)).flatten(1)
     mixed = (rule.left @ rows).view(dim, len(x), width)
     z = _weighted(mixed @ left, columns)  # [P, N, R]
     y: Tensor = _Spread.apply(z @ right, rule.right.to(z.dtype))  # [N, P, O/P]
-    return y.flatten(1)
+    return _regrouped(y.transpose(0, 1)).flatten(1)
 
 
 def _filled(factors: list[Tensor], dim: int) -> Tensor:
@@ -166,7 +166,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         small, v = ctx.saved_tensors
-        rows = _Regrouped.apply(gradient).flatten(1)
+        rows = _regrouped(gradient).flatten(1)
         return (v @ rows).view_as(small), small.flatten(1) @ rows.T
 
 
@@ -177,15 +177,17 @@ def _spread_by_token(small: Tensor, v: Tensor) -> Tensor:
 
 def _spread_at_once(small: Tensor, v: Tensor) -> Tensor:
     """One large product: CUDA's batched ones are not to be trusted beyond 65,535 tokens."""
-    spread: Tensor = _Regrouped.apply((v.T @ small.flatten(1)).view_as(small))
-    return spread
+    return (v.T @ small.flatten(1)).view_as(small).transpose(0, 1)
+
+
+def _regrouped(x: Tensor) -> Tensor:
+    """[A, B, K] to a contiguous [B, A, K], which is a copy only if it must be."""
+    turned = x.transpose(0, 1)
+    return turned if turned.is_contiguous() else _Regrouped.apply(x)
 
 
 class _Regrouped(torch.autograd.Function):
-    """[A, B, K] to a contiguous [B, A, K].
-
-    Rows of K numbers move in words as wide as fit them, since a GPU copies them word by word.
-    """
+    """The copy. Rows of K numbers move in words as wide as fit them: a GPU moves word by word."""
 
     generate_vmap_rule = True
 
