@@ -66,7 +66,6 @@ def inject(model: nn.Module, config: MoAConfig) -> InjectReport:
     if rule is not None:
         model.kron_rule = rule
     for path, layer in layers.items():
-        layer.requires_grad_(True).base.requires_grad_(False)
         layer.train(layer.base.training)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, layer)

@@ -120,5 +120,5 @@ def _check_kinds(config: dict[str, Any]) -> None:
         if name in config and not isinstance(config[name], kind):
             raise ValueError(f"{name}: {config[name]!r}; must be {_KINDS[kind]}")
     names = config["classes"]
-    if not names or len(set(map(str, names))) < len(names) or {type(n) for n in names} != {str}:
-        raise ValueError(f"classes: {names!r}; must be different names, one or more")
+    if {type(name) for name in names} != {str}:
+        raise ValueError(f"classes: {names!r}; must be one or more names")
