@@ -19,6 +19,7 @@ from moa.experts import (
     _Regrouped,
     _spread_at_once,
     _spread_by_token,
+    _word,
     gate_columns,
     kronecker_delta,
     kronecker_matrix,
@@ -358,3 +359,20 @@ def test_gradients_of_regrouped_rows() -> None:
     (_Regrouped.apply(single) * weight).sum().backward()  # type: ignore[no-untyped-call]
     assert single.grad is not None
     assert torch.equal(single.grad, weight.transpose(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "word"),
+    [
+        (8, torch.bfloat16, torch.int64),
+        (6, torch.bfloat16, torch.int32),
+        (3, torch.bfloat16, None),
+        (8, torch.float32, torch.int64),
+        (7, torch.float32, None),
+        (8, torch.float64, None),
+    ],
+)
+def test_rows_move_in_the_widest_words(
+    width: int, dtype: torch.dtype, word: torch.dtype | None
+) -> None:
+    assert _word(torch.zeros(2, 3, width, dtype=dtype)) == word
