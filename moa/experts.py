@@ -1,7 +1,7 @@
 """LoRA and Kronecker (KAdaptation) experts, all evaluated together in factored form.
 
-Letters: N tokens, D in, O out, E experts, r_e rank of expert e, R sum of the ranks, filled up to a
-multiple of `ALIGNMENT`, P = kron_dim.
+Letters: N tokens, D in, O out, E experts, r_e rank of expert e, R sum of the ranks, which several
+experts fill up to a multiple of `ALIGNMENT`, P = kron_dim.
 All experts of a layer share two skinny products: the ranks are concatenated, the R intermediate
 columns are multiplied by each token's gate, and nothing of size D x O is ever formed.
 
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 ALIGNMENT = 8
-"""The ranks of a layer's experts are filled up to a multiple of this by zeros: a skinny product of
-15 columns takes a CPU up to 2.7 times as long as one of 16, and a GPU's matrix units want rows of
+"""Several experts fill their ranks up to a multiple of this by zeros: a skinny product of 15
+columns takes a CPU up to 2.7 times as long as one of 16, and a GPU's matrix units want rows of
 whole 16 bytes."""
 
 
@@ -80,9 +80,9 @@ def gate_columns(gates: Tensor | None, ranks: Sequence[int]) -> Tensor | None:
     return _filled(pieces, dim=1)
 
 
-def fill(columns: Tensor) -> Tensor:
+def fill(columns: Tensor, ranks: Sequence[int]) -> Tensor:
     """Columns [N, sum of the ranks] with zeros appended, [N, R]."""
-    return _filled([columns], dim=1)
+    return _filled(torch.split(columns, list(ranks), dim=1), dim=1)
 
 
 def _weighted(h: Tensor, columns: Tensor | None) -> Tensor:
@@ -136,11 +136,16 @@ def kronecker_delta(
     return _regrouped(y.transpose(0, 1)).flatten(1)
 
 
-def _filled(factors: list[Tensor], dim: int) -> Tensor:
-    """All experts' factors side by side, with zeros up to a multiple of `ALIGNMENT` ranks."""
+def _filled(factors: Sequence[Tensor], dim: int) -> Tensor:
+    """All experts' factors side by side, with zeros up to a multiple of `ALIGNMENT` ranks.
+
+    A lone expert's are given back as they are: its rank is what was asked for.
+    """
+    if len(factors) == 1:
+        return factors[0]
     missing = -sum(f.shape[dim] for f in factors) % ALIGNMENT
     if not missing:
-        return torch.cat(factors, dim=dim)
+        return torch.cat(list(factors), dim=dim)
     shape = list(factors[0].shape)
     shape[dim] = missing
     zeros = factors[0].new_zeros([1] * len(shape)).expand(shape)  # one number: quickly filled

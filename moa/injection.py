@@ -10,7 +10,7 @@ from moa.blocks import select_blocks
 from moa.config import MoAConfig
 from moa.errors import MoAConfigError, NoMatchingModuleError
 from moa.experts import KroneckerRule
-from moa.layer import MoALinear, check_kron_dim
+from moa.layer import MoALinear, check_kron_dim, moa_layers
 
 _IN_BLOCK = re.compile(r"(?:^|.*\.)blocks\.(\d+)\.(.+)")
 
@@ -49,9 +49,7 @@ def inject(model: nn.Module, config: MoAConfig) -> InjectReport:
     config.check()
     config = config.resolved()
     head = classifier(model)
-    for path, module in model.named_modules():
-        if isinstance(module, MoALinear):
-            raise MoAConfigError(f"{path} already carries adapters: inject into a fresh model")
+    check_fresh(model)
     paths = matching_layers(model, config) if config.adapts else []
     unfrozen = matching_parameters(model, config) if config.unfreezes else []
     bases = {path: model.get_submodule(path) for path in paths}
@@ -72,6 +70,15 @@ def inject(model: nn.Module, config: MoAConfig) -> InjectReport:
         _call_projection(model.get_submodule(parent))
     head.requires_grad_(True)
     return _report(model, paths or unfrozen)
+
+
+def check_fresh(model: nn.Module) -> None:
+    """Raises `MoAConfigError` if a layer of `model` is wrapped."""
+    for path, _ in moa_layers(model):
+        raise MoAConfigError(
+            f"{path} of the model already carries adapters; give a fresh model, as "
+            "timm.create_model gives it"
+        )
 
 
 def _adapters(

@@ -206,7 +206,7 @@ class MoALinear(nn.Module):
         columns, rate = gate_columns(gates, ranks), self.config.expert_dropout
         if key is not None and rate > 0:
             kept = uniform(key, *images_and_tokens(x, self.num_images), sum(ranks)) > rate
-            mask = fill(kept / (1 - rate))
+            mask = fill(kept / (1 - rate), ranks)
             columns = mask if columns is None else columns * mask
         return self._local_delta(tokens, experts, columns, h, rule)
 

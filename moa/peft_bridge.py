@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from moa.config import MoAConfig
 from moa.errors import AdapterError, MoAConfigError
 from moa.experts import LoRAExpert
-from moa.injection import InjectReport, classifier, inject, matching_layers
-from moa.layer import MoALinear, moa_layers
+from moa.injection import InjectReport, check_fresh, classifier, inject, matching_layers
+from moa.layer import MoALinear
 from moa.merging import fixed_layers, lora_factors
 from moa.state import CONFIG_FILE, WEIGHTS_FILE, _check_fit, _outline, replaced_adapter
 
@@ -194,8 +194,7 @@ def _layers(
     model: nn.Module, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> list[str]:
     """Paths of the adapted layers, in the model's order: by the settings and the tensors alike."""
-    for path, _ in moa_layers(model):
-        raise ValueError(f"{path} of the model already carries adapters; give a fresh model")
+    check_fresh(model)
     kinds = {path: type(module).__name__ for path, module in model.named_modules() if path}
     stored = {match[1] for match in map(_FACTOR.fullmatch, tensors) if match}
     targeted = {path for path in kinds if _targeted(settings, path)}

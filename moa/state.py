@@ -24,8 +24,7 @@ from moa.folders import replaced_folder
 from moa.hub import CARD_FILE as CARD_FILE
 from moa.hub import CONFIG_FILE as CONFIG_FILE
 from moa.hub import WEIGHTS_FILE as WEIGHTS_FILE
-from moa.injection import classifier, inject
-from moa.layer import moa_layers
+from moa.injection import check_fresh, classifier, inject
 from moa.reading import FORMAT_VERSION, AdapterInfo, read_adapter
 
 
@@ -133,11 +132,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterInfo:
         AdapterError: damaged folder, another base, or names or shapes that do not fit exactly.
     """
     info, tensors = read_adapter(folder)
-    for path, _ in moa_layers(model):
-        raise AdapterError(
-            f"{folder}: the model carries adapters already (at {path}); load into a fresh base, as "
-            "timm.create_model gives it"
-        )
+    try:
+        check_fresh(model)  # else its weights would seem to be those of another base
+    except MoAConfigError as error:
+        raise AdapterError(f"{folder}: {error}") from error
     dtype = next(model.parameters()).dtype
     check_base(str(folder), info, base_hash(model), dtype)
     attach(model, info, tensors, str(folder))

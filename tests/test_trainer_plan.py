@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import moa
 from moa.config import ADAPTER_METHODS
-from moa.experts import ALIGNMENT
 from moa.layer import moa_layers
 from moa.placement import traffic
 from moa.reading import AdapterInfo
@@ -207,7 +206,7 @@ def test_bytes_grow_by_the_image_and_flops_per_image_stay() -> None:
     assert one.forward == two.forward == four.forward
     # Beside what each image adds there are the experts' weights, put side by side.
     assert four.kept - two.kept == 2 * (two.kept - one.kept)
-    assert two.kept - one.kept > 0.75 * one.kept
+    assert two.kept - one.kept > 0.9 * one.kept
     assert four.peak > four.kept
 
 
@@ -233,7 +232,7 @@ def test_frozen_layers_have_no_weight_gradient() -> None:
     head = measure(planned(settings("linear")), 2, 1)
     assert (head.forward, head.backward) == (sum(closed_forward(1, 7)), 2 * 128 * 7)
     last = measure(planned(settings("lora", blocks="last_1", targets=("attn.proj",))), 2, 1)
-    tokens, width, rank = 17, 128, ALIGNMENT  # two ranks, filled up
+    tokens, width, rank = 17, 128, 2
     # Down to the wrapped layer: through the MLP and the head, and the two skinny products, whose
     # input needs no gradient since nothing before them trains.
     mlp, skinny = 2 * tokens * 8 * width**2, 2 * tokens * rank * width
