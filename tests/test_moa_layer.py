@@ -250,6 +250,13 @@ def test_copies_use_their_own_shared_rule(lone: bool) -> None:
     torch.testing.assert_close(twin(x), without(x))  # no layer kept the old rule
 
 
+def test_only_linear_layers_are_wrapped() -> None:
+    base = nn.Conv1d(DIM, 24, 1)
+    with pytest.raises(MoAConfigError, match=r"base: Conv1d; must be a torch\.nn\.Linear"):
+        MoALinear(base, small_config("moa_lora"))  # type: ignore[arg-type]
+    assert base.weight.requires_grad
+
+
 @pytest.mark.parametrize("method", MIXTURES)
 def test_a_copy_between_forward_and_loss(method: str) -> None:
     """The copy has no routing to balance, the original keeps its own."""
