@@ -14,46 +14,46 @@ if TYPE_CHECKING:
         MoAConfigError,
         NoMatchingModuleError,
     )
-    from moa.injection import InjectReport, inject
-    from moa.layer import MoALinear
-    from moa.merging import merge
-    from moa.model import (
+    from moa.files.origin import Origin
+    from moa.files.peft_folder import export_peft, import_peft
+    from moa.files.reading import AdapterInfo
+    from moa.files.saving import adapter_state_dict, base_hash, load_adapter, save_adapter
+    from moa.layers.layer import MoALinear
+    from moa.layers.noise import RoutingPosition
+    from moa.model.injection import InjectReport, inject
+    from moa.model.merging import merge
+    from moa.model.routing import (
         aux_loss,
         recorded_routes,
         routing_stats,
         set_routing_position,
         update_balance,
     )
-    from moa.noise import RoutingPosition
-    from moa.origin import Origin
-    from moa.peft_bridge import export_peft, import_peft
-    from moa.reading import AdapterInfo
-    from moa.state import adapter_state_dict, base_hash, load_adapter, save_adapter
 
 _OWNERS = {
     "AdapterError": "errors",
-    "AdapterInfo": "reading",
-    "InjectReport": "injection",
+    "AdapterInfo": "files.reading",
+    "InjectReport": "model.injection",
     "MissingAdapterError": "errors",
     "MoAConfig": "config",
     "MoAConfigError": "errors",
-    "MoALinear": "layer",
+    "MoALinear": "layers.layer",
     "NoMatchingModuleError": "errors",
-    "Origin": "origin",
-    "RoutingPosition": "noise",
-    "adapter_state_dict": "state",
-    "aux_loss": "model",
-    "base_hash": "state",
-    "export_peft": "peft_bridge",
-    "import_peft": "peft_bridge",
-    "inject": "injection",
-    "load_adapter": "state",
-    "merge": "merging",
-    "recorded_routes": "model",
-    "routing_stats": "model",
-    "save_adapter": "state",
-    "set_routing_position": "model",
-    "update_balance": "model",
+    "Origin": "files.origin",
+    "RoutingPosition": "layers.noise",
+    "adapter_state_dict": "files.saving",
+    "aux_loss": "model.routing",
+    "base_hash": "files.saving",
+    "export_peft": "files.peft_folder",
+    "import_peft": "files.peft_folder",
+    "inject": "model.injection",
+    "load_adapter": "files.saving",
+    "merge": "model.merging",
+    "recorded_routes": "model.routing",
+    "routing_stats": "model.routing",
+    "save_adapter": "files.saving",
+    "set_routing_position": "model.routing",
+    "update_balance": "model.routing",
 }
 
 __all__ = [

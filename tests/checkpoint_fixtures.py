@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from moa.config import MoAConfig
-from moa.reading import AdapterInfo
+from moa.files.reading import AdapterInfo
 from trainer import checkpoint
 
 INFO = AdapterInfo("base", "0", MoAConfig(method="linear"), ("a",), {})

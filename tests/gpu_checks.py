@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import moa
-from moa import precision
+from moa.layers import precision
 from tests.trainer_fixtures import arguments, launch, rows
 from trainer.bench_step import _compile_blocks
 

@@ -7,7 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from moa import MoAConfig, RoutingPosition
-from moa.experts import KroneckerExpert, KroneckerRule, LoRAExpert
+from moa.layers.experts import KroneckerExpert, KroneckerRule, LoRAExpert
 
 METHODS = (
     "full",

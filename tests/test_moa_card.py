@@ -7,9 +7,9 @@ import yaml
 from huggingface_hub import ModelCard
 
 from moa import MoAConfig, Origin
-from moa.card import model_card
-from moa.origin import origin_from
-from moa.reading import AdapterInfo
+from moa.files.card import model_card
+from moa.files.origin import origin_from
+from moa.files.reading import AdapterInfo
 
 ORIGIN = Origin(
     dataset="officehome", domains=("Art", "Clipart", "Product", "Real World"),

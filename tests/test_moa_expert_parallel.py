@@ -10,9 +10,9 @@ from moa_fixtures import small_config, tiny_vit
 from torch import nn
 
 from moa import MoAConfig, MoAConfigError, MoALinear, inject
-from moa.expert_parallel import ExpertParallel
-from moa.layer import AbsentExpert, moa_layers
-from moa.placement import place_experts, resolve_transport, traffic
+from moa.layers.layer import AbsentExpert, moa_layers
+from moa.parallel.expert_parallel import ExpertParallel
+from moa.parallel.placement import place_experts, resolve_transport, traffic
 
 COSTS = st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=5), min_size=1, max_size=5)
 

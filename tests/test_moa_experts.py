@@ -11,8 +11,8 @@ from moa_fixtures import dense_delta, dense_update
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import moa.experts
-from moa.experts import (
+import moa.layers.experts
+from moa.layers.experts import (
     KroneckerExpert,
     KroneckerRule,
     LoRAExpert,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moa.folders import discard, recover_folder, replaced_folder, sync
+from moa.files.atomic_folder import discard, recover_folder, replaced_folder, sync
 
 
 def write(folder: Path, text: str) -> None:

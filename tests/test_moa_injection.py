@@ -18,8 +18,8 @@ from moa_fixtures import (
 from torch import nn
 
 from moa import MoAConfig, MoAConfigError, MoALinear, NoMatchingModuleError, inject
-from moa.layer import moa_layers
-from moa.router import make_router
+from moa.layers.layer import moa_layers
+from moa.layers.router import make_router
 
 COUNTS = {
     "vit_base_patch16_clip_224": (110_592, 294_912, 1_463_814, 1_485_830),
@@ -288,7 +288,7 @@ def test_an_injection_that_fails_halfway_leaves_the_model_untouched(
             raise MemoryError
         return make_router(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("moa.layer.make_router", router)
+    monkeypatch.setattr("moa.layers.layer.make_router", router)
     with pytest.raises(MemoryError):
         inject(model, small_config("moa_kron"))
     assert next(number) == 2

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moa import MoAConfig, MoAConfigError, MoALinear, aux_loss, inject, routing_stats
-from moa.experts import KroneckerRule
-from moa.layer import moa_layers
-from moa.model import set_routing_position
-from moa.noise import RoutingPosition
-from moa.router import Routing, UniformRouter, balance_counts, choose
+from moa.layers.experts import KroneckerRule
+from moa.layers.layer import moa_layers
+from moa.layers.noise import RoutingPosition
+from moa.layers.router import Routing, UniformRouter, balance_counts, choose
+from moa.model.routing import set_routing_position
 
 
 def lone_layer(method: str, dim_out: int = 24, **changes: object) -> MoALinear:
@@ -61,7 +61,7 @@ def noise(monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
         received.append(noise)
         return choose(logits, noise, *others)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("moa.layer.choose", noting)
+    monkeypatch.setattr("moa.layers.layer.choose", noting)
     return received
 
 
@@ -481,7 +481,7 @@ def test_aux_loss_of_hand_made_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     model = injected("moa_kron", blocks=(0, 1, 3), aux_weight=0.7)
     model(images(2, dtype=torch.float64))
     counts = hand_made()
-    monkeypatch.setattr("moa.model.balance_counts", lambda _: counts)
+    monkeypatch.setattr("moa.model.routing.balance_counts", lambda _: counts)
     wanted = 0.7 * scalar_loss(counts)
     assert aux_loss(model).item() == pytest.approx(wanted, rel=1e-12)
 
@@ -490,7 +490,7 @@ def test_counts_are_summed_over_ranks_once(monkeypatch: pytest.MonkeyPatch) -> N
     model = injected("moa_kron", blocks=(0, 1, 3), aux_weight=0.7)
     model(images(2, dtype=torch.float64))
     counts, others, seen = hand_made(), torch.rand(3, 2, 3, dtype=torch.float64), []
-    monkeypatch.setattr("moa.model.balance_counts", lambda _: counts)
+    monkeypatch.setattr("moa.model.routing.balance_counts", lambda _: counts)
 
     def sum_over_ranks(local: Tensor) -> Tensor:
         seen.append(local)
@@ -573,7 +573,7 @@ def test_routing_stats(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
         decisions.append(choose(*given))  # type: ignore[arg-type]
         return decisions[-1]
 
-    monkeypatch.setattr("moa.layer.choose", noting)
+    monkeypatch.setattr("moa.layers.layer.choose", noting)
     model(images(6, dtype=torch.float64))
     stats = routing_stats(model)
     assert list(stats) == ["blocks.0.attn.qkv", "blocks.2.attn.qkv"]

@@ -19,7 +19,7 @@ from moa_fixtures import (
 from torch import Tensor, nn
 
 from moa import MoAConfig, MoAConfigError, MoALinear, inject, merge
-from moa.layer import moa_layers
+from moa.layers.layer import moa_layers
 
 MERGEABLE: dict[str, dict[str, object]] = {
     "lora": {},

@@ -24,7 +24,7 @@ from moa import (
     set_routing_position,
     update_balance,
 )
-from moa.layer import moa_layers
+from moa.layers.layer import moa_layers
 
 SMALL = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 2}
 SMALL["num_classes"] = 3

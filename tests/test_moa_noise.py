@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from moa.noise import (
+from moa.layers.noise import (
     KEY_WORDS,
     LayersNoise,
     RoutingPosition,

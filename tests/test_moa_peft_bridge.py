@@ -35,9 +35,9 @@ from moa import (
     merge,
     save_adapter,
 )
-from moa.layer import moa_layers
-from moa.reading import AdapterInfo
-from moa.state import CONFIG_FILE, WEIGHTS_FILE
+from moa.files.reading import AdapterInfo
+from moa.files.saving import CONFIG_FILE, WEIGHTS_FILE
+from moa.layers.layer import moa_layers
 
 # Where nothing may be skipped, a missing library is an error.
 if os.environ.get("MOA_NO_SKIPS"):

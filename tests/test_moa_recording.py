@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import moa
-from moa.layer import moa_layers
+from moa.layers.layer import moa_layers
 
 
 def test_recorded_gates_are_those_of_the_cosine_formula_per_token() -> None:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from moa import MoAConfig, MoALinear, RoutingPosition, aux_loss, set_routing_position
-from moa.noise import uniform
-from moa.router import Routing, choose
+from moa.layers.noise import uniform
+from moa.layers.router import Routing, choose
 
 METHODS = ("lora", "kadaptation", "multi_lora", "moa_lora", "moa_kron")
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -160,7 +160,7 @@ def test_value_and_every_gradient_equal_the_formulas(case: Case, dtype: torch.dt
     set_routing_position(layer, RoutingPosition(3, 4, 5) if case.keyed else None)
     x = case.x.to(dtype).requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moa.layer.choose", noting)
+        patch.setattr("moa.layers.layer.choose", noting)
         y = layer(x).flatten(0, -2)
     noise = noises[0] if noises else None
     assert (noise is not None) == (config.routed and config.gate_noise > 0)
@@ -213,7 +213,7 @@ def test_dropout_of_rank_columns(method: str, keyed: bool, monkeypatch: pytest.M
         drawn.append(uniform(*given))  # type: ignore[arg-type]
         return drawn[-1]
 
-    monkeypatch.setattr("moa.layer.uniform", noting)
+    monkeypatch.setattr("moa.layers.layer.uniform", noting)
     x = torch.randn(2, 3, 8, dtype=torch.float64)
     y = layer(x).flatten(0, 1)
     (values,) = drawn
@@ -252,7 +252,7 @@ def test_element_dropout_of_dense_experts_is_one_mask_for_the_batch(
         seen.append(torch.stack(matrices))
         return sum(gates[:, e, None] * (tokens @ m) for e, m in enumerate(matrices))  # type: ignore[index, return-value]
 
-    monkeypatch.setattr("moa.layer.dense_delta", noting)
+    monkeypatch.setattr("moa.layers.layer.dense_delta", noting)
     for first, part in ((0, x), (0, x[:2]), (2, x[2:])):
         set_routing_position(layer, RoutingPosition(0, 7, first))
         layer(part)
@@ -297,7 +297,7 @@ def test_bfloat16_routes_as_if_the_rounded_numbers_were_wide() -> None:
         wide.load_state_dict(narrow.state_dict())
         x = torch.randn(5, 7, 64).bfloat16()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("moa.layer.choose", noting)
+            patch.setattr("moa.layers.layer.choose", noting)
             y, expected = narrow(x), wide(x.float())
         assert decided[0].gates.dtype == torch.float32
         assert torch.equal(decided[0].gates > 0, decided[1].gates > 0)

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from moa.precision import full_precision, wide_product
-from moa.router import CosineRouter, Routing, balance_counts, balance_loss, choose
+from moa.layers.precision import full_precision, wide_product
+from moa.layers.router import CosineRouter, Routing, balance_counts, balance_loss, choose
 
 SIZES = st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6), st.integers(2, 5))
 SEEDS = st.integers(0, 2**31)

@@ -27,9 +27,9 @@ from moa import (
     load_adapter,
     save_adapter,
 )
-from moa.folders import replaced_folder
-from moa.reading import AdapterInfo, read_adapter
-from moa.state import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from moa.files.atomic_folder import replaced_folder
+from moa.files.reading import AdapterInfo, read_adapter
+from moa.files.saving import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 
 DATA_CONFIG = {"input_size": [3, 16, 16], "mean": [0.5, 0.5, 0.5], "interpolation": "bicubic"}
 RESULTS = {"accuracy": 0.875}
@@ -402,7 +402,7 @@ def test_failure_leaves_the_old_folder(saved: Path, monkeypatch: pytest.MonkeyPa
     load_adapter(tiny_vit(), saved)
 
     model, info = trained("lora")
-    monkeypatch.setattr("moa.state.model_card", power_cut)
+    monkeypatch.setattr("moa.files.saving.model_card", power_cut)
     with pytest.raises(RuntimeError, match="power cut"):
         save_adapter(model, saved, info)
     assert contents(saved) == before

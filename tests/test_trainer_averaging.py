@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from trainer_fixtures import arguments, kill_after_step, launch, rows
 
-from moa.reading import read_adapter
+from moa.files.reading import read_adapter
 from shards import DataConfig, open_shards
 from trainer.average_config import AverageConfig
 from trainer.averaging import Ema

@@ -14,7 +14,7 @@ from torch import nn
 import moa
 import trainer.vit_embedded  # noqa: F401  (registers the embedded backbone)
 from moa import MoAConfig, MoALinear
-from moa.layer import moa_layers
+from moa.layers.layer import moa_layers
 from trainer import bench, bench_engine, bench_layer, bench_step, bench_traffic
 from trainer.bench_timing import interleaved
 

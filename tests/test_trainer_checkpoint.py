@@ -22,8 +22,8 @@ from checkpoint_fixtures import (
 )
 
 from moa.errors import AdapterError
-from moa.folders import recover_folder
-from moa.reading import read_adapter
+from moa.files.atomic_folder import recover_folder
+from moa.files.reading import read_adapter
 from shards.errors import StorageError
 from trainer import checkpoint
 from trainer.best import Best, Candidate, restored_best, write_best

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from trainer_fixtures import ROOT, arguments, environment, launch, rows
 
-from moa.reading import read_adapter
+from moa.files.reading import read_adapter
 from trainer.config import CheckpointConfig
 from trainer.errors import RESUBMIT
 from trainer.selection import training_domain_validation, validation_accuracy

@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves
 from trainer_fixtures import ROOT, environment
 
 import moa
-from moa.card import creation
-from moa.reading import read_adapter
-from moa.state import WEIGHTS_FILE
+from moa.files.card import creation
+from moa.files.reading import read_adapter
+from moa.files.saving import WEIGHTS_FILE
 from shards import DataConfig, eval_transform, evaluation_loader, open_shards
 from trainer import checkpoint
 from trainer.build import build

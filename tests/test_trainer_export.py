@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from trainer_fixtures import ROOT, environment
 
 import moa
-from moa.reading import read_adapter
+from moa.files.reading import read_adapter
 from trainer import checkpoint
 from trainer.build import build
 from trainer.commandline import parse

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import moa
-from moa.reading import AdapterInfo
-from moa.state import save_adapter
+from moa.files.reading import AdapterInfo
+from moa.files.saving import save_adapter
 from shards import DataConfig, open_shards
 from trainer import flatness
 from trainer.config import ModelConfig

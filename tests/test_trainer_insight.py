@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import moa
 import trainer.vit_embedded  # noqa: F401  (registers the embedded backbone)
-from moa.layer import moa_layers
+from moa.layers.layer import moa_layers
 from shards import DataConfig, Decoder, ShardIndex, eval_transform, evaluation_loader, open_shards
 from trainer.config import RunConfig
 from trainer.curves import Curves

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from trainer_fixtures import arguments, launch, rows
 
-from moa.reading import read_adapter
+from moa.files.reading import read_adapter
 from shards import DataConfig, DataConfigError, DomainStream, open_shards
 from shards.datasets import held_out_names
 from trainer.build import build

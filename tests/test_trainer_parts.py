@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from moa.config import MoAConfig
-from moa.reading import AdapterInfo
+from moa.files.reading import AdapterInfo
 from trainer import checkpoint, ds_json
 from trainer.commandline import RECIPES, parse
 from trainer.config import ROOT, RunConfig, TrainConfig, as_plain

@@ -18,10 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import moa
 from moa.config import ADAPTER_METHODS
-from moa.layer import moa_layers
-from moa.placement import traffic
-from moa.reading import AdapterInfo
-from moa.state import WEIGHTS_FILE
+from moa.files.reading import AdapterInfo
+from moa.files.saving import WEIGHTS_FILE
+from moa.layers.layer import moa_layers
+from moa.parallel.placement import traffic
 from shards import DataConfigError
 from trainer import checkpoint, ds_json
 from trainer.average_config import AverageConfig

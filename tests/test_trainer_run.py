@@ -20,7 +20,7 @@ from trainer_fixtures import arguments, environment, launch, launch_all, rows
 
 import moa
 import trainer.vit_embedded  # noqa: F401  (registers the embedded backbone)
-from moa.reading import read_adapter
+from moa.files.reading import read_adapter
 from shards import DataConfig, DomainStream, open_shards
 from trainer.run_folder import SPEED
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from trainer_fixtures import arguments, environment, launch, rows
 
 import moa
-from moa.reading import AdapterInfo
-from moa.state import save_adapter
+from moa.files.reading import AdapterInfo
+from moa.files.saving import save_adapter
 from shards import DataConfig, eval_transform, evaluation_loader, open_shards
 from trainer.build import build
 from trainer.class_names import SPOKEN, in_words, read_class_names, spoken_names

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moa.origin import Origin
+from moa.files.origin import Origin
 from shards import DataConfig, Decoder, ShardIndex, open_shards
 from trainer.errors import ConfigError
 from trainer.identity import data_hash, split_hash

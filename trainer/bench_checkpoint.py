@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import moa
-from moa.folders import sync
-from moa.reading import AdapterInfo
-from moa.state import adapter_state_dict, base_hash
+from moa.files.atomic_folder import sync
+from moa.files.reading import AdapterInfo
+from moa.files.saving import adapter_state_dict, base_hash
 from trainer import checkpoint
 from trainer.background import SaveQueue
 from trainer.bench_timing import Table

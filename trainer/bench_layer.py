@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import moa
-from moa.experts import KroneckerExpert, KroneckerRule, LoRAExpert, dense_delta
-from moa.layer import MoALinear
-from moa.precision import wide_product
-from moa.router import CosineRouter, choose
+from moa.layers.experts import KroneckerExpert, KroneckerRule, LoRAExpert, dense_delta
+from moa.layers.layer import MoALinear
+from moa.layers.precision import wide_product
+from moa.layers.router import CosineRouter, choose
 from trainer.bench_timing import Table, Work, interleaved
 
 WIDTHS = {"ViT-B": 768, "ViT-L": 1024, "ViT-G": 1664}

@@ -70,8 +70,8 @@ def _sent(shape: Shape, ep_size: int, transport: str) -> float:
 
 def _run(shape: Shape, ep_size: int, transport: str, rank: int, port: int) -> int:
     import moa
-    from moa.expert_parallel import ExpertParallel
-    from moa.layer import MoALinear
+    from moa.layers.layer import MoALinear
+    from moa.parallel.expert_parallel import ExpertParallel
     from trainer import engine
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from moa.folders import replaced_folder
-from moa.reading import AdapterInfo
-from moa.state import write_adapter
+from moa.files.atomic_folder import replaced_folder
+from moa.files.reading import AdapterInfo
+from moa.files.saving import write_adapter
 from trainer.checkpoint import Checkpoint
 
 

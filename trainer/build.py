@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import moa
-from moa.reading import AdapterInfo
+from moa.files.reading import AdapterInfo
 from shards import (
     DataConfig,
     DataConfigError,

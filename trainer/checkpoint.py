@@ -26,9 +26,9 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from moa.errors import AdapterError
-from moa.folders import discard, recover_folder, replaced_folder, sync
-from moa.reading import AdapterInfo, read_adapter
-from moa.state import CONFIG_FILE, WEIGHTS_FILE, write_adapter
+from moa.files.atomic_folder import discard, recover_folder, replaced_folder, sync
+from moa.files.reading import AdapterInfo, read_adapter
+from moa.files.saving import CONFIG_FILE, WEIGHTS_FILE, write_adapter
 from shards.errors import StorageError
 from trainer.durable import replace_text
 from trainer.errors import CheckpointError, OutputError

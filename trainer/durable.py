@@ -4,7 +4,7 @@ import os
 import uuid
 from pathlib import Path
 
-from moa.folders import sync
+from moa.files.atomic_folder import sync
 
 
 def replace_text(path: Path, text: str, contended: bool = False) -> None:

@@ -170,7 +170,7 @@ class Engine:
         else:
             model.to(self.device)
         if adapters.ep_size > 1:
-            from moa.expert_parallel import ExpertParallel
+            from moa.parallel.expert_parallel import ExpertParallel
 
             ExpertParallel(model, adapters.ep_size, world.rank, tokens)
         self.trainables = trainables_of(model)

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from moa.reading import AdapterInfo
-from moa.state import attach
+from moa.files.reading import AdapterInfo
+from moa.files.saving import attach
 from trainer.predictions import Predictions
 
 Average = Literal["probabilities", "logits"]

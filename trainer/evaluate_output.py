@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from moa.folders import replaced_folder
-from moa.state import write_adapter
+from moa.files.atomic_folder import replaced_folder
+from moa.files.saving import write_adapter
 from trainer.durable import replace_text
 from trainer.errors import cannot_write
 from trainer.evaluate_run import Evaluation

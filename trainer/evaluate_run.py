@@ -10,7 +10,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from moa.reading import AdapterInfo
+from moa.files.reading import AdapterInfo
 from trainer.adapter_data import AdapterData, open_data
 from trainer.ensemble import Average, average, models_on, tensor_bytes
 from trainer.errors import ConfigError

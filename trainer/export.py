@@ -79,7 +79,7 @@ def _say(line: str) -> None:
 
 def _write_peft(member: "Member", args: argparse.Namespace) -> None:
     import moa
-    from moa.state import attach
+    from moa.files.saving import attach
     from trainer.errors import OutputError
     from trainer.members import base_of
 

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import moa
-from moa.injection import classifier
-from moa.layer import MoALinear
+from moa.layers.layer import MoALinear
+from moa.model.injection import classifier
 from trainer.config import ModelConfig
 from trainer.estimates import Weights
 from trainer.model import check_backbone

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 import moa
-from moa.injection import classifier
-from moa.layer import MoALinear, moa_layers
-from moa.router import TokenRouter
+from moa.layers.layer import MoALinear, moa_layers
+from moa.layers.router import TokenRouter
+from moa.model.injection import classifier
 from trainer.evaluation import Evaluator, evaluating
 from trainer.fixed_images import FixedImages, fixed_images
 

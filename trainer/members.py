@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from moa.hub import HUB_PREFIX, adapter_folder
-from moa.reading import AdapterInfo, read_adapter
+from moa.files.hub import HUB_PREFIX, adapter_folder
+from moa.files.reading import AdapterInfo, read_adapter
 from shards import ShardIndex
 from trainer.checkpoint import MANIFEST_FILE, verify
 from trainer.config import ModelConfig

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from moa.layer import moa_layers
+from moa.layers.layer import moa_layers
 
 
 def partition(model: nn.Module, ds_json: dict[str, Any], device: torch.device) -> None:

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from moa import adapter_state_dict
-from moa.layer import moa_layers
-from moa.placement import traffic
+from moa.layers.layer import moa_layers
+from moa.parallel.placement import traffic
 from trainer import ds_json, estimates, file_sizes
 from trainer.build import check_expert_parallel
 from trainer.config import RunConfig

@@ -16,7 +16,7 @@ import torch
 from sklearn import metrics
 from torch import Tensor, nn
 
-from moa.injection import classifier
+from moa.model.injection import classifier
 from trainer.evaluation import Evaluator, evaluating
 
 Floats = npt.NDArray[np.float64]

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from moa.origin import Origin
+from moa.files.origin import Origin
 from shards import ShardIndex
 from trainer.commandline import LAUNCHER_FLAGS
 from trainer.config import ROOT, RunConfig

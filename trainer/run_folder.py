@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from moa.folders import recover_folder, sync
+from moa.files.atomic_folder import recover_folder, sync
 from trainer.config import ROOT, RunConfig, as_plain
 from trainer.durable import replace_text
 from trainer.errors import CheckpointError, OutputError

@@ -113,8 +113,8 @@ def load_of(
     Raises:
         MoAConfigError: a transport that cannot work.
     """
-    from moa.layer import moa_layers
-    from moa.placement import resolve_transport, traffic
+    from moa.layers.layer import moa_layers
+    from moa.parallel.placement import resolve_transport, traffic
 
     layers = [layer for _, layer in moa_layers(model)]
     ep_size, transport, expert_bytes = 1, None, 0.0

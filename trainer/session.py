@@ -141,7 +141,7 @@ def say_what(parts: "Parts", world: World) -> None:
 
 def show_result(parts: "Parts", folder: "RunFolder", console: "Console") -> None:
     """Prints the closing table of a finished run, and where to look further."""
-    from moa.state import WEIGHTS_FILE
+    from moa.files.saving import WEIGHTS_FILE
     from trainer.closing import closing_table
     from trainer.run_folder import SPEED, read_rows
 

@@ -7,8 +7,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from moa.folders import holds_current, replaced_folder
-from moa.state import check_replaceable, write_adapter
+from moa.files.atomic_folder import holds_current, replaced_folder
+from moa.files.saving import check_replaceable, write_adapter
 from trainer.errors import ConfigError, OutputError, cannot_write
 from trainer.members import Member
 

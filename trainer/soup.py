@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moa.origin import Origin
-from moa.reading import AdapterInfo
+from moa.files.origin import Origin
+from moa.files.reading import AdapterInfo
 from trainer.errors import ConfigError
 from trainer.members import Member
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moa.injection import classifier
+from moa.model.injection import classifier
 from shards import ShardIndex, eval_transform, evaluation_loader
 from trainer.class_names import read_class_names, spoken_names
 from trainer.clip_names import text_model_of

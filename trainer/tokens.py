@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moa.layer import MoALinear, moa_layers
+from moa.layers.layer import MoALinear, moa_layers
 from trainer.footprint import blank_images, fused_attention
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
-from moa.state import save_adapter
+from moa.files.saving import save_adapter
 from trainer.averaging import Averages, prefixed
 from trainer.best import Best, Candidate, write_best
 from trainer.build import Parts

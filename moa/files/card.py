@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import timm
 from huggingface_hub import EvalResult, ModelCardData
 
-from moa.origin import Origin
+from moa.files.origin import Origin
 
 if TYPE_CHECKING:
-    from moa.reading import AdapterInfo
+    from moa.files.reading import AdapterInfo
 
 SPLITS = ("in", "out", "all", "left_out")
 _FIGURE = re.compile(r"(?:moa/)?env(\d+)_(in|out|all|left_out)_acc")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from moa.errors import MoAConfigError
-from moa.layer import MoALinear
+from moa.layers.layer import MoALinear
 
 
 def place_experts(costs: Sequence[Sequence[int]], ep_size: int) -> list[list[int]]:

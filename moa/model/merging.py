@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from moa.errors import MoAConfigError
-from moa.experts import KroneckerExpert, KroneckerRule, LoRAExpert, kronecker_matrix
-from moa.layer import MoALinear, moa_layers
-from moa.router import UniformRouter
+from moa.layers.experts import KroneckerExpert, KroneckerRule, LoRAExpert, kronecker_matrix
+from moa.layers.layer import MoALinear, moa_layers
+from moa.layers.router import UniformRouter
 
 Part = TypeVar("Part", bound=nn.Module)
 

@@ -10,9 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from moa.layer import MoALinear, moa_layers
-from moa.noise import LayersNoise, RoutingPosition, noise_keys
-from moa.router import Routing, TokenRouter, balance_counts, balance_loss
+from moa.layers.layer import MoALinear, moa_layers
+from moa.layers.noise import LayersNoise, RoutingPosition, noise_keys
+from moa.layers.router import Routing, TokenRouter, balance_counts, balance_loss
 
 SumOverRanks = Callable[[Tensor], Tensor]
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from moa.config import MoAConfig
 from moa.errors import MoAConfigError
-from moa.experts import (
+from moa.layers.experts import (
     KroneckerExpert,
     KroneckerRule,
     LoRAExpert,
@@ -26,14 +26,9 @@ from moa.experts import (
     lora_delta,
     lora_down,
 )
-from moa.noise import fresh_key, images_and_tokens, normal, uniform
-from moa.precision import full_precision, wide_product
-from moa.router import (
-    Routing,
-    UniformRouter,
-    choose,
-    make_router,
-)
+from moa.layers.noise import fresh_key, images_and_tokens, normal, uniform
+from moa.layers.precision import full_precision, wide_product
+from moa.layers.router import Routing, UniformRouter, choose, make_router
 
 
 class AbsentExpert(nn.Module):

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moa.experts import KroneckerRule, kronecker_delta, lora_delta, lora_down
-from moa.precision import full_precision, wide_product
+from moa.layers.experts import KroneckerRule, kronecker_delta, lora_delta, lora_down
+from moa.layers.precision import full_precision, wide_product
 
 if TYPE_CHECKING:
-    from moa.expert_parallel import ExpertParallel
-    from moa.layer import MoALinear
+    from moa.layers.layer import MoALinear
+    from moa.parallel.expert_parallel import ExpertParallel
 
 
 class TokenExchange:

@@ -18,14 +18,14 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from moa.card import creation, model_card
 from moa.errors import AdapterError, MoAConfigError
-from moa.folders import replaced_folder
-from moa.hub import CARD_FILE as CARD_FILE
-from moa.hub import CONFIG_FILE as CONFIG_FILE
-from moa.hub import WEIGHTS_FILE as WEIGHTS_FILE
-from moa.injection import check_fresh, classifier, inject
-from moa.reading import FORMAT_VERSION, AdapterInfo, read_adapter
+from moa.files.atomic_folder import replaced_folder
+from moa.files.card import creation, model_card
+from moa.files.hub import CARD_FILE as CARD_FILE
+from moa.files.hub import CONFIG_FILE as CONFIG_FILE
+from moa.files.hub import WEIGHTS_FILE as WEIGHTS_FILE
+from moa.files.reading import FORMAT_VERSION, AdapterInfo, read_adapter
+from moa.model.injection import check_fresh, classifier, inject
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from moa.config import MoAConfig
 from moa.errors import AdapterError, MoAConfigError
-from moa.experts import LoRAExpert
-from moa.injection import InjectReport, check_fresh, classifier, inject, matching_layers
-from moa.layer import MoALinear
-from moa.merging import fixed_layers, lora_factors
-from moa.state import CONFIG_FILE, WEIGHTS_FILE, _check_fit, _outline, replaced_adapter
+from moa.files.saving import CONFIG_FILE, WEIGHTS_FILE, _check_fit, _outline, replaced_adapter
+from moa.layers.experts import LoRAExpert
+from moa.layers.layer import MoALinear
+from moa.model.injection import InjectReport, check_fresh, classifier, inject, matching_layers
+from moa.model.merging import fixed_layers, lora_factors
 
 PREFIX = "base_model.model."  # of every tensor name
 

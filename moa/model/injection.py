@@ -9,8 +9,8 @@ from torch import nn
 from moa.blocks import select_blocks
 from moa.config import MoAConfig
 from moa.errors import MoAConfigError, NoMatchingModuleError
-from moa.experts import KroneckerRule
-from moa.layer import MoALinear, check_kron_dim, moa_layers
+from moa.layers.experts import KroneckerRule
+from moa.layers.layer import MoALinear, check_kron_dim, moa_layers
 
 _IN_BLOCK = re.compile(r"(?:^|.*\.)blocks\.(\d+)\.(.+)")
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from moa.config import MoAConfig
 from moa.errors import AdapterError
-from moa.hub import CONFIG_FILE, WEIGHTS_FILE, adapter_folder
-from moa.origin import Origin, origin_from
+from moa.files.hub import CONFIG_FILE, WEIGHTS_FILE, adapter_folder
+from moa.files.origin import Origin, origin_from
 
 FORMAT_VERSION = 1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)

@@ -25,9 +25,9 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from moa.errors import MoAConfigError
-from moa.exchange import TokenExchange, hold_rule
-from moa.layer import AbsentExpert, moa_layers
-from moa.placement import place_experts, resolve_transport
+from moa.layers.layer import AbsentExpert, moa_layers
+from moa.parallel.exchange import TokenExchange, hold_rule
+from moa.parallel.placement import place_experts, resolve_transport
 
 NAME = "expert_parallel"
 """The model's attribute that holds its `ExpertParallel`."""

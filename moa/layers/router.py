@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moa.config import MoAConfig
-from moa.precision import wide_dtype
+from moa.layers.precision import wide_dtype
 
 MAX_LOG_SCALE = math.log(100.0)
 """The logits' scale exp(temperature) is capped at 100."""

@@ -1,0 +1,1 @@
+"""Adapter folders: saved, read strictly, shared with hubs and with PEFT."""

@@ -1,0 +1,1 @@
+"""One adapted linear layer: router, experts, gate noise, exact arithmetic."""

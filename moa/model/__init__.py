@@ -1,0 +1,1 @@
+"""A model of adapted layers: injected, placed in its run, merged."""

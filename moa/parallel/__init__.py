@@ -1,0 +1,1 @@
+"""Expert parallelism: experts over ranks, and the two ways to reach them."""
