@@ -6,34 +6,34 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from shards.config import DataConfig
     from shards.datasets import open_shards
-    from shards.decoding import Decoder, decode_image
-    from shards.digits import embedded_shards
+    from shards.embedded.digits import embedded_shards
     from shards.errors import DamagedDataError, DataConfigError, OutputError
-    from shards.evaluation import evaluation_loader
-    from shards.index import ShardIndex
-    from shards.loading import Batch, finish_images
-    from shards.split import split_indices
-    from shards.stream import DomainStream
-    from shards.transforms import eval_transform, loader_transform, train_transform
+    from shards.pixels.decoding import Decoder, decode_image
+    from shards.pixels.transforms import eval_transform, loader_transform, train_transform
+    from shards.read.index import ShardIndex
+    from shards.stream.batches import Batch, finish_images
+    from shards.stream.evaluation import evaluation_loader
+    from shards.stream.split import split_indices
+    from shards.stream.stream import DomainStream
 
 _MODULES = {
-    "Batch": "loading",
+    "Batch": "stream.batches",
     "DamagedDataError": "errors",
     "DataConfig": "config",
     "DataConfigError": "errors",
-    "Decoder": "decoding",
-    "DomainStream": "stream",
+    "Decoder": "pixels.decoding",
+    "DomainStream": "stream.stream",
     "OutputError": "errors",
-    "ShardIndex": "index",
-    "decode_image": "decoding",
-    "embedded_shards": "digits",
-    "eval_transform": "transforms",
-    "evaluation_loader": "evaluation",
-    "finish_images": "loading",
-    "loader_transform": "transforms",
+    "ShardIndex": "read.index",
+    "decode_image": "pixels.decoding",
+    "embedded_shards": "embedded.digits",
+    "eval_transform": "pixels.transforms",
+    "evaluation_loader": "stream.evaluation",
+    "finish_images": "stream.batches",
+    "loader_transform": "pixels.transforms",
     "open_shards": "datasets",
-    "split_indices": "split",
-    "train_transform": "transforms",
+    "split_indices": "stream.split",
+    "train_transform": "pixels.transforms",
 }
 
 __all__ = [

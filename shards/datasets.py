@@ -9,7 +9,7 @@ from shards.errors import DataConfigError, make_command
 
 if TYPE_CHECKING:
     from shards.config import DataConfig
-    from shards.index import ShardIndex
+    from shards.read.index import ShardIndex
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,15 +200,15 @@ def open_shards(config: "DataConfig") -> "ShardIndex":
             its domains or classes are not those of the dataset.
         DamagedDataError: If the set is incomplete or altered.
     """
-    from shards.index import ShardIndex  # here, so that looking up a name stays light
-    from shards.subset import read_subset
+    from shards.read.index import ShardIndex  # here, so that looking up a name stays light
+    from shards.read.subset import read_subset
 
     if config.root is not None:
-        from shards.remote import StorageOptions
+        from shards.read.remote import StorageOptions
 
         index = ShardIndex.load(config.root, StorageOptions.of(config), config.dataset)
     elif config.dataset == "digits":
-        from shards.digits import embedded_shards
+        from shards.embedded.digits import embedded_shards
 
         index = ShardIndex.load(embedded_shards())
     else:

@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from shards.conversion import (
+from shards.datasets import DATASETS, DatasetSpec, check_dataset, dataset_spec, nearest
+from shards.errors import DamagedDataError, DataConfigError, OutputError
+from shards.read.index import ShardIndex
+from shards.write.conversion import (
     DEFAULT_SHARD_BYTES,
     DEFAULT_SHARD_SIZE,
     check_at_least_one,
     write_shards,
 )
-from shards.datasets import DATASETS, DatasetSpec, check_dataset, dataset_spec, nearest
-from shards.errors import DamagedDataError, DataConfigError, OutputError
-from shards.exclusion import read_list
-from shards.index import ShardIndex
-from shards.parallel import default_jobs
-from shards.verify import verify_shards
+from shards.write.exclusion import read_list
+from shards.write.verify import verify_shards
+from shards.write.worker_pool import default_jobs
 
 log = logging.getLogger("shards.writer")
 
@@ -134,7 +134,7 @@ def _open(args: argparse.Namespace, spec: DatasetSpec) -> ShardIndex:
             check_dataset(index, spec, "--dataset")
         return index
     if spec.name == "digits":
-        from shards.digits import write_digits
+        from shards.embedded.digits import write_digits
 
         return write_digits(args.out)
     raise DataConfigError("--root is not set: give the folder that holds the domain folders")

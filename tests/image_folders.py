@@ -5,8 +5,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from shards.digits import scans
-from shards.drawing import draw
+from shards.embedded.digits import scans
+from shards.embedded.drawing import draw
 
 STYLES = {
     "photo": "plain",

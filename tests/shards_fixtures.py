@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from shards.datasets import DatasetSpec, dataset_spec
-from shards.index import ShardIndex
-from shards.stream import DomainStream
-from shards.transforms import train_transform
+from shards.pixels.transforms import train_transform
+from shards.read.index import ShardIndex
+from shards.stream.stream import DomainStream
 from shards.writer import write_shards
 
 FOLDER = dataset_spec("folder")

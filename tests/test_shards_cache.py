@@ -11,11 +11,11 @@ import pytest
 from shards_fixtures import damage, make_set
 from shards_server import Server
 
-from shards.cache import NodeCache
 from shards.errors import DataConfigError, StorageError
-from shards.fetching import FetchPolicy
-from shards.index import ShardIndex
-from shards.remote import RemoteShards, StorageOptions
+from shards.read.index import ShardIndex
+from shards.read.node_cache import NodeCache
+from shards.read.remote import RemoteShards, StorageOptions
+from shards.read.retry import FetchPolicy
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import shards
 from shards.config import DataConfig
 from shards.datasets import dataset_spec
 from shards.errors import DataConfigError
-from shards.remote import StorageOptions
+from shards.read.remote import StorageOptions
 
 PACKAGE = Path(__file__).resolve().parents[1] / "shards"
 

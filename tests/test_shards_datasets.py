@@ -10,8 +10,8 @@ from shards_fixtures import domain_folders, make_folder
 from shards.config import DataConfig
 from shards.datasets import DATASETS, Schedule, check_dataset, dataset_spec, open_shards
 from shards.errors import DamagedDataError, DataConfigError
-from shards.index import ShardIndex
-from shards.layout import section_digest
+from shards.read.index import ShardIndex
+from shards.read.layout import section_digest
 from shards.writer import main, write_shards
 
 PACS = DATASETS["pacs"]

@@ -11,10 +11,10 @@ from PIL import Image
 
 from shards.config import DataConfig
 from shards.datasets import open_shards
-from shards.digits import default_cache, draw_digits, embedded_shards, encode_png, scans
-from shards.drawing import STYLES, draw
+from shards.embedded.digits import default_cache, draw_digits, embedded_shards, encode_png, scans
+from shards.embedded.drawing import STYLES, draw
 from shards.errors import DataConfigError
-from shards.index import ShardIndex
+from shards.read.index import ShardIndex
 from shards.writer import main
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -4,11 +4,11 @@ import pytest
 import torch
 from shards_fixtures import FOLDER, make_folder, make_set, pixels_only, small_train_transform
 
-from shards.decoding import decode_image
 from shards.errors import DataConfigError
-from shards.evaluation import evaluation_loader
-from shards.index import ShardIndex
-from shards.split import split_indices
+from shards.pixels.decoding import decode_image
+from shards.read.index import ShardIndex
+from shards.stream.evaluation import evaluation_loader
+from shards.stream.split import split_indices
 from shards.writer import write_shards
 
 

@@ -18,19 +18,19 @@ from shards_fixtures import (
     stream_of,
 )
 
-from shards.bad_samples import (
+from shards.errors import DamagedDataError, DataConfigError, OutputError, StorageError
+from shards.pixels.decoding import Decoder
+from shards.read.index import ShardIndex
+from shards.read.retry import FetchPolicy
+from shards.stream.bad_samples import (
     BadSample,
     check_bad_fraction,
     count_bad,
     counts_from_names,
     named_counts,
 )
-from shards.decoding import Decoder
-from shards.errors import DamagedDataError, DataConfigError, OutputError, StorageError
-from shards.fetching import FetchPolicy
-from shards.index import ShardIndex
-from shards.order import substitute_index
-from shards.split import split_indices
+from shards.stream.order import substitute_index
+from shards.stream.split import split_indices
 from shards.writer import write_shards
 
 

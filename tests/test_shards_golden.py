@@ -23,10 +23,10 @@ import torch
 from shards_fixtures import make_set, small_train_transform
 from shards_server import Server
 
-from shards.decoding import Decoded
-from shards.index import ShardIndex
-from shards.remote import StorageOptions
-from shards.stream import DomainStream
+from shards.pixels.decoding import Decoded
+from shards.read.index import ShardIndex
+from shards.read.remote import StorageOptions
+from shards.stream.stream import DomainStream
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "data_order.json").read_text())
 STEPS, BLOCK = 200, 20

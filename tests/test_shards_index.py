@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from shards_fixtures import damage, make_set
 
-import shards.reading
+import shards.read.shard_reader
 from shards.errors import DamagedDataError, DataConfigError
-from shards.index import ShardIndex
+from shards.read.index import ShardIndex
 
 
 @pytest.fixture

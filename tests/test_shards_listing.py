@@ -9,8 +9,8 @@ from torchvision.datasets import ImageFolder
 
 from shards.datasets import DATASETS, DatasetSpec
 from shards.errors import DataConfigError
-from shards.exclusion import check_sizes, is_duplicates_list, read_list, report_exclusion
-from shards.listing import Listing, list_images, report_passed_over
+from shards.write.exclusion import check_sizes, is_duplicates_list, read_list, report_exclusion
+from shards.write.image_folder import Listing, list_images, report_passed_over
 
 FIVE = [name for name in DATASETS if name not in ("digits", "folder")]
 
@@ -277,7 +277,7 @@ def duplicates() -> list[str]:
 
 def sized(sizes: tuple[int, ...]) -> Listing:
     """A listing of DomainNet with some number of images per domain."""
-    from shards.listing import DomainListing
+    from shards.write.image_folder import DomainListing
 
     names = DATASETS["domainnet"].domains
     assert names is not None

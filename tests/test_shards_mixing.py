@@ -9,8 +9,8 @@ from shards_fixtures import (
 )
 
 from shards.errors import DataConfigError
-from shards.index import ShardIndex
-from shards.split import split_indices
+from shards.read.index import ShardIndex
+from shards.stream.split import split_indices
 
 GOLDEN = ["cd6fe00404db1d70", "1e4c83477591c4df", "5a37544008a66f87"]
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import shards.order
-from shards.order import (
+import shards.stream.order
+from shards.stream.order import (
     DomainOrder,
     hash64,
     permutation,

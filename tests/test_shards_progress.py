@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from shards.progress import PlainProgress, progress
+from shards.write.progress import PlainProgress, progress
 
 
 def test_plain_lines_come_now_and_then_and_at_the_end(caplog: pytest.LogCaptureFixture) -> None:

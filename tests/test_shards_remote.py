@@ -18,13 +18,13 @@ from shards_fixtures import assert_equal, collect, damage, make_set, stream_of
 from shards_server import Server
 from webdataset.gopen import Pipe, gopen_schemes
 
-from shards.cache import NodeCache
 from shards.config import DataConfig
 from shards.errors import DamagedDataError, DataConfigError, OutputError, StorageError
-from shards.fetching import FetchPolicy, fetch
-from shards.index import ShardIndex
-from shards.remote import RemoteShards, StorageOptions
-from shards.transport import file_url
+from shards.read.download import file_url
+from shards.read.index import ShardIndex
+from shards.read.node_cache import NodeCache
+from shards.read.remote import RemoteShards, StorageOptions
+from shards.read.retry import FetchPolicy, fetch
 
 SHARD = "folder-art-000001.tar"
 WINDOW = {"mode": "window", "window": 1}

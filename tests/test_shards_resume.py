@@ -16,10 +16,11 @@ from typing import BinaryIO
 import pytest
 from shards_fixtures import FOLDER, damage, folder_bytes, image_bytes, make_folder
 
-from shards import conversion, packing
 from shards.errors import DataConfigError, OutputError
-from shards.index import ShardIndex
-from shards.parallel import run_tasks
+from shards.read.index import ShardIndex
+from shards.write import conversion
+from shards.write import shard_file as packing
+from shards.write.worker_pool import run_tasks
 from shards.writer import main, write_shards
 
 REPOSITORY = Path(__file__).resolve().parents[1]

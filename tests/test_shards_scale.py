@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from shards_fixtures import pixels_only
 
-from shards.index import ShardIndex
-from shards.layout import (
+from shards.read.index import ShardIndex
+from shards.read.layout import (
     FORMAT_VERSION,
     INDEX_NAME,
     TABLE_DTYPE,
@@ -25,9 +25,9 @@ from shards.layout import (
     ShardInfo,
     file_sha256,
 )
-from shards.order import permutation
-from shards.split import split_indices
-from shards.stream import DomainStream
+from shards.stream.order import permutation
+from shards.stream.split import split_indices
+from shards.stream.stream import DomainStream
 
 DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
 SHARE = (8, 9, 12, 29, 30, 12)  # per cent, as in DomainNet

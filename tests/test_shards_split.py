@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from shards.errors import DataConfigError
-from shards.split import split_indices, split_seed
+from shards.stream.split import split_indices, split_seed
 
 DOMAINNET = (48129, 51605, 72266, 172500, 172947, 69128)
 

@@ -15,7 +15,7 @@ from timm.data.readers.reader_factory import create_reader
 from torchvision.datasets import ImageFolder
 from webdataset.writer import TarWriter
 
-from shards.index import ShardIndex
+from shards.read.index import ShardIndex
 from shards.writer import write_shards
 
 

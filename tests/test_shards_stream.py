@@ -16,11 +16,11 @@ from shards_fixtures import (
     stream_of,
 )
 
-from shards.decoding import decode_image
 from shards.errors import DataConfigError
-from shards.index import ShardIndex
-from shards.loading import finish_images
-from shards.transforms import loader_transform
+from shards.pixels.decoding import decode_image
+from shards.pixels.transforms import loader_transform
+from shards.read.index import ShardIndex
+from shards.stream.batches import finish_images
 from shards.writer import write_shards
 
 

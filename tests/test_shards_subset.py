@@ -11,10 +11,10 @@ from test_shards_evaluation import load
 
 from shards import DataConfig, open_shards
 from shards.errors import DamagedDataError, DataConfigError
-from shards.index import ShardIndex
-from shards.remote import StorageOptions
-from shards.split import split_indices
-from shards.subset import read_subset
+from shards.read.index import ShardIndex
+from shards.read.remote import StorageOptions
+from shards.read.subset import read_subset
+from shards.stream.split import split_indices
 
 Write = Callable[..., str]
 LISTED = {0: (2, 3, 11), 1: (), 3: (0, 20)}

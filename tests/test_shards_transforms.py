@@ -9,17 +9,17 @@ from shards_fixtures import DATA_CONFIG, image_bytes
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
-from shards.colour import apply_colour, apply_colour_batch, draw_colour, shift_hue
-from shards.decoding import Decoder, decode_image, undecodable_placeholder
 from shards.errors import DataConfigError
-from shards.transforms import (
+from shards.pixels.colour import apply_colour, apply_colour_batch, draw_colour, shift_hue
+from shards.pixels.decoding import Decoder, decode_image, undecodable_placeholder
+from shards.pixels.transforms import (
     HalfDone,
     eval_transform,
     finish_batch,
     loader_transform,
     train_transform,
 )
-from shards.verify import _decode_error
+from shards.write.verify import _decode_error
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:

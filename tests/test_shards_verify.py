@@ -13,9 +13,9 @@ import pytest
 from PIL import ImageFile
 from shards_fixtures import FOLDER, damage, image_bytes, make_folder, make_set
 
-from shards.index import ShardIndex
-from shards.layout import file_sha256, section_digest
-from shards.verify import verify_shards
+from shards.read.index import ShardIndex
+from shards.read.layout import file_sha256, section_digest
+from shards.write.verify import verify_shards
 from shards.writer import write_shards
 
 
@@ -109,7 +109,7 @@ def test_members_are_compared_one_by_one(index: ShardIndex) -> None:
 def test_many_problems_of_a_shard_are_counted(
     index: ShardIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shards.verify._MAX_LINES", 3)
+    monkeypatch.setattr("shards.write.verify._MAX_LINES", 3)
     rewrite(index.root / index.shards[0].file, lambda m: m[:3])
     problems = verify_shards(index, deep=False).problems
     assert len(problems) == 4

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from shards_fixtures import FOLDER, folder_bytes, image_bytes, make_folder
 
-from shards import conversion, packing, planning
-from shards import listing as listing_module
 from shards.errors import DamagedDataError, DataConfigError, OutputError
-from shards.layout import key_prefixes
-from shards.parallel import run_tasks
+from shards.read.layout import key_prefixes
+from shards.write import conversion
+from shards.write import image_folder as listing_module
+from shards.write import shard_file as packing
+from shards.write import shard_plan as planning
+from shards.write.worker_pool import run_tasks
 from shards.writer import write_shards
 
 

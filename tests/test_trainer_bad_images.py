@@ -14,9 +14,9 @@ from trainer_fixtures import arguments, launch, rows
 
 import trainer.vit_embedded  # noqa: F401  (registers the embedded backbone)
 from shards import DataConfig, DomainStream, ShardIndex, open_shards
-from shards.bad_samples import BadSample
 from shards.datasets import dataset_spec
 from shards.errors import DamagedDataError
+from shards.stream.bad_samples import BadSample
 from shards.writer import write_shards
 from trainer.bad_images import BadImages
 from trainer.evaluation import Evaluator

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from report_fixtures import evaluation, write_run
 
-from shards.split import seed_hash
+from shards.stream.split import seed_hash
 from trainer.build import build
 from trainer.commandline import parse
 from trainer.records import result_row

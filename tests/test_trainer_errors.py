@@ -9,7 +9,7 @@ import pytest
 from trainer_fixtures import arguments, environment, launch
 
 from shards import DataConfig, open_shards
-from shards.evaluation import Split, split_ranks
+from shards.stream.evaluation import Split, split_ranks
 from trainer.build import build
 from trainer.commandline import parse
 from trainer.session import main

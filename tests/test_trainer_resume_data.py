@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from shards_fixtures import make_set, stream_of
 
-from shards.index import ShardIndex
-from shards.subset import read_subset
+from shards.read.index import ShardIndex
+from shards.read.subset import read_subset
 from trainer.errors import ConfigError
 from trainer.resume import check_agreement
 

@@ -5,14 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from shards.bad_samples import (
+from shards.stream.bad_samples import (
     BadSample,
     check_bad_fraction,
     count_bad,
     counts_from_names,
     named_counts,
 )
-from shards.stream import DomainStream
+from shards.stream.stream import DomainStream
 
 PREFIX = "moa/bad/"
 """Of the keys in `metrics.jsonl` and `results.jsonl`: `moa/bad/<domain>/<reason>`."""

@@ -21,7 +21,7 @@ from shards import (
     train_transform,
 )
 from shards.datasets import held_out_names
-from shards.evaluation import Split, split_ranks
+from shards.stream.evaluation import Split, split_ranks
 from trainer import ds_json
 from trainer.config import RunConfig
 from trainer.errors import ConfigError

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from shards.mixing import DomainMix
+from shards.stream.mixing import DomainMix
 from trainer.average_config import AverageConfig
 from trainer.config import RunConfig
 

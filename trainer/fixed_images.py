@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from shards import Decoder, ShardIndex, eval_transform
-from shards.decoding import undecodable_placeholder
-from shards.images import open_image
+from shards.pixels.decoding import undecodable_placeholder
+from shards.stream.one_image import open_image
 
 
 @dataclass(frozen=True)

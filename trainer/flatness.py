@@ -163,7 +163,7 @@ def plan(args: argparse.Namespace) -> tuple[list["Member"], "FixedImages"]:
     """The adapters and the samples they are measured on, drawn by the seed."""
     import numpy as np
 
-    from shards.evaluation import split_ranks
+    from shards.stream.evaluation import split_ranks
     from trainer.adapter_data import open_data
     from trainer.fixed_images import fixed_images
     from trainer.members import read_members

@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 
 from shards import ShardIndex
-from shards.evaluation import split_ranks
+from shards.stream.evaluation import split_ranks
 
 DIGITS = 16
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shards.loading import rank_range
-from shards.stream import DomainStream
+from shards.stream.batches import rank_range
+from shards.stream.stream import DomainStream
 from trainer.errors import TrainingInvalidError
 from trainer.run_folder import RunFolder
 from trainer.world import World

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from shards.datasets import DATASETS
-from shards.split import seed_hash
+from shards.stream.split import seed_hash
 from trainer.config import dotted
 from trainer.errors import CheckpointError, ConfigError
 from trainer.folder_lock import FolderLock, describe, is_alive

@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.datasets import dataset_spec
-from shards.drawing import DRAWING_VERSION, draw
+from shards.embedded.drawing import DRAWING_VERSION, draw
 from shards.errors import DataConfigError, OutputError
-from shards.index import ShardIndex
-from shards.layout import FORMAT_VERSION, INDEX_NAME
-from shards.order import Int64Array
+from shards.read.index import ShardIndex
+from shards.read.layout import FORMAT_VERSION, INDEX_NAME
+from shards.stream.order import Int64Array
 from shards.writer import write_shards
 
 log = logging.getLogger(__name__)

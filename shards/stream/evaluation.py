@@ -4,14 +4,14 @@ from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 
-from shards.decoding import Decoder, undecodable_placeholder
 from shards.errors import DataConfigError
-from shards.images import open_image
-from shards.index import ShardIndex
-from shards.loading import Batch, BatchLoader, LoadedImage, rank_range, seeded, stack
-from shards.order import Int64Array, hash64
-from shards.split import split_indices
-from shards.transforms import ImageTransform
+from shards.pixels.decoding import Decoder, undecodable_placeholder
+from shards.pixels.transforms import ImageTransform
+from shards.read.index import ShardIndex
+from shards.stream.batches import Batch, BatchLoader, LoadedImage, rank_range, seeded, stack
+from shards.stream.one_image import open_image
+from shards.stream.order import Int64Array, hash64
+from shards.stream.split import split_indices
 
 Split: TypeAlias = Literal["in", "out", "all", "left_out"]
 

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from shards.datasets import nearest
 from shards.errors import DamagedDataError, DamagedSampleError, DataConfigError
-from shards.layout import (
+from shards.read.download import is_remote
+from shards.read.layout import (
     INDEX_NAME,
     REMEDY,
     DomainInfo,
@@ -26,11 +27,10 @@ from shards.layout import (
     parse_index,
     sample_key,
 )
-from shards.order import Int64Array
-from shards.reading import LocalShards, ShardReader, ShardStore
-from shards.remote import DEFAULT_STORAGE, RemoteShards, StorageOptions, fetch_index
-from shards.subset import Subset
-from shards.transport import is_remote
+from shards.read.remote import DEFAULT_STORAGE, RemoteShards, StorageOptions, fetch_index
+from shards.read.shard_reader import LocalShards, ShardReader, ShardStore
+from shards.read.subset import Subset
+from shards.stream.order import Int64Array
 
 
 class Sample(NamedTuple):
@@ -247,7 +247,7 @@ class ShardIndex:
         Returns:
             One line per problem; empty when the set is sound.
         """
-        from shards.verify import verify_shards
+        from shards.write.verify import verify_shards
 
         if self.remote:
             raise DataConfigError(

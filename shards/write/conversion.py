@@ -20,9 +20,8 @@ import numpy as np
 
 from shards.datasets import DatasetSpec
 from shards.errors import DataConfigError, OutputError
-from shards.exclusion import check_sizes, report_exclusion
-from shards.index import ShardIndex
-from shards.layout import (
+from shards.read.index import ShardIndex
+from shards.read.layout import (
     FORMAT_VERSION,
     INDEX_NAME,
     INFO_NAME,
@@ -32,11 +31,12 @@ from shards.layout import (
     section_digest,
     stock_info,
 )
-from shards.listing import dataset_folder, list_images, report_passed_over
-from shards.packing import PackedShard, pack_shard, replaced_when_whole, sync_folder
-from shards.parallel import run_tasks
-from shards.planning import PARTIAL, STATE_NAME, Plan, ShardTask, make_plan
-from shards.progress import progress
+from shards.write.exclusion import check_sizes, report_exclusion
+from shards.write.image_folder import dataset_folder, list_images, report_passed_over
+from shards.write.progress import progress
+from shards.write.shard_file import PackedShard, pack_shard, replaced_when_whole, sync_folder
+from shards.write.shard_plan import PARTIAL, STATE_NAME, Plan, ShardTask, make_plan
+from shards.write.worker_pool import run_tasks
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.errors import DamagedDataError
-from shards.layout import ShardInfo, file_sha256, sample_key
-from shards.planning import PARTIAL, ShardTask, unreadable
+from shards.read.layout import ShardInfo, file_sha256, sample_key
+from shards.write.shard_plan import PARTIAL, ShardTask, unreadable
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shards.errors import StorageError
-from shards.fetching import DEFAULT_POLICY, FetchPolicy
-from shards.layout import ShardInfo
-from shards.order import Windows
+from shards.read.layout import ShardInfo
+from shards.read.retry import DEFAULT_POLICY, FetchPolicy
+from shards.stream.order import Windows
 
 _MAX_OPEN_SHARDS = 128  # far below the usual limit of 1,024 open files
 

@@ -13,10 +13,10 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
-from shards.colour import apply_colour, apply_colour_batch, draw_colour
 from shards.config import ResolvedAugment
-from shards.decoding import Pixels
 from shards.errors import DataConfigError
+from shards.pixels.colour import apply_colour, apply_colour_batch, draw_colour
+from shards.pixels.decoding import Pixels
 
 
 class HalfDone(NamedTuple):

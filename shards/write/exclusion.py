@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shards.datasets import DatasetSpec
 from shards.errors import DataConfigError
-from shards.listing import Listing
+from shards.write.image_folder import Listing
 
 log = logging.getLogger(__name__)
 

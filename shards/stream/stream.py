@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import torch
 
-from shards.bad_samples import BadSample
 from shards.config import SamplingMode
-from shards.decoding import Decoder
 from shards.errors import DamagedDataError, DataConfigError, verify_command
-from shards.images import open_image
-from shards.index import ShardIndex
-from shards.loading import (
+from shards.pixels.decoding import Decoder
+from shards.pixels.transforms import LoaderTransform
+from shards.read.index import ShardIndex
+from shards.stream.bad_samples import BadSample
+from shards.stream.batches import (
     Batch,
     BatchLoader,
     LoadedImage,
@@ -22,9 +22,9 @@ from shards.loading import (
     seeded,
     stack,
 )
-from shards.mixing import DomainMix
-from shards.order import hash64, substitute_index
-from shards.transforms import LoaderTransform
+from shards.stream.mixing import DomainMix
+from shards.stream.one_image import open_image
+from shards.stream.order import hash64, substitute_index
 
 _MAX_SUBSTITUTES = 16
 

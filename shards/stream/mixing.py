@@ -13,9 +13,9 @@ import numpy as np
 
 from shards.config import SamplingMode, mode_problems
 from shards.errors import DataConfigError
-from shards.index import ShardIndex
-from shards.order import ORDER_ID, DomainOrder, Int64Array, UInt32Array, Windows
-from shards.split import split_indices
+from shards.read.index import ShardIndex
+from shards.stream.order import ORDER_ID, DomainOrder, Int64Array, UInt32Array, Windows
+from shards.stream.split import split_indices
 
 FINGERPRINT_VERSION = 1
 

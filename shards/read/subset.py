@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.errors import DamagedDataError, DataConfigError, verify_command
-from shards.exclusion import read_list
+from shards.write.exclusion import read_list
 
 if TYPE_CHECKING:
-    from shards.index import ShardIndex
+    from shards.read.index import ShardIndex
 
 log = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from shards.bad_samples import BadSample
-from shards.decoding import Pixels
 from shards.errors import DamagedDataError, DataConfigError, OutputError
-from shards.transforms import finish_batch
+from shards.pixels.decoding import Pixels
+from shards.pixels.transforms import finish_batch
+from shards.stream.bad_samples import BadSample
 
 log = logging.getLogger(__name__)
 

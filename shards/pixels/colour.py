@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
-from shards.decoding import Pixels
+from shards.pixels.decoding import Pixels
 
 DRAWS = 9
 """Length of a draw: the order of the four steps, three factors, the turn of hue, grey or not."""

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from shards.index import ShardIndex
-from shards.layout import INFO_NAME, ShardInfo, file_sha256, sample_key, stock_info
-from shards.parallel import run_tasks
-from shards.progress import progress
+from shards.read.index import ShardIndex
+from shards.read.layout import INFO_NAME, ShardInfo, file_sha256, sample_key, stock_info
+from shards.write.progress import progress
+from shards.write.worker_pool import run_tasks
 
 log = logging.getLogger(__name__)
 

@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
-from shards.bad_samples import BadSample
-from shards.decoding import Decoder, Pixels
 from shards.errors import DamagedSampleError
-from shards.index import ShardIndex
+from shards.pixels.decoding import Decoder, Pixels
+from shards.read.index import ShardIndex
+from shards.stream.bad_samples import BadSample
 
 
 class OpenedImage(NamedTuple):

@@ -1,0 +1,1 @@
+"""Shards to bytes: index, checked reads, remote storage, the node's cache."""

@@ -1,0 +1,1 @@
+"""Order and batches: which image stands where, and loaders that yield them."""

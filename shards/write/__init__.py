@@ -1,0 +1,1 @@
+"""Images to shards: listed, planned, packed, verified."""
