@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Held-out domains x seeds x methods on any dataset, one array index a run; see docs/slurm.md.
-#   python -m trainer.grid --recipe pacs --seeds 0,1,2     # prints the line to submit
+#   python -m trainer.sweep.slurm_array --recipe pacs --seeds 0,1,2     # prints the line to submit
 #   sbatch --array=0-11 slurm/leave_one_out.sh --recipe pacs --seeds 0,1,2
 #SBATCH --job-name=leave_one_out
 #SBATCH --array=0-5
@@ -19,7 +19,7 @@ source slurm/common.sh || { echo "submit from the root of the repository, not $P
 
 complete domainnet_vitb_paper "$@"
 # One word a line: the settings of this index's run.
-cell=$("${python[@]}" -m trainer.grid --job "$SLURM_ARRAY_JOB_ID" \
+cell=$("${python[@]}" -m trainer.sweep.slurm_array --job "$SLURM_ARRAY_JOB_ID" \
   --index "$SLURM_ARRAY_TASK_ID" "${settings[@]}") || die $? "no such run; not requeued"
 mapfile -t settings <<<"$cell"
 train

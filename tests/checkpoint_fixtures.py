@@ -12,7 +12,7 @@ import torch
 
 from moa.config import MoAConfig
 from moa.files.reading import AdapterInfo
-from trainer import checkpoint
+from trainer.checkpoint import checkpoint
 
 INFO = AdapterInfo("base", "0", MoAConfig(method="linear"), ("a",), {})
 SIZE = 300

@@ -20,9 +20,10 @@ sys.path[:1] = [str(TESTS.parent), str(TESTS)]
 import psutil  # noqa: E402  (needs the repaired path, as in run.py)
 from shards_fixtures import make_set  # noqa: E402
 
-import trainer.assembly  # noqa: E402, F401  (what a start would import)
-from trainer import checkpoint, session  # noqa: E402
-from trainer.run_folder import SPEED, RunFolder, read_rows  # noqa: E402
+import trainer.train.assembly  # noqa: E402, F401  (what a start would import)
+from trainer.checkpoint import checkpoint  # noqa: E402
+from trainer.checkpoint.run_folder import SPEED, RunFolder, read_rows  # noqa: E402
+from trainer.train import session  # noqa: E402
 
 EVERY = 2
 SETTINGS = {

@@ -21,13 +21,13 @@ from torch.nn import functional as F  # noqa: E402
 import moa  # noqa: E402
 from moa import MoAConfig  # noqa: E402
 from shards import finish_images  # noqa: E402
-from trainer import engine, zero_state  # noqa: E402
-from trainer.build import Parts, build  # noqa: E402
-from trainer.config import ROOT, ModelConfig, OptimConfig, RunConfig, TrainConfig  # noqa: E402
-from trainer.engine import Engine  # noqa: E402
-from trainer.loop import Trainer  # noqa: E402
-from trainer.run_folder import RunFolder  # noqa: E402
-from trainer.world import world_from_environment  # noqa: E402
+from trainer.checkpoint.run_folder import RunFolder  # noqa: E402
+from trainer.config.run_config import ROOT, ModelConfig, OptimConfig, RunConfig, TrainConfig  # noqa: E402
+from trainer.engine import engine, zero_state  # noqa: E402
+from trainer.engine.engine import Engine  # noqa: E402
+from trainer.prepare.parts import Parts, build  # noqa: E402
+from trainer.process.world import world_from_environment  # noqa: E402
+from trainer.train.loop import Trainer  # noqa: E402
 
 STEPS = 6
 # An eps near the gradients' size: with a small one Adam divides every error of scale away.
@@ -72,7 +72,7 @@ def reference(config: RunConfig) -> dict[str, Any]:
     In bf16 the weights are rounded after every step from fp32 masters, which Adam steps by fp32
     sums of the gradients; in fp32 the masters are the weights.
     """
-    from trainer.world import World
+    from trainer.process.world import World
 
     parts = stirred(build(config, World(0, 1, 0, 1)))
     model, pieces = parts.model.train(), config.train.accumulation

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from trainer.commandline import parse
-from trainer.config import RunConfig, as_plain
+from trainer.config.command_line import parse
+from trainer.config.run_config import RunConfig, as_plain
 
 
 def evaluation(step: int, *accuracies: tuple[float, float]) -> dict[str, Any]:

@@ -13,9 +13,9 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import torch  # noqa: E402  (needs the repaired path, as in run.py)
 from torch.nn import functional as F  # noqa: E402
 
-from trainer import loop, session  # noqa: E402
-from trainer.evaluation import Evaluator  # noqa: E402
-from trainer.stopping import Stopping  # noqa: E402
+from trainer.evaluate.evaluator import Evaluator  # noqa: E402
+from trainer.process.stopping import Stopping  # noqa: E402
+from trainer.train import loop, session  # noqa: E402
 
 RANK = int(os.environ.get("RANK", 0))
 FAULTS: dict[int, float] = {2: float("inf"), 4: float("nan")}

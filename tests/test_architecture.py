@@ -13,18 +13,18 @@ PACKAGES = ("moa", "shards", "trainer")
 FORBIDDEN = {"moa": {"trainer", "shards"}, "shards": {"trainer", "moa"}, "trainer": set()}
 MAY_IMPORT = {
     "deepspeed": {
-        "trainer/engine.py",
-        "trainer/partition.py",
-        "trainer/zero_check.py",
-        "trainer/zero_state.py",
-        "moa/expert_parallel.py",
+        "trainer/engine/engine.py",
+        "trainer/engine/partition.py",
+        "trainer/engine/zero_check.py",
+        "trainer/engine/zero_state.py",
+        "moa/parallel/expert_parallel.py",
     },
     "torch.distributed": {
-        "trainer/engine.py",
-        "trainer/partition.py",
-        "trainer/zero_state.py",
-        "moa/expert_parallel.py",
-        "moa/exchange.py",
+        "trainer/engine/engine.py",
+        "trainer/engine/partition.py",
+        "trainer/engine/zero_state.py",
+        "moa/parallel/expert_parallel.py",
+        "moa/parallel/exchange.py",
     },
 }
 COMMANDS = (
@@ -35,7 +35,7 @@ COMMANDS = (
     ["-m", "trainer.plan"],
     ["-m", "trainer.report"],
     ["-m", "trainer.sweep"],
-    ["-m", "trainer.grid"],
+    ["-m", "trainer.sweep.slurm_array"],
     ["-m", "trainer.bench"],
     ["-m", "shards.writer"],
 )

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,10 @@ from docs_blocks import PAGES, ROOT, Block, blocks
 from image_folders import make_own_images
 from trainer_fixtures import launch
 
-from trainer import grid, reference
-from trainer.commandline import parse
-from trainer.plan import read_command_line
+from trainer import reference
+from trainer.config.command_line import parse
+from trainer.plan.__main__ import read_command_line
+from trainer.sweep import slurm_array
 
 ALL = [block for page in PAGES for block in blocks(page)]
 RUNNING = sorted({block.page for block in ALL if not block.needs})
@@ -46,10 +46,10 @@ def check_command(words: list[str]) -> None:
         assert (ROOT / scripts[0]).is_file(), words
     elif words[:3] == ["python", "-m", "trainer.plan"]:
         read_command_line(words[3:])
-    elif words[:3] == ["python", "-m", "trainer.grid"]:
-        grid.read_command_line(words[3:])
+    elif words[:3] == ["python", "-m", "trainer.sweep.slurm_array"]:
+        slurm_array.read_command_line(words[3:])
     elif words[:2] == ["python", "-m"] and words[2].partition(".")[0] in ("trainer", "shards"):
-        module = import_module(words[2])
+        module = reference.command_module(words[2])
         if hasattr(module, "parser"):
             module.parser().parse_args(words[3:])
     elif words[:2] != ["python", "-c"]:

@@ -60,7 +60,7 @@ def test_card_of_an_adapter_of_which_little_is_known(info: AdapterInfo) -> None:
 
 
 def test_embedded_base_is_not_looked_for_on_the_hub() -> None:
-    import trainer.vit_embedded  # noqa: F401  (registers it)
+    import trainer.prepare.vit_embedded  # noqa: F401  (registers it)
 
     card = ModelCard(model_card(replace(INFO, base_model="vit_embedded.glyphs")))
     assert card.data.base_model == "vit_embedded.glyphs"

@@ -18,8 +18,7 @@ from shards_fixtures import FOLDER, damage, folder_bytes, image_bytes, make_fold
 
 from shards.errors import DataConfigError, OutputError
 from shards.read.index import ShardIndex
-from shards.write import conversion
-from shards.write import shard_file as packing
+from shards.write import conversion, shard_file
 from shards.write.worker_pool import run_tasks
 from shards.writer import main, write_shards
 
@@ -158,9 +157,9 @@ def test_killed_with_several_processes(whole: ShardIndex, tmp_path: Path, shards
 def interrupted(whole: ShardIndex, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave an unfinished conversion with three shards."""
     calls = iter(range(1000))
-    plain = packing.pack_shard
+    plain = shard_file.pack_shard
 
-    def pack(*args: object, **options: object) -> packing.PackedShard:
+    def pack(*args: object, **options: object) -> shard_file.PackedShard:
         if next(calls) == 3:
             raise KeyboardInterrupt
         return plain(*args, **options)  # type: ignore[arg-type]
@@ -244,7 +243,7 @@ def test_a_state_cut_short_costs_one_shard(
 def test_a_disk_that_stores_something_else_is_noticed(
     whole: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int
 ) -> None:
-    plain = packing.replaced_when_whole
+    plain = shard_file.replaced_when_whole
 
     @contextlib.contextmanager
     def lying(path: Path) -> Iterator[BinaryIO]:
@@ -255,7 +254,7 @@ def test_a_disk_that_stores_something_else_is_noticed(
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "replaced_when_whole", lying)
+        patch.setattr(shard_file, "replaced_when_whole", lying)
         with pytest.raises(OutputError, match=r"photo-000000\.tar reads back differently"):
             write_shards(whole.root.parent / "images", out, FOLDER, shard_size=SHARD_SIZE)
     assert not (out / "folder-photo-000000.tar").exists()

@@ -113,8 +113,8 @@ def test_without_a_list_nothing_is_left_out(folder: Path) -> None:
 
 
 def test_accuracy_of_what_is_left_out_has_its_own_column(folder: Path, write: Write) -> None:
-    from trainer.evaluation import Evaluator, accuracies
-    from trainer.world import ALONE
+    from trainer.evaluate.evaluator import Evaluator, accuracies
+    from trainer.process.world import ALONE
 
     class Cat(torch.nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:

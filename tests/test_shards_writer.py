@@ -14,10 +14,8 @@ from shards_fixtures import FOLDER, folder_bytes, image_bytes, make_folder
 
 from shards.errors import DamagedDataError, DataConfigError, OutputError
 from shards.read.layout import key_prefixes
-from shards.write import conversion
+from shards.write import conversion, shard_file, shard_plan
 from shards.write import image_folder as listing_module
-from shards.write import shard_file as packing
-from shards.write import shard_plan as planning
 from shards.write.worker_pool import run_tasks
 from shards.writer import write_shards
 
@@ -122,8 +120,8 @@ def test_image_that_changes_meanwhile_is_named(
 ) -> None:
     root = make_folder(tmp_path / "images")
 
-    def plan_then_change(*args: object) -> planning.Plan:
-        plan = planning.make_plan(*args)  # type: ignore[arg-type]
+    def plan_then_change(*args: object) -> shard_plan.Plan:
+        plan = shard_plan.make_plan(*args)  # type: ignore[arg-type]
         (root / "photo/dog/im001.jpg").write_bytes(b"shorter")
         return plan
 
@@ -142,13 +140,13 @@ def test_unreadable_image_is_named_when_packing(tmp_path: Path, jobs: int) -> No
     listing = listing_module.list_images(root, FOLDER)
     domain = listing.domains[1]
     assert "dog/im001.jpg" not in domain.paths
-    plan = planning.make_plan(listing, "folder", 5, 10**9)
+    plan = shard_plan.make_plan(listing, "folder", 5, 10**9)
     task = next(task for task in plan.tasks if task.domain == "photo")
     broken = dataclasses.replace(
         task, paths=("dog/im001.jpg", *task.paths[1:]), sizes=np.array([size, *task.sizes[1:]])
     )
     (tmp_path / "out").mkdir()
-    pack = functools.partial(packing.pack_shard, out=tmp_path / "out")
+    pack = functools.partial(shard_file.pack_shard, out=tmp_path / "out")
     with pytest.raises(DamagedDataError, match=r"im001.jpg: cannot be read \(Is a directory"):
         list(run_tasks(pack, [broken] * 3, jobs))
     assert multiprocessing.active_children() == []

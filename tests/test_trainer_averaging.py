@@ -15,9 +15,9 @@ from trainer_fixtures import arguments, kill_after_step, launch, rows
 
 from moa.files.reading import read_adapter
 from shards import DataConfig, open_shards
-from trainer.average_config import AverageConfig
-from trainer.averaging import Ema
-from trainer.swad import Swad
+from trainer.config.averages import AverageConfig
+from trainer.engine.averaging import Ema
+from trainer.engine.swad import Swad
 
 AVERAGING = {
     "average__ema": "true", "average__ema_decay": "0.7", "average__swad": "true",

@@ -12,17 +12,17 @@ from torch import nn
 from torch.nn import functional as F
 from trainer_fixtures import arguments, launch, rows
 
-import trainer.vit_embedded  # noqa: F401  (registers the embedded backbone)
+import trainer.prepare.vit_embedded  # noqa: F401  (registers the embedded backbone)
 from shards import DataConfig, DomainStream, ShardIndex, open_shards
 from shards.datasets import dataset_spec
 from shards.errors import DamagedDataError
 from shards.stream.bad_samples import BadSample
 from shards.writer import write_shards
-from trainer.bad_images import BadImages
-from trainer.evaluation import Evaluator
-from trainer.figures import figures_of
-from trainer.predictions import collect
-from trainer.world import World
+from trainer.evaluate.evaluator import Evaluator
+from trainer.evaluate.figures import figures_of
+from trainer.evaluate.predictions import collect
+from trainer.process.world import World
+from trainer.train.bad_images import BadImages
 
 SOURCES = range(5)
 BAD = 10  # every how many-th image is damaged

@@ -12,11 +12,15 @@ import torch
 from torch import nn
 
 import moa
-import trainer.vit_embedded  # noqa: F401  (registers the embedded backbone)
+import trainer.prepare.vit_embedded  # noqa: F401  (registers the embedded backbone)
 from moa import MoAConfig, MoALinear
 from moa.layers.layer import moa_layers
-from trainer import bench, bench_engine, bench_layer, bench_step, bench_traffic
-from trainer.bench_timing import interleaved
+from trainer.bench import __main__ as bench
+from trainer.bench import engine as bench_engine
+from trainer.bench import layer as bench_layer
+from trainer.bench import step as bench_step
+from trainer.bench import traffic as bench_traffic
+from trainer.bench.timing import interleaved
 
 
 def test_variants_of_the_layer_compute_the_same() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from shards import decode_image
 from shards.datasets import dataset_spec
 from shards.writer import write_shards
-from trainer import bench_data
+from trainer.bench import data as bench_data
 
 
 def test_all_variants_make_the_same_number_of_images(

@@ -25,10 +25,10 @@ from moa.errors import AdapterError
 from moa.files.atomic_folder import recover_folder
 from moa.files.reading import read_adapter
 from shards.errors import StorageError
-from trainer import checkpoint
-from trainer.best import Best, Candidate, restored_best, write_best
-from trainer.checkpoint import UnknownFormatError, clean_up, load, load_newest, verify
-from trainer.errors import CheckpointError, exit_code
+from trainer.checkpoint import checkpoint
+from trainer.checkpoint.checkpoint import UnknownFormatError, clean_up, load, load_newest, verify
+from trainer.process.errors import CheckpointError, exit_code
+from trainer.train.best import Best, Candidate, restored_best, write_best
 
 FILES = {
     "README.md", "adapter_config.json", "adapter_model.safetensors", "best_model.safetensors",
@@ -234,7 +234,7 @@ def test_none_whole_is_an_error_not_a_new_start(two: Path) -> None:
 def test_a_damaged_checkpoint_given_by_name_ends_with_65(
     two: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from trainer.evaluate import main
+    from trainer.evaluate.__main__ import main
 
     (two / "step-00000002" / "README.md").write_text("another card")
     assert main(["--adapter", str(two / "step-00000002")]) == 65

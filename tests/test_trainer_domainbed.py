@@ -16,11 +16,11 @@ import pytest
 from report_fixtures import evaluation, write_run
 
 from shards.stream.split import seed_hash
-from trainer.build import build
-from trainer.commandline import parse
-from trainer.records import result_row
-from trainer.report import main
-from trainer.world import World
+from trainer.config.command_line import parse
+from trainer.prepare.parts import build
+from trainer.process.world import World
+from trainer.report.__main__ import main
+from trainer.train.result_row import result_row
 
 Key = tuple[str, str, int, int]
 

@@ -10,10 +10,10 @@ from trainer_fixtures import arguments, environment, launch
 
 from shards import DataConfig, open_shards
 from shards.stream.evaluation import Split, split_ranks
-from trainer.build import build
-from trainer.commandline import parse
-from trainer.session import main
-from trainer.world import ALONE
+from trainer.config.command_line import parse
+from trainer.prepare.parts import build
+from trainer.process.world import ALONE
+from trainer.train.session import main
 
 BAD_SETTINGS = [
     ("data.root", "/no/such/folder", 2, ["/no/such/folder", "shards.writer"]),

@@ -10,9 +10,9 @@ import pytest
 from trainer_fixtures import ROOT, arguments, environment, launch, rows
 
 from moa.files.reading import read_adapter
-from trainer.config import CheckpointConfig
-from trainer.errors import RESUBMIT
-from trainer.selection import training_domain_validation, validation_accuracy
+from trainer.config.run_config import CheckpointConfig
+from trainer.evaluate.selection import training_domain_validation, validation_accuracy
+from trainer.process.errors import RESUBMIT
 
 # A rate that soon spoils the adapter, so that the last one is not the selected one.
 SPOILING = {"optim__lr": "0.03", "train__eval_every": "2"}

@@ -24,19 +24,19 @@ from moa.files.card import creation
 from moa.files.reading import read_adapter
 from moa.files.saving import WEIGHTS_FILE
 from shards import DataConfig, eval_transform, evaluation_loader, open_shards
-from trainer import checkpoint
-from trainer.build import build
-from trainer.commandline import parse
-from trainer.config import ModelConfig
-from trainer.ensemble import models_on
-from trainer.errors import ConfigError
-from trainer.evaluate import main, parser
-from trainer.evaluate_run import Evaluation, prepare
-from trainer.evaluation import Evaluator
-from trainer.members import labels
-from trainer.model import create_backbone
-from trainer.predictions import collect
-from trainer.world import World
+from trainer.checkpoint import checkpoint
+from trainer.config.command_line import parse
+from trainer.config.run_config import ModelConfig
+from trainer.evaluate.__main__ import main, parser
+from trainer.evaluate.combine import models_on
+from trainer.evaluate.evaluator import Evaluator
+from trainer.evaluate.job import Evaluation, prepare
+from trainer.evaluate.members import labels
+from trainer.evaluate.predictions import collect
+from trainer.prepare.backbone import create_backbone
+from trainer.prepare.parts import build
+from trainer.process.errors import ConfigError
+from trainer.process.world import World
 
 METHODS = ("moa_kron", "moa_kron", "lora", "bias", "full")
 
@@ -417,7 +417,7 @@ def test_images_are_decoded_as_in_training(
         used.append((evaluator.decoder.decode, evaluator.decoder.truncated))
         return collect(evaluator, *rest)
 
-    monkeypatch.setattr("trainer.evaluate_run.collect", noting)
+    monkeypatch.setattr("trainer.evaluate.job.collect", noting)
     strict = make(tmp_path / "strict", 0, "--data.decode=pil", "--data.truncated=substitute")
     command = ["--adapter", str(strict), "--domains", "plain", "--split", "out"]
     for flags in ([], ["--data.decode", "auto"]):

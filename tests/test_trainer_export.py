@@ -16,11 +16,11 @@ from trainer_fixtures import ROOT, environment
 
 import moa
 from moa.files.reading import read_adapter
-from trainer import checkpoint
-from trainer.build import build
-from trainer.commandline import parse
-from trainer.export import main
-from trainer.world import World
+from trainer.checkpoint import checkpoint
+from trainer.config.command_line import parse
+from trainer.export.__main__ import main
+from trainer.prepare.parts import build
+from trainer.process.world import World
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 LOAD = """

@@ -17,16 +17,16 @@ import moa
 from moa.files.reading import AdapterInfo
 from moa.files.saving import save_adapter
 from shards import DataConfig, open_shards
-from trainer import flatness
-from trainer.config import ModelConfig
-from trainer.model import create_backbone
-from trainer.surface import (
+from trainer.config.run_config import ModelConfig
+from trainer.flatness import __main__ as flatness
+from trainer.flatness.surface import (
     Surface,
     adaptive_sharpness,
     random_direction,
     slice_along,
     top_eigenvalues,
 )
+from trainer.prepare.backbone import create_backbone
 
 
 def surface_of(method: str, **changes: object) -> Surface:

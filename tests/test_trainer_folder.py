@@ -16,15 +16,15 @@ import pytest
 import timm
 
 from moa import adapter_state_dict, inject
-from trainer import folder_lock
-from trainer.background import SaveQueue
-from trainer.commandline import parse
-from trainer.config import RunConfig, flat, flat_fields
-from trainer.errors import ConfigError, OutputError, exit_code
-from trainer.folder_lock import identity, is_alive
-from trainer.resume import check_agreement
-from trainer.run_folder import RunFolder, read_rows
-from trainer.settings import FIXED, FREE, LEAKING
+from trainer.checkpoint import folder_lock
+from trainer.checkpoint.folder_lock import identity, is_alive
+from trainer.checkpoint.run_folder import RunFolder, read_rows
+from trainer.checkpoint.save_queue import SaveQueue
+from trainer.config.command_line import parse
+from trainer.config.resume_rules import FIXED, FREE, LEAKING
+from trainer.config.run_config import RunConfig, flat, flat_fields
+from trainer.process.errors import ConfigError, OutputError, exit_code
+from trainer.train.resume import check_agreement
 
 
 def held_by_a_child(folder: Path, with_worker: bool = False) -> int:

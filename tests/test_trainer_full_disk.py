@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from checkpoint_fixtures import SIZE, fresh_copy, in_child, tag_of, two_checkpoints, write
 
-from trainer.checkpoint import clean_up, load, load_newest
-from trainer.errors import OutputError, exit_code
+from trainer.checkpoint.checkpoint import clean_up, load, load_newest
+from trainer.process.errors import OutputError, exit_code
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, fails_at: int) -> list[str]:

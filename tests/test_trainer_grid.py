@@ -13,12 +13,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.cells import Cell, Grid, array_expression, progress
-from trainer.config import as_plain
-from trainer.errors import ConfigError
-from trainer.folder_lock import identity
-from trainer.grid import Note, keep_note, main, progress_lines, read_note
-from trainer.plan import parse_without_data
+from trainer.checkpoint.folder_lock import identity
+from trainer.config.run_config import as_plain
+from trainer.plan.__main__ import parse_without_data
+from trainer.process.errors import ConfigError
+from trainer.sweep.cells import Cell, Grid, array_expression, progress
+from trainer.sweep.slurm_array import Note, keep_note, main, progress_lines, read_note
 
 GRID = Grid(("linear", "moa_kron"), ("art", "Real World"), (0, 1))
 NOTE = Note(GRID, ("--recipe=x",))

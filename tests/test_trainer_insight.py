@@ -13,17 +13,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 import moa
-import trainer.vit_embedded  # noqa: F401  (registers the embedded backbone)
+import trainer.prepare.vit_embedded  # noqa: F401  (registers the embedded backbone)
 from moa.layers.layer import moa_layers
 from shards import DataConfig, Decoder, ShardIndex, eval_transform, evaluation_loader, open_shards
-from trainer.config import RunConfig
-from trainer.curves import Curves
-from trainer.evaluation import Evaluator
-from trainer.fixed_images import fixed_images
-from trainer.insight import MAPPED, Insight, Seen
-from trainer.pages import Pages
-from trainer.stopping import EvaluationBrokenOff
-from trainer.world import World
+from trainer.config.run_config import RunConfig
+from trainer.evaluate.evaluator import Evaluator
+from trainer.evaluate.fixed_images import fixed_images
+from trainer.monitor.curves import Curves
+from trainer.monitor.insight import MAPPED, Insight, Seen
+from trainer.monitor.pages import Pages
+from trainer.process.stopping import EvaluationBrokenOff
+from trainer.process.world import World
 
 HELD_OUT, LAST = 5, 8
 RANKS = (1, 2, 4)

@@ -11,7 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trainer_fixtures import ROOT, arguments, environment, kill_after_step, launch, rows
 
-from trainer.run_folder import SPEED
+from trainer.checkpoint.run_folder import SPEED
 
 
 def results(folder: Path) -> list[dict[str, Any]]:

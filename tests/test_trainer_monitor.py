@@ -15,16 +15,25 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.plugins.hparams.metadata import PLUGIN_NAME
 
-from trainer.config import RunConfig
-from trainer.console import Display, Standing, evaluation_line, plain_line
-from trainer.curves import RESULTS, Curves
-from trainer.information import mutual_information, specialisation
-from trainer.monitor import on_host
-from trainer.pictures import expert_colours, font
-from trainer.router_health import PATIENCE, RouterHealth
-from trainer.routing_maps import COLUMNS, GAP, HEADING, LABELS, MARGIN, TILE, Shown, routing_picture
-from trainer.stall import WINDOW, Stall, hint
-from trainer.utilisation import peak_flops
+from trainer.config.run_config import RunConfig
+from trainer.monitor.console import Display, Standing, evaluation_line, plain_line
+from trainer.monitor.curves import RESULTS, Curves
+from trainer.monitor.data_wait import WINDOW, Stall, hint
+from trainer.monitor.monitor import on_host
+from trainer.monitor.pictures.drawing import expert_colours, font
+from trainer.monitor.pictures.information import mutual_information, specialisation
+from trainer.monitor.pictures.routing_maps import (
+    COLUMNS,
+    GAP,
+    HEADING,
+    LABELS,
+    MARGIN,
+    TILE,
+    Shown,
+    routing_picture,
+)
+from trainer.monitor.router_health import PATIENCE, RouterHealth
+from trainer.monitor.utilisation import peak_flops
 
 DOMAINS = {"plain": {"in": 0.934, "out": 0.901}, "a_much_longer_name": {"out": 0.5}}
 ROW = {"step": 41, "loss": 1.25, "ce": 1.2, "aux_loss": 0.05, "grad_norm": 2.0, "lr": 1e-3}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer import operators
+from trainer.engine import operators
 
 
 def prepared(monkeypatch: pytest.MonkeyPatch, cpu: bool = True) -> Path:

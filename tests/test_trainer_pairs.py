@@ -9,14 +9,14 @@ from trainer_fixtures import arguments, launch, rows
 from moa.files.reading import read_adapter
 from shards import DataConfig, DataConfigError, DomainStream, open_shards
 from shards.datasets import held_out_names
-from trainer.build import build
-from trainer.cells import with_pairs
-from trainer.commandline import parse
-from trainer.errors import ConfigError
-from trainer.members import Member, held_out_by
-from trainer.report_runs import read_run
-from trainer.selection import validation_accuracy
-from trainer.world import ALONE
+from trainer.config.command_line import parse
+from trainer.evaluate.members import Member, held_out_by
+from trainer.evaluate.selection import validation_accuracy
+from trainer.prepare.parts import build
+from trainer.process.errors import ConfigError
+from trainer.process.world import ALONE
+from trainer.report.runs import read_run
+from trainer.sweep.cells import with_pairs
 
 
 def test_names_of_one_domain_or_several() -> None:

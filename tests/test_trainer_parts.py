@@ -13,15 +13,16 @@ import yaml
 
 from moa.config import MoAConfig
 from moa.files.reading import AdapterInfo
-from trainer import checkpoint, ds_json
-from trainer.commandline import RECIPES, parse
-from trainer.config import ROOT, RunConfig, TrainConfig, as_plain
-from trainer.errors import CheckpointError, ConfigError
-from trainer.evaluation import Evaluator
-from trainer.loop import Trainer
-from trainer.resume import check_agreement, flat
-from trainer.run_folder import RunFolder, read_rows
-from trainer.world import ALONE, World, export_world, world_from_environment
+from trainer.checkpoint import checkpoint
+from trainer.checkpoint.run_folder import RunFolder, read_rows
+from trainer.config import deepspeed_json
+from trainer.config.command_line import RECIPES, parse
+from trainer.config.run_config import ROOT, RunConfig, TrainConfig, as_plain
+from trainer.evaluate.evaluator import Evaluator
+from trainer.process.errors import CheckpointError, ConfigError
+from trainer.process.world import ALONE, World, export_world, world_from_environment
+from trainer.train.loop import Trainer
+from trainer.train.resume import check_agreement, flat
 
 LAUNCHER_VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "SLURM_PROCID",
@@ -74,7 +75,9 @@ def offloaded(section: object, name: str = "offload_optimizer") -> dict[str, Any
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"])
 def test_shipped_json_resolves_completely(name: str) -> None:
     config = replace(RunConfig(), ds_config=f"ds_configs/{name}.json")
-    resolved = ds_json.resolve(config, world_size=4, global_batch=160, bf16=True, trainable=999_999)
+    resolved = deepspeed_json.resolve(
+        config, world_size=4, global_batch=160, bf16=True, trainable=999_999
+    )
     assert resolved["train_batch_size"] == 160
     assert resolved["train_micro_batch_size_per_gpu"] == 40
     assert resolved["gradient_accumulation_steps"] == 1
@@ -120,7 +123,7 @@ def test_shipped_json_resolves_completely(name: str) -> None:
 )
 def test_json_that_cannot_work(content: dict[str, Any], word: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="ds_config") as caught:
-        ds_json.resolve(config_with(content, tmp_path), 1, 160, False)
+        deepspeed_json.resolve(config_with(content, tmp_path), 1, 160, False)
     assert word in str(caught.value)
 
 
@@ -137,7 +140,7 @@ def test_json_that_cannot_work(content: dict[str, Any], word: str, tmp_path: Pat
     ],
 )  # fmt: skip
 def test_what_deepspeed_would_refuse_is_refused_before(content: dict[str, Any], line: str) -> None:
-    from trainer.zero_check import check_zero
+    from trainer.engine.zero_check import check_zero
 
     with pytest.raises(ConfigError, match=re.escape(line)):
         check_zero(content, "mine.json")
@@ -150,15 +153,15 @@ def test_the_words_of_offloading_are_those_that_deepspeed_reads() -> None:
         ("optimizer", offload_config.DeepSpeedZeroOffloadOptimizerConfig),
         ("param", offload_config.DeepSpeedZeroOffloadParamConfig),
     ):
-        known = ds_json._KNOWN[f"zero_optimization.offload_{name}"]
+        known = deepspeed_json._KNOWN[f"zero_optimization.offload_{name}"]
         assert set(known) <= set(kind.model_fields)
 
 
 def test_gradient_bucket_must_hold_all_trainables() -> None:
     content = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}}
-    ds_json.check_buckets(content, 999)
+    deepspeed_json.check_buckets(content, 999)
     with pytest.raises(ConfigError, match="reduce_bucket_size"):
-        ds_json.check_buckets(content, 1000)
+        deepspeed_json.check_buckets(content, 1000)
 
 
 JOB_OF_EIGHT = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}
@@ -275,8 +278,8 @@ def test_batches_for_a_gpu_are_pinned(
     trainer.stream = SimpleNamespace(loader=asked)  # type: ignore[assignment]
     with pytest.raises(Asked, match=str(pinned)):
         trainer.train(None)
-    monkeypatch.setattr("trainer.evaluation.evaluation_loader", asked)
-    monkeypatch.setattr("trainer.evaluation.eval_transform", dict)
+    monkeypatch.setattr("trainer.evaluate.evaluator.evaluation_loader", asked)
+    monkeypatch.setattr("trainer.evaluate.evaluator.eval_transform", dict)
     index: Any = None
     evaluator = Evaluator(
         index=index, data_config={}, trial_seed=0, holdout_fraction=0.2, batch_size=1, workers=0,

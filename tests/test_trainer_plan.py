@@ -23,12 +23,16 @@ from moa.files.saving import WEIGHTS_FILE
 from moa.layers.layer import moa_layers
 from moa.parallel.placement import traffic
 from shards import DataConfigError
-from trainer import checkpoint, ds_json
-from trainer.average_config import AverageConfig
-from trainer.build import build
-from trainer.commandline import parse
-from trainer.config import ModelConfig, RunConfig
-from trainer.estimates import (
+from trainer.checkpoint import checkpoint
+from trainer.config import deepspeed_json
+from trainer.config.averages import AverageConfig
+from trainer.config.command_line import parse
+from trainer.config.run_config import ModelConfig, RunConfig
+from trainer.engine.swad import Swad
+from trainer.monitor.utilisation import image_utilisation
+from trainer.plan.__main__ import main, read_command_line
+from trainer.plan.file_sizes import TEXT_BYTES, adapter_file_bytes, checkpoint_bytes
+from trainer.plan.memory import (
     CONTEXT_BYTES,
     Sharding,
     Weights,
@@ -39,15 +43,12 @@ from trainer.estimates import (
     memory_warnings,
     read_sharding,
 )
-from trainer.file_sizes import TEXT_BYTES, adapter_file_bytes, checkpoint_bytes
-from trainer.footprint import FLOPS, Footprint, measure, outline, roles, weights_of
-from trainer.plan import main, read_command_line
-from trainer.planning import Plan, make_plan
-from trainer.scaling import FLOPS as RATES
-from trainer.swad import Swad
-from trainer.tokens import tokens_per_image
-from trainer.utilisation import image_utilisation
-from trainer.world import World
+from trainer.plan.planning import Plan, make_plan
+from trainer.plan.scaling import FLOPS as RATES
+from trainer.prepare.footprint import FLOPS, Footprint, measure, outline, roles, weights_of
+from trainer.prepare.parts import build
+from trainer.prepare.tokens import tokens_per_image
+from trainer.process.world import World
 
 GIB = 2**30
 COLUMNS: dict[str, dict[str, Any]] = {
@@ -382,7 +383,7 @@ def test_warnings_come_when_they_should() -> None:
 @pytest.mark.parametrize("name", ["zero1", "zero2"])
 def test_shipped_json_is_understood(name: str) -> None:
     config = replace(RunConfig(), ds_config=f"ds_configs/{name}.json")
-    sharding = read_sharding(ds_json.resolve(config, 4, 160, True), 4)
+    sharding = read_sharding(deepspeed_json.resolve(config, 4, 160, True), 4)
     assert sharding.stage == int(name[-1])
     assert sharding.accumulation_bytes == 4
     assert (sharding.buckets > 0) == (name == "zero2")
@@ -555,7 +556,7 @@ def test_a_backbone_that_cannot_be_counted_has_no_utilisation(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100")
     device = torch.device("cuda")
     assert image_utilisation(config, device, 10, 1) is not None
-    monkeypatch.setattr("trainer.footprint.measure", broken)
+    monkeypatch.setattr("trainer.prepare.footprint.measure", broken)
     assert image_utilisation(config, device, 10, 1) is None
     assert "vit_embedded" in caplog.text
 

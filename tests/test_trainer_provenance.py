@@ -2,8 +2,8 @@
 
 import pytest
 
-from trainer.config import ROOT
-from trainer.provenance import shown_command
+from trainer.config.run_config import ROOT
+from trainer.prepare.provenance import shown_command
 
 
 @pytest.mark.parametrize(

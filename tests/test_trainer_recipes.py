@@ -19,12 +19,12 @@ import moa
 from shards import finish_images
 from shards.datasets import DATASETS
 from shards.writer import write_shards
-from trainer.build import build
-from trainer.commandline import RECIPES, parse
-from trainer.config import ModelConfig
-from trainer.plan import read_command_line
-from trainer.planning import make_plan
-from trainer.world import World
+from trainer.config.command_line import RECIPES, parse
+from trainer.config.run_config import ModelConfig
+from trainer.plan.__main__ import read_command_line
+from trainer.plan.planning import make_plan
+from trainer.prepare.parts import build
+from trainer.process.world import World
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 SIZES = {"domainnet_vitl": 8, "domainnet_vitg": 16}

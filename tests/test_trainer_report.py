@@ -17,10 +17,10 @@ from shards_fixtures import FOLDER, make_folder, make_set
 from shards.read.subset import Subset
 from shards.writer import write_shards
 from trainer.identity import data_hash, split_hash
-from trainer.report import main
-from trainer.report_plots import _bars
-from trainer.report_tables import Cell, ResultTable, average, cell_of, mean_and_error
-from trainer.significance import holm, sign_flip_p
+from trainer.report.__main__ import main
+from trainer.report.plots import _bars
+from trainer.report.significance import holm, sign_flip_p
+from trainer.report.tables import Cell, ResultTable, average, cell_of, mean_and_error
 
 DOMAINS = ("plain", "inverted", "outline")
 Capture = pytest.CaptureFixture[str]

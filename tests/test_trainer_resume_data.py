@@ -8,8 +8,8 @@ from shards_fixtures import make_set, stream_of
 
 from shards.read.index import ShardIndex
 from shards.read.subset import read_subset
-from trainer.errors import ConfigError
-from trainer.resume import check_agreement
+from trainer.process.errors import ConfigError
+from trainer.train.resume import check_agreement
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,10 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from trainer_fixtures import arguments, environment, launch, launch_all, rows
 
 import moa
-import trainer.vit_embedded  # noqa: F401  (registers the embedded backbone)
+import trainer.prepare.vit_embedded  # noqa: F401  (registers the embedded backbone)
 from moa.files.reading import read_adapter
 from shards import DataConfig, DomainStream, open_shards
-from trainer.run_folder import SPEED
+from trainer.checkpoint.run_folder import SPEED
 
 DOMAINS = ["plain", "inverted", "outline", "coarse", "textured", "rotated"]
 LOSSES = ("loss", "ce", "aux_loss", "grad_norm")
@@ -300,7 +300,7 @@ def test_losses_equal_the_stored_curve(one_process: tuple[Path, str]) -> None:
 
 
 def test_second_run_on_one_folder_is_refused(one_process: tuple[Path, str], tmp_path: Path) -> None:
-    from trainer.run_folder import RunFolder
+    from trainer.checkpoint.run_folder import RunFolder
 
     folder = RunFolder(tmp_path / "run")
     folder.claim()

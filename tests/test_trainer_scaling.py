@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from trainer.scaling import Load, Rates, predict
+from trainer.plan.scaling import Load, Rates, predict
 
 RATES = Rates(flops=1e12, node=1e9, network=1e8, latency=1e-3, gpus_per_node=4)
 LOAD = Load(

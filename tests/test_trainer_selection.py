@@ -3,7 +3,7 @@
 import pytest
 from report_fixtures import evaluation
 
-from trainer.selection import (
+from trainer.evaluate.selection import (
     Choice,
     by_leaving_one_out,
     by_oracle,

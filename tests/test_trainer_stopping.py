@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader
 from trainer_fixtures import DEEPSPEED, ROOT, RUN, arguments, environment, launch, rows
 
 from shards import DataConfig, DomainStream, open_shards
-from trainer.config import TrainConfig
-from trainer.errors import (
+from trainer.checkpoint.run_folder import RunFolder
+from trainer.config.run_config import TrainConfig
+from trainer.process.errors import (
     DAMAGED_DATA,
     FAILED,
     PEER_LOST,
@@ -29,11 +30,10 @@ from trainer.errors import (
     PeerLostError,
     exit_code,
 )
-from trainer.run_folder import RunFolder
-from trainer.session import conclude
-from trainer.stopping import EvaluationBrokenOff, Stopping, seconds_of, shielded
-from trainer.watchdog import COMPUTING, LOADING, Watchdog
-from trainer.world import World
+from trainer.process.stopping import EvaluationBrokenOff, Stopping, seconds_of, shielded
+from trainer.process.watchdog import COMPUTING, LOADING, Watchdog
+from trainer.process.world import World
+from trainer.train.session import conclude
 
 WORKER = str(ROOT / "tests" / "stopping_worker.py")
 LONG = {"train__steps": "25", "train__eval_every": "24", "train__batch_per_domain": "2"}
@@ -203,7 +203,7 @@ def test_rank_that_hangs_or_dies_ends_the_other(how: signal.Signals, tmp_path: P
     )
     assert "the same command resumes" in lines[0]
     if how == signal.SIGSTOP:
-        assert "trainer/loop.py" in (output / "stacks-rank-00000.txt").read_text()
+        assert "trainer/train/loop.py" in (output / "stacks-rank-00000.txt").read_text()
 
 
 DURATIONS = {

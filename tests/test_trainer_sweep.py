@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer import sweep
-from trainer.report import main as report
+from trainer.report.__main__ import main as report
+from trainer.sweep import __main__ as sweep
 
 SHORT = ["--train.steps=3", "--train.eval_every=2", "--train.batch_per_domain=2"]
 

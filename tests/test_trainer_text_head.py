@@ -18,15 +18,15 @@ import moa
 from moa.files.reading import AdapterInfo
 from moa.files.saving import save_adapter
 from shards import DataConfig, eval_transform, evaluation_loader, open_shards
-from trainer.build import build
-from trainer.class_names import SPOKEN, in_words, read_class_names, spoken_names
-from trainer.clip_names import text_model_of
-from trainer.commandline import parse
-from trainer.config import ROOT
-from trainer.errors import ConfigError
-from trainer.prompts import read_templates, shipped
-from trainer.text_head import TextModel, fill_head, load_text_model, mean_length
-from trainer.world import World
+from trainer.config.class_names import SPOKEN, in_words, read_class_names, spoken_names
+from trainer.config.command_line import parse
+from trainer.config.prompts import read_templates, shipped
+from trainer.config.run_config import ROOT
+from trainer.prepare.clip_names import text_model_of
+from trainer.prepare.parts import build
+from trainer.prepare.text_head import TextModel, fill_head, load_text_model, mean_length
+from trainer.process.errors import ConfigError
+from trainer.process.world import World
 
 WIDTH, SPACE = 64, 32
 NAMES = ["dog", "hot air balloon", "Eiffel Tower", "t-shirt", "scene without animals"]

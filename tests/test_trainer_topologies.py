@@ -6,7 +6,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trainer_fixtures import arguments, launch, rows
 
-from trainer.session import main
+from trainer.train.session import main
 
 # Steps to reach, processes (0: one plain process), settings. Where a forward is a collective, the
 # evaluation batches are such that ranks have a batch more or less of some split.

@@ -8,9 +8,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from trainer.glyphs import HELD_OUT_FONTS, TRAIN_FONTS, GlyphBank, GlyphSampler
-from trainer.pretrain_embedded import PretrainConfig, model_card, pretrain, save
-from trainer.vit_embedded import GLYPH_CLASSES, WEIGHTS_PATH
+from trainer.prepare.vit_embedded import GLYPH_CLASSES, WEIGHTS_PATH
+from trainer.pretrain_embedded.__main__ import PretrainConfig, model_card, pretrain, save
+from trainer.pretrain_embedded.glyphs import HELD_OUT_FONTS, TRAIN_FONTS, GlyphBank, GlyphSampler
 
 FEW_STEPS = PretrainConfig(steps=12, batch_size=32, warmup_steps=2, easy_until=0.9, full_from=1.0)
 

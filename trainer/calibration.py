@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from trainer.predictions import Predictions
+from trainer.evaluate.predictions import Predictions
 
 Floats = npt.NDArray[np.float64]
 

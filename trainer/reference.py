@@ -10,12 +10,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from docstring_parser import parse_from_object
 
-from trainer.commandline import describe_type
-from trainer.config import ROOT, RunConfig
+from trainer.config.command_line import describe_type
+from trainer.config.run_config import ROOT, RunConfig
 
 FLAGS = """# Flags
 
@@ -41,23 +44,39 @@ COMMANDS = (
     "trainer.export",
     "trainer.flatness",
     "trainer.sweep",
-    "trainer.grid",
+    "trainer.sweep.slurm_array",
     "trainer.bench",
     "shards.writer",
 )
 """Modules with a function `parser`, beside `trainer/run.py`."""
 
 
+def command_module(name: str) -> ModuleType:
+    """What `python -m name` runs: a module, or the `__main__` of a package."""
+    spec = find_spec(name)
+    is_package = spec is not None and spec.submodule_search_locations is not None
+    return import_module(f"{name}.__main__" if is_package else name)
+
+
 def modules_page() -> str:
     """The files of the three packages."""
     parts = [MODULES]
     for package in ("moa", "shards", "trainer"):
-        rows = []
-        for path in sorted((ROOT / package).glob("*.py")):
-            text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-            rows.append((f"`{path.name}`", text.split("\n")[0]))
-        parts.append(f"## `{package}/`\n\n{table(('file', 'what it is for'), rows)}")
+        folders = sorted({path.parent for path in (ROOT / package).glob("**/*.py")})
+        for folder in folders:
+            rows = [
+                (f"`{path.name}`", _first_line(path))
+                for path in sorted(folder.glob("*.py"))
+                if path.name != "__init__.py"
+            ]
+            title = f"## `{folder.relative_to(ROOT)}/`\n\n{_first_line(folder / '__init__.py')}\n"
+            parts.append(f"{title}\n{table(('file', 'what it is for'), rows)}")
     return "\n".join(parts)
+
+
+def _first_line(path: Path) -> str:
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return text.split("\n")[0]
 
 
 def flags_page() -> str:
@@ -65,7 +84,7 @@ def flags_page() -> str:
     parts = [FLAGS, *_sections(RunConfig, "")]
     for module in COMMANDS:
         parts.append(f"## `python -m {module}`\n")
-        command: argparse.ArgumentParser = import_module(module).parser()
+        command: argparse.ArgumentParser = command_module(module).parser()
         rows = list(_options(command, own=module == "trainer.plan"))
         parts.append(table(("flag", "meaning"), rows))
     return "\n".join(parts)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from moa.files.origin import Origin
 from moa.files.reading import AdapterInfo
-from trainer.errors import ConfigError
-from trainer.members import Member
+from trainer.evaluate.members import Member
+from trainer.process.errors import ConfigError
 
 # Settings that count in training only, or for speed.
 FREE = {

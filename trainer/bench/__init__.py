@@ -1,0 +1,1 @@
+"""`python -m trainer.bench`: speed and memory as ratios, measured in one run."""

@@ -1,0 +1,220 @@
+"""`python -m trainer.bench`: what the parts of the trainer cost, as ratios measured in one run.
+
+Variants take turns, so that whatever else the machine does meets all of them. A ratio holds for one
+kind of machine; no time here holds for another.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from trainer.process.errors import ConfigError, OutputError
+from trainer.process.world import ALONE
+from trainer.train.session import conclude
+
+if TYPE_CHECKING:
+    from trainer.bench.timing import Table
+
+PARTS = ("layer", "step", "engine", "traffic", "checkpoint", "data", "monitor")
+LARGE = ("vit_large_patch14_clip_224", "vit_gigantic_patch14_clip_224")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Command line; returns the exit code."""
+    args = parser().parse_args(argv)
+    return conclude(lambda: bench_command(args), ALONE)
+
+
+def bench_command(args: argparse.Namespace) -> None:
+    """Measures part by part, and shows and writes every table once it is there.
+
+    Raises:
+        ConfigError: an argument that cannot work, before anything is measured.
+        OutputError: the file for the figures cannot be written.
+    """
+    on_cpu = tuple(part for part in PARTS if part != "engine")
+    parts = args.part or (("step", "engine") if args.device == "cuda" else on_cpu)
+    _check(args, parts)
+    measured: dict[str, Table] = {}
+    for part in parts:
+        for tables in _measure(part, args):
+            measured |= tables
+            _show(tables)
+            if args.json:
+                _write(args.json, measured)
+
+
+def _check(args: argparse.Namespace, parts: Sequence[str]) -> None:
+    """Finds what would end the benchmark after minutes of measuring."""
+    import torch
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device: 'cuda', but torch finds no GPU; use --device cpu")
+    if "step" in parts:
+        _check_steps(args)
+    if args.json:
+        _write(args.json, None)
+
+
+def _check_steps(args: argparse.Namespace) -> None:
+    from trainer.config.run_config import ModelConfig
+    from trainer.prepare.backbone import check_backbone
+
+    if importlib.util.find_spec("peft") is None:
+        others = " ".join(part for part in PARTS if part != "step")
+        raise ConfigError(
+            "--part: 'step' compares with PEFT, which is not installed; pip install "
+            f"'moa-trainer[test]', or leave it out: --part {others}"
+        )
+    for backbone in args.backbones or ():
+        try:
+            check_backbone(ModelConfig(backbone=backbone, weights="random"))
+        except ConfigError as error:
+            reason = str(error).removeprefix("model.backbone: ")
+            raise ConfigError(f"--backbones: {reason}") from error
+
+
+def _write(path: str, measured: "dict[str, Table] | None") -> None:
+    """Writes the figures; None only sees whether they could be, and leaves older ones alone."""
+    try:
+        with open(path, "a" if measured is None else "w", encoding="utf-8") as file:
+            file.write("" if measured is None else json.dumps(measured, indent=1) + "\n")
+    except OSError as error:
+        reason = error.strerror or error
+        raise OutputError(f"--json: cannot write {path} ({reason}); give another file") from error
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(prog="python -m trainer.bench", description=__doc__)
+    result.add_argument(
+        "--part", type=_part, nargs="+", metavar="PART",
+        help=f"which of {', '.join(PARTS)}; default all but engine; on a GPU step engine",
+    )  # fmt: skip
+    result.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    result.add_argument(
+        "--backbones", nargs="+", metavar="NAME",
+        help=f"for step; default vit_base_patch16_clip_224, on a GPU {' and '.join(LARGE)}",
+    )  # fmt: skip
+    result.add_argument(
+        "--batches",
+        type=_count,
+        nargs="+",
+        metavar="N",
+        help="for step; default 4, on a GPU 64 256",
+    )
+    result.add_argument(
+        "--precision", choices=("fp32", "bf16"), help="for step; default fp32, on a GPU bf16"
+    )
+    result.add_argument(
+        "--compile", action="store_true", help="for step: each table also with torch.compile"
+    )
+    result.add_argument(
+        "--checkpointing", action="store_true", help="for step: with activation checkpointing"
+    )
+    result.add_argument(
+        "--alone", action="store_true", help="for step: one method after the other, as on a GPU"
+    )
+    result.add_argument("--rounds", type=_count, default=5, help="default: 5")
+    result.add_argument("--json", metavar="FILE", help="also write the figures there")
+    return result
+
+
+def _part(text: str) -> str:
+    if text not in PARTS:
+        raise argparse.ArgumentTypeError(f"{text!r}; legal are {', '.join(PARTS)}")
+    return text
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; legal is a whole number >= 1")
+    return int(text)
+
+
+def _measure(part: str, args: argparse.Namespace) -> "Iterator[dict[str, Table]]":
+    """One part's tables; imports what it needs only here, so that --help answers at once."""
+    import torch
+
+    device = torch.device(args.device)
+    if part == "layer":
+        from trainer.bench import layer as bench_layer
+
+        yield bench_layer.measure(args.rounds, device)
+    elif part == "engine":
+        from trainer.bench import engine as bench_engine
+
+        if args.device == "cuda":
+            yield from bench_engine.measure(bench_engine.GPU_CASES, args.rounds)
+        else:
+            yield from bench_engine.measure()
+    elif part == "traffic":
+        from trainer.bench import traffic as bench_traffic
+
+        yield bench_traffic.measure()
+    elif part == "checkpoint":
+        from trainer.bench import checkpoint as bench_checkpoint
+
+        yield bench_checkpoint.measure()
+    elif part == "monitor":
+        from trainer.bench import monitor as bench_monitor
+
+        yield bench_monitor.measure(args.rounds)
+    elif part == "data":
+        from trainer.bench import data as bench_data
+
+        yield bench_data.measure(args.rounds)
+    else:
+        yield from _measure_steps(args)
+
+
+def _measure_steps(args: argparse.Namespace) -> "Iterator[dict[str, Table]]":
+    import torch
+
+    from trainer.bench import step as bench_step
+
+    gpu = args.device == "cuda"
+    precision = args.precision or ("bf16" if gpu else "fp32")
+    for backbone in args.backbones or (LARGE if gpu else ("vit_base_patch16_clip_224",)):
+        for batch in args.batches or ((64, 256) if gpu else (4,)):
+            for compiled in (False, True) if args.compile else (False,):
+                setting = bench_step.Setting(
+                    backbone=backbone,
+                    batch=batch,
+                    device=args.device,
+                    dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+                    compiled=compiled,
+                    checkpointing=args.checkpointing,
+                    alone=gpu or args.alone,
+                )
+                yield {str(setting): bench_step.measure(setting, args.rounds)}
+
+
+def _show(measured: "dict[str, Table]") -> None:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    for title, rows in measured.items():
+        columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+        table = RichTable("variant", title=title, title_justify="left")
+        for name in columns:
+            table.add_column(name, justify="right")
+        for variant, row in rows.items():
+            table.add_row(variant, *(_text(row.get(name, "")) for name in columns))
+        console.print(table)
+
+
+def _text(value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

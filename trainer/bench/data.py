@@ -1,0 +1,235 @@
+"""What the data stream costs: images per CPU-second against other ways, start-up, and resume.
+
+Everything runs in this process on synthetic JPEGs of a photograph's size. CPU time counts, since
+loader processes share a node's cores; divide a node's need of images by these figures to get cores.
+"""
+
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import datasets, transforms
+
+from shards import (
+    Decoder,
+    DomainStream,
+    ShardIndex,
+    decode_image,
+    loader_transform,
+    train_transform,
+)
+from shards.datasets import dataset_spec
+from shards.writer import write_shards
+from trainer.bench.timing import Table, Work
+
+DOMAINS, CLASSES, PER_CLASS = ("art", "photo"), ("cat", "dog"), 40
+STEPS, PER_DOMAIN = 5, 16  # of the stream in one round
+IMAGES = STEPS * PER_DOMAIN * len(DOMAINS)
+RESUMED_AT = (10, 10_000, 1_000_000)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DATA_CONFIG: Mapping[str, Any] = {
+    "input_size": (3, 224, 224),
+    "interpolation": "bilinear",  # as in DomainBed
+    "mean": MEAN,
+    "std": STD,
+}
+
+
+def measure(rounds: int) -> dict[str, Table]:
+    """The benchmark's tables of the data part.
+
+    Args:
+        rounds: how often every variant runs, in turns; medians are given.
+
+    Returns:
+        Title of a table to variants to columns: images per CPU-second and their ratio to the first
+        variant, and CPU milliseconds of starting and resuming.
+    """
+    with tempfile.TemporaryDirectory() as folder, single_thread():
+        images = make_images(Path(folder) / "images")
+        index = write_shards(images, Path(folder) / "shards", dataset_spec("folder"))
+        title = f"data: {IMAGES} JPEGs of 400 to 600 px to 224 px, DomainBed's augmentation"
+        return {
+            title: throughput(works(index, images), rounds),
+            "data: start to first batch": {"local set": {"cpu_ms": _start(index.root, rounds)}},
+            "data: resumed, to first batch": {
+                f"step {step:,}": {"cpu_ms": _resume(index, step, rounds)} for step in RESUMED_AT
+            },
+        }
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """One thread for torch's operations, so that CPU time does not depend on the machine's size."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def make_images(root: Path) -> Path:
+    """An image folder of smooth shapes with some noise, about 70 KB a file."""
+    random = np.random.RandomState(0)
+    for domain, name, number in itertools.product(DOMAINS, CLASSES, range(PER_CLASS)):
+        width, height = random.randint(400, 601, size=2)
+        coarse = random.randint(0, 256, (8, 8, 3), dtype=np.uint8)
+        smooth = np.asarray(
+            Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+        )
+        noisy = np.clip(smooth + random.normal(0, 9, smooth.shape), 0, 255).astype(np.uint8)
+        path = root / domain / name / f"{number:03d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noisy).save(path, quality=90)
+    return root
+
+
+def works(index: ShardIndex, images: Path) -> dict[str, Work]:
+    """Ways to turn the same number of images into training tensors, the bare loop first."""
+    whole = train_transform(DATA_CONFIG, "domainbed")
+    half = loader_transform(DATA_CONFIG, "domainbed")
+    files = _files_of(_stream(index, whole), images)
+
+    size = PER_DOMAIN * len(DOMAINS)
+    batches = [files[first : first + size] for first in range(0, IMAGES, size)]
+
+    def bare() -> None:
+        for batch in batches:
+            torch.stack([whole(decode_image(path.read_bytes())) for path in batch])
+
+    def ours(transform: Any, **options: Any) -> Work:
+        def work() -> None:
+            for _ in _stream(index, transform, **options).loader(0, STEPS):
+                pass
+
+        return work
+
+    return {
+        "bare loop: read, decode, augment, stack": bare,
+        "our stream": ours(whole),
+        "our stream, colours left to the device": ours(half),
+        "our stream, decode: pil": ours(whole, decoder=Decoder("pil")),
+        "webdataset's pipeline, our decode and augment": _webdataset(index, whole),
+        "DomainBed's ImageFolder": _image_folder(images),
+    }
+
+
+def throughput(variants: Mapping[str, Work], rounds: int) -> Table:
+    """Images per CPU-second of each variant, taking turns; ratios are to the first."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(rounds + 1):  # the first warms up
+        for name, work in variants.items():
+            used = cpu_seconds(work)
+            if number:
+                seconds[name].append(used)
+    first = seconds[next(iter(variants))]
+    return {
+        name: {
+            "images_per_cpu_s": IMAGES / statistics.median(values),
+            "ratio": statistics.median(b / a for a, b in zip(values, first, strict=True)),
+        }
+        for name, values in seconds.items()
+    }
+
+
+def cpu_seconds(work: Work) -> float:
+    """CPU time of this process for one call."""
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
+def _stream(index: ShardIndex, transform: Any, **options: Any) -> DomainStream:
+    return DomainStream(
+        index,
+        sources=range(len(DOMAINS)),
+        batch_per_domain=PER_DOMAIN,
+        seed=0,
+        trial_seed=0,
+        transform=transform,
+        **options,
+    )
+
+
+def _files_of(stream: DomainStream, images: Path) -> list[Path]:
+    """The image files that the stream's first steps read, in order."""
+    sorted_files = {name: sorted((images / name).rglob("*.jpg")) for name in DOMAINS}
+    keys = [key for step in range(STEPS) for key in stream.keys(step)]
+    pairs = (key.rpartition("-") for key in keys)
+    return [sorted_files[domain][int(rank)] for domain, _, rank in pairs]
+
+
+def _webdataset(index: ShardIndex, transform: Any) -> Work:
+    import webdataset
+
+    urls = [str(index.root / shard.file) for shard in index.shards]
+    pipeline = (
+        webdataset.WebDataset(urls, shardshuffle=False)
+        .shuffle(100)
+        .to_tuple("jpg", "cls")
+        .map_tuple(lambda data: transform(decode_image(data)), int)
+        .batched(PER_DOMAIN * len(DOMAINS))
+        .repeat()
+    )
+
+    def work() -> None:
+        for _ in itertools.islice(pipeline, STEPS):
+            pass
+
+    return work
+
+
+def _image_folder(images: Path) -> Work:
+    """DomainBed's chain: Pillow throughout, one dataset per domain, draws with replacement."""
+    augment = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(224, scale=(0.7, 1.0)),
+            transforms.RandomHorizontalFlip(),
+            transforms.ColorJitter(0.3, 0.3, 0.3, 0.3),
+            transforms.RandomGrayscale(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+    loaders = []
+    for name in DOMAINS:
+        folder = datasets.ImageFolder(str(images / name), transform=augment)
+        draws = torch.utils.data.RandomSampler(folder, replacement=True, num_samples=10**6)
+        loader = torch.utils.data.DataLoader(folder, PER_DOMAIN, sampler=draws)
+        loaders.append(iter(loader))
+
+    def work() -> None:
+        for _ in range(STEPS):
+            for loader in loaders:
+                next(loader)
+
+    return work
+
+
+def _start(root: Path, rounds: int) -> float:
+    """CPU milliseconds from a set's folder to the first batch."""
+    transform = train_transform(DATA_CONFIG, "domainbed")
+
+    def work() -> None:
+        next(iter(_stream(ShardIndex.load(root), transform).loader(0, 1)))
+
+    return 1000 * statistics.median(cpu_seconds(work) for _ in range(rounds))
+
+
+def _resume(index: ShardIndex, step: int, rounds: int) -> float:
+    """CPU milliseconds from an opened set to the batch of a later step."""
+    transform = train_transform(DATA_CONFIG, "domainbed")
+
+    def work() -> None:
+        next(iter(_stream(index, transform).loader(step, step + 1)))
+
+    return 1000 * statistics.median(cpu_seconds(work) for _ in range(rounds))

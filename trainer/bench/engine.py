@@ -1,0 +1,143 @@
+"""Real optimisation steps of large backbones through the DeepSpeed engine.
+
+Each case runs in a process of its own, so that its peak memory is its own: one step on a CPU; on a
+GPU several, and every kind of ZeRO.
+"""
+
+import multiprocessing
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import moa
+from trainer.bench.timing import Table, interleaved
+from trainer.config import deepspeed_json
+from trainer.config.run_config import ModelConfig, RunConfig, TrainConfig
+from trainer.monitor.peak_memory import highest_resident
+from trainer.prepare.backbone import Backbone, create_backbone
+from trainer.process.world import ALONE
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Case:
+    """A backbone with random weights, and how it is run."""
+
+    backbone: str
+    batch: int
+    precision: str
+    checkpointing: bool
+    method: str = "moa_kron"
+    zero: str = "zero2"
+
+    def __str__(self) -> str:
+        """Name of the row."""
+        kept = ", activation checkpointing" if self.checkpointing else ""
+        return (
+            f"{self.backbone}, {self.method}, {self.zero}, batch {self.batch}, "
+            f"{self.precision}{kept}"
+        )
+
+
+CASES = (
+    Case("vit_large_patch14_clip_224", 2, "fp32", False),
+    Case("vit_gigantic_patch14_clip_224", 1, "bf16", True),
+)
+GPU_CASES = (
+    Case("vit_large_patch14_clip_224", 64, "bf16", False),
+    *(
+        Case("vit_gigantic_patch14_clip_224", 64, "bf16", False, zero=zero)
+        for zero in ("zero2", "zero2_offload", "zero3", "zero3_offload")
+    ),
+    Case("vit_gigantic_patch14_clip_224", 64, "bf16", True),
+)
+
+
+def measure(cases: tuple[Case, ...] = CASES, rounds: int = 0) -> Iterator[dict[str, Table]]:
+    """Loss, gradient norm, tensors that moved, seconds and peak memory of each case's first step.
+
+    Of `rounds` more steps the median time, and images/s. Yields the table whenever it has grown.
+    """
+    rows: Table = {}
+    for case in cases:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            rows[str(case)] = pool.submit(_steps, case, rounds).result()
+        yield {"optimisation steps through the engine": rows}
+
+
+def build(case: Case, device: torch.device) -> tuple[RunConfig, Backbone, dict[str, Any]]:
+    """The configuration, the injected backbone, and the DeepSpeed JSON as a run would have it."""
+    config = RunConfig(
+        model=ModelConfig(
+            backbone=case.backbone, weights="random", grad_checkpointing=case.checkpointing
+        ),
+        moa=moa.MoAConfig(method=case.method),  # type: ignore[arg-type]
+        train=TrainConfig(precision=case.precision),  # type: ignore[arg-type]
+        ds_config=f"ds_configs/{case.zero}.json",
+    )
+    with device:  # filling billions of weights on a CPU takes longer than the measurement
+        backbone = create_backbone(config.model, num_classes=345, seed=0)
+        trainable = moa.inject(backbone.model, config.moa).trainable
+    resolved = deepspeed_json.resolve(config, 1, case.batch, case.precision == "bf16", trainable)
+    deepspeed_json.check_buckets(resolved, trainable)
+    return config, backbone, resolved
+
+
+def _steps(case: Case, rounds: int) -> dict[str, float | str]:
+    """Builds and steps; the engine raises if a trainable tensor got no gradient."""
+    from trainer.engine import engine
+
+    started = time.perf_counter()
+    engine.start(ALONE)
+    config, backbone, resolved = build(case, engine.device_of(ALONE))
+    ready = engine.Engine(backbone.model, config.optim, resolved, ALONE, config.moa)
+    before = ready.masters()
+    moa.set_routing_position(ready.module, moa.RoutingPosition(0, 0, 0))
+    images = torch.randn(case.batch, *backbone.data_config["input_size"])
+    labels = torch.randint(345, (case.batch,), device=ready.device)
+    images = images.to(ready.device, ready.dtype)
+    built = time.perf_counter()
+
+    def step() -> float:
+        loss = F.cross_entropy(ready(images).float(), labels)
+        loss = loss + moa.aux_loss(ready.module, engine.differentiable_sum)
+        ready.backward(loss)
+        ready.step()
+        return float(loss.detach())
+
+    with ready.checks_gradients():
+        loss = step()
+    row: dict[str, float | str] = {
+        "loss": loss,
+        "gradient norm": ready.grad_norm(),
+        "trainable tensors": len(before),
+        "moved": _moved(before, ready.masters()),
+        "build s": built - started,
+        "first step s": time.perf_counter() - built,
+    }
+    if rounds:
+        milliseconds = interleaved({"": step}, rounds, ready.device)[""]["ms"]
+        row |= {"ms": milliseconds, "img/s": case.batch / float(milliseconds) * 1000}
+    engine.stop()
+    return row | _peaks(ready.device)
+
+
+def _moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> int:
+    return sum(not torch.equal(after[name], before[name]) for name in before)
+
+
+def _peaks(device: torch.device) -> dict[str, float | str]:
+    """Memory in GiB."""
+    on_host: dict[str, float | str] = {"peak GiB": highest_resident() / GIB}
+    if device.type != "cuda":
+        return on_host
+    on_device = torch.cuda.max_memory_allocated(device) / GIB
+    return {"peak GiB": on_device, "host GiB": on_host["peak GiB"]}

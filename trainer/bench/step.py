@@ -1,0 +1,269 @@
+"""A whole training step by method: time against stock PEFT LoRA, and peak memory.
+
+The frozen backbone has random weights; images are noise. A step is forward, backward and Adam.
+"""
+
+import itertools
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import moa
+import trainer.prepare.vit_embedded  # noqa: F401  (registers the embedded backbone)
+from trainer.bench.timing import Table, Work, interleaved
+from trainer.monitor.peak_memory import highest_resident
+from trainer.prepare.footprint import fused_attention
+
+REFERENCE = "PEFT LoRA r=8, qkv of all blocks"
+METHODS = {
+    REFERENCE: None,
+    "backbone alone, gradient of the input": None,
+    "lora r=8, qkv of all blocks": moa.MoAConfig(
+        method="lora", ranks=(8,), targets=("attn.qkv",), blocks="all"
+    ),
+    "moa_lora": moa.MoAConfig(method="moa_lora"),
+    "moa_kron": moa.MoAConfig(method="moa_kron"),
+}
+GIB = 2**30
+IN_FLIGHT = 5
+"""Steps that follow each other on a GPU before anyone waits for them, as in training."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every variant of a table has in common."""
+
+    backbone: str
+    batch: int
+    device: str
+    dtype: torch.dtype
+    compiled: bool = False
+    checkpointing: bool = False
+    alone: bool = False
+
+    def __str__(self) -> str:
+        """Title of the table."""
+        parts = [f"training step, {self.backbone}, batch {self.batch}, {self.device}"]
+        parts.append(str(self.dtype).removeprefix("torch."))
+        parts += ["torch.compile"] * self.compiled + ["activation checkpointing"] * (
+            self.checkpointing
+        )
+        return ", ".join(parts)
+
+
+def measure(setting: Setting, rounds: int) -> Table:
+    """Time, images/s, MFU, operations, peak memory and their ratios to PEFT LoRA for each method.
+
+    On a CPU the methods take turns; on a GPU, where several large models do not fit beside each
+    other, each runs alone. MFU counts the floating point operations of forward and backward, a
+    recomputation not among them, against a matrix product measured in the same call. `operations`
+    are what forward and backward launch, as `step_operations` counts.
+    """
+    device = torch.device(setting.device)
+    yardstick = matmul_flops(device, setting.dtype)
+    table, peaks = _alone(setting, rounds) if setting.alone else _in_turns(setting, rounds)
+    reference = table[REFERENCE]["ms"]
+    for name, row in table.items():
+        if isinstance(row["ms"], str):
+            continue
+        seconds = row["ms"] / 1000
+        row["img/s"] = setting.batch / seconds
+        row["MFU"] = step_flops(name, setting.backbone) * setting.batch / seconds / yardstick
+        row["operations"] = step_operations(name, setting.backbone, setting.dtype)
+        if setting.alone and not isinstance(reference, str):
+            row["ratio"] = row["ms"] / reference
+        if name in peaks:
+            row["peak GiB"] = peaks[name] / GIB
+            if REFERENCE in peaks:
+                row["peak ratio"] = peaks[name] / peaks[REFERENCE]
+    return table
+
+
+def _in_turns(setting: Setting, rounds: int) -> tuple[Table, dict[str, int]]:
+    works = {name: make_step(name, setting) for name in METHODS}
+    table = interleaved(works, rounds, torch.device(setting.device))
+    return table, _peaks_on_cpu(setting)
+
+
+def _alone(setting: Setting, rounds: int) -> tuple[Table, dict[str, int]]:
+    table: Table = {}
+    peaks: dict[str, int] = {}
+    device = torch.device(setting.device)
+    for name in METHODS:
+        try:
+            table[name] = {"ms": _milliseconds(name, setting, rounds, device)}
+            if device.type == "cuda":
+                peaks[name] = torch.cuda.max_memory_allocated(device)
+        except torch.OutOfMemoryError:
+            table[name] = {"ms": "out of memory"}
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return table, peaks if device.type == "cuda" else _peaks_on_cpu(setting)
+
+
+def _milliseconds(name: str, setting: Setting, rounds: int, device: torch.device) -> float | str:
+    """Of a step; its model goes with this function, be it with an error, before the next's."""
+    work, in_a_row = make_step(name, setting), 1
+    work()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # a step's peak, not the compiler's
+        in_a_row = IN_FLIGHT
+    works = {name: lambda: [work() for _ in range(in_a_row)]}
+    return float(interleaved(works, rounds, device)[name]["ms"]) / in_a_row
+
+
+def _peaks_on_cpu(setting: Setting) -> dict[str, int]:
+    """Bytes by method; a compiler's own memory would hide that of the step."""
+    if setting.compiled:
+        return {}
+    return {name: _peak_in_child(name, setting) for name in METHODS}
+
+
+def make_step(name: str, setting: Setting) -> Work:
+    """Builds a model and returns one training step of it."""
+    torch.manual_seed(0)
+    device = torch.device(setting.device)
+    with device:  # filling billions of weights on a CPU takes longer than the measurement
+        model = _model(name, setting)
+    model.to(device, setting.dtype).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters) if parameters else None
+    size = timm.data.resolve_model_data_config(model)["input_size"]
+    images = torch.randn(setting.batch, *size, device=device, dtype=setting.dtype)
+    images.requires_grad_(not parameters)
+    labels = torch.randint(10, (setting.batch,), device=device)
+    if setting.compiled:
+        _compile_blocks(model)
+
+    steps = itertools.count()
+
+    def work() -> None:
+        if METHODS[name] is not None:  # as the trainer does
+            moa.set_routing_position(model, moa.RoutingPosition(0, next(steps), 0))
+        loss = F.cross_entropy(model(images).float(), labels) + moa.aux_loss(model)
+        if optimizer is not None:
+            optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        if optimizer is not None:
+            optimizer.step()
+
+    return work
+
+
+def _compile_blocks(model: nn.Module) -> None:
+    """Has the transformer's blocks compiled at their first forward.
+
+    Those of one kind run the same code, which is compiled once: seconds instead of minutes.
+    """
+    # What was compiled for other methods counts against a limit, beyond which nothing more is.
+    torch.compiler.reset()
+    for path, module in model.named_modules():
+        if path.rpartition(".")[2] == "blocks":
+            for block in module.children():
+                block.compile()
+
+
+def _model(name: str, setting: Setting) -> nn.Module:
+    model: nn.Module = timm.create_model(setting.backbone, pretrained=False, num_classes=10)
+    if setting.checkpointing:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    config = METHODS[name]
+    if config is not None:
+        moa.inject(model, config)
+    elif name == REFERENCE:
+        import peft  # of the test extra
+
+        targets = peft.LoraConfig(r=8, target_modules=r".*attn\.qkv", modules_to_save=["head"])
+        return peft.get_peft_model(model, targets)
+    else:
+        model.requires_grad_(False)
+    return model
+
+
+def _peak_in_child(name: str, setting: Setting) -> int:
+    """Bytes that a fresh process needs for two steps beyond what importing takes, PEFT included."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_peak, name, setting).result()
+
+
+def _peak(name: str, setting: Setting) -> int:
+    import peft  # noqa: F401  (else it would count as memory of the one method that uses it)
+
+    imported = highest_resident()
+    work = make_step(name, setting)
+    work()
+    work()
+    return max(1, highest_resident() - imported)  # a tiny model hides below the imports' peak
+
+
+_COMPUTES_NOTHING = ("empty", "new_empty", "_unsafe_view", "promote_types")
+
+
+class _OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operations that compute something."""
+
+    operations = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        free = func.is_view or func.overloadpacket.__name__.startswith(_COMPUTES_NOTHING)
+        self.operations += not free
+        return func(*args, **(kwargs or {}))
+
+
+@cache
+def step_flops(name: str, backbone: str) -> int:
+    """Floating point operations of one image's forward and backward, without recomputation."""
+    step = _step_on_meta(name, backbone, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return int(counter.get_total_flops())
+
+
+@cache
+def step_operations(name: str, backbone: str, dtype: torch.dtype) -> int:
+    """Operations that an eager forward and backward dispatch, attention being one.
+
+    Not counted are views, allocations, the optimizer and what activation checkpointing repeats. On
+    the meta device, so that any machine counts alike; a GPU multiplies bf16 by a few more.
+    """
+    step, counter = _step_on_meta(name, backbone, dtype), _OperationCounter()  # type: ignore[no-untyped-call]
+    with fused_attention(), counter:
+        step()
+    return counter.operations
+
+
+def _step_on_meta(name: str, backbone: str, dtype: torch.dtype) -> Callable[[], None]:
+    """Forward and backward of one image."""
+    with torch.device("meta"):
+        model = _model(name, Setting(backbone, 1, "meta", dtype)).to(dtype).train()
+    size = timm.data.resolve_model_data_config(model)["input_size"]
+    images = torch.zeros(1, *size, device="meta", dtype=dtype, requires_grad=True)
+
+    def step() -> None:
+        if METHODS[name] is not None:
+            moa.set_routing_position(model, moa.RoutingPosition(0, 0, 0))
+        loss = model(images).sum() + moa.aux_loss(model)
+        torch.autograd.backward(loss)
+
+    return step
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square product, the yardstick of MFU."""
+    side = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    times = [float(interleaved({"": lambda: a @ a}, 3, device)[""]["ms"]) for _ in range(8)]
+    return 2 * side**3 / (min(times) / 1000)

@@ -1,0 +1,1 @@
+"""What is on disk: checkpoints, the run folder, its lock, the queue of saves."""

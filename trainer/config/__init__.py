@@ -1,0 +1,1 @@
+"""Settings: command line, recipes, the DeepSpeed JSON, what may change on resume."""

@@ -1,0 +1,165 @@
+"""From `argv` and a YAML recipe to a checked `RunConfig`; all problems are reported at once."""
+
+import argparse
+import difflib
+import types
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from trainer.config.run_config import RunConfig, flat_fields
+from trainer.process.errors import ConfigError
+
+RECIPES = Path(__file__).resolve().parent / "recipes"
+DEFAULT_RECIPE = "embedded"
+ALIASES = {"deepspeed_config": "ds_config"}
+SECTIONS = {key.partition(".")[0] for key in flat_fields(RunConfig()) if "." in key}
+LAUNCHER_FLAGS = (
+    "local_rank",
+    "local-rank",
+)  # appended by launchers; the rank is in the environment
+
+
+class OwnFlags(argparse.ArgumentParser):
+    """Flags of a command beside those of a run; a mistake is a `ConfigError`, too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises what `trainer.process.ending.conclude` prints."""
+        raise ConfigError(message)
+
+
+def build_parser() -> ArgumentParser:
+    """The parser whose flags, types, defaults and help come from `RunConfig`'s fields."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog="deepspeed trainer/run.py",
+        description="Train a Mixture-of-Adapters with one domain held out, and evaluate it.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--recipe",
+        type=str,
+        default=DEFAULT_RECIPE,
+        help="YAML file, or a name from trainer/config/recipes/, with settings that flags override",
+    )
+    parser.add_class_arguments(RunConfig)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> RunConfig:
+    """The configuration that a command line describes.
+
+    `--help` prints the help and exits.
+
+    Raises:
+        ConfigError: unknown keys, values of a wrong type or out of range; all of them, one a line.
+    """
+    parser = build_parser()
+    if {"-h", "--help"} & set(argv):
+        parser.parse_args(["--help"])
+    pairs, problems = _split(argv)
+    recipe = next((value for key, value in reversed(pairs) if key == "recipe"), DEFAULT_RECIPE)
+    from_recipe, recipe_problems = _read_recipe(recipe)
+    given = [(key, value, "") for key, value in pairs if key != "recipe"]
+    settings = [(key, value, f" (recipe {recipe})") for key, value in from_recipe] + given
+    problems += recipe_problems
+    for key, value, source in settings:
+        problems += _check(parser, key, value, source)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    namespace = parser.parse_args([f"--{key}={value}" for key, value, _ in settings])
+    del namespace["recipe"]
+    config = parser.instantiate_classes(namespace)
+    run = RunConfig(**{entry.name: config[entry.name] for entry in fields(RunConfig)})
+    run.check()
+    return run
+
+
+def _split(argv: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Cuts `--key value` and `--key=value` into pairs; launcher flags are dropped."""
+    pairs, problems, rest = [], [], list(argv)
+    while rest:
+        token = rest.pop(0)
+        key, equals, value = token.removeprefix("--").partition("=")
+        if not token.startswith("--") or not key:
+            problems.append(f"{token}: not a setting; write --section.field value")
+        elif not equals and (not rest or rest[0].startswith("--")):
+            problems.append(f"--{key}: no value given")
+        else:
+            value = value if equals else rest.pop(0)
+            if key not in LAUNCHER_FLAGS:
+                pairs.append((ALIASES.get(key, key), value))
+    return pairs, problems
+
+
+def _read_recipe(name: str) -> tuple[list[tuple[str, str]], list[str]]:
+    path = Path(name) if Path(name).is_file() else RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+        return [], [f"--recipe: no file or recipe {name!r}{_nearest(name, known)}"]
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return [], [f"--recipe: {path} is not YAML: {' '.join(str(error).split())}"]
+    if not isinstance(content, dict):
+        return [], [f"--recipe: {path} must hold `section:` with `field: value` under it"]
+    return list(_flatten(content)), []
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    pairs: list[tuple[str, str]] = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            pairs += _flatten(value, f"{prefix}{key}.")
+        elif value is None and f"{prefix}{key}" in SECTIONS:
+            continue  # a section whose fields are all commented out
+        else:
+            text = (
+                value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True)
+            )
+            pairs.append((f"{prefix}{key}", text.removesuffix("...\n").strip()))
+    return pairs
+
+
+def _check(parser: ArgumentParser, key: str, value: str, source: str) -> list[str]:
+    known = list(flat_fields(RunConfig()))
+    if key not in known:
+        return [f"--{key} = {value!r}{source}: unknown setting{_nearest(key, known)}"]
+    try:
+        parser.parse_args([f"--{key}={value}"])
+    except ArgumentError:
+        legal = describe_type(_annotation(key))
+        options = [str(o) for o in get_args(_annotation(key)) if isinstance(o, str)]
+        close = difflib.get_close_matches(value, options, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        return [f"--{key} = {value!r}{source}: legal is {legal}{hint}"]
+    return []
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    by_field = [k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2]]
+    close = by_field or difflib.get_close_matches(name, known, 1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; legal are {', '.join(known)}"
+
+
+def _annotation(key: str) -> Any:
+    kind: Any = RunConfig
+    for part in key.split("."):
+        kind = next(entry.type for entry in fields(kind) if entry.name == part)
+    return kind
+
+
+def describe_type(kind: Any) -> str:
+    """What may stand for a value of a type, in words."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(describe_type(k) for k in get_args(kind) if k is not type(None))
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return f"a list [a, b, ...] of which each is {describe_type(get_args(kind)[0])}"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]

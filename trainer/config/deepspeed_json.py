@@ -1,0 +1,213 @@
+"""The DeepSpeed JSON: read, checked, and its "auto" entries filled from the run's settings.
+
+Raw DeepSpeed does not know "auto"; here it means: the run's configuration decides.
+"""
+
+import difflib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from trainer.config.run_config import RunConfig
+from trainer.process.errors import ConfigError
+
+STAGES = (1, 2, 3)
+_OWN_SECTIONS = {
+    "optimizer": "--optim.name, --optim.lr, ...",
+    "scheduler": "--optim.lr (the rate is constant)",
+    "fp16": "--train.precision bf16 or fp32",
+    "amp": "--train.precision bf16 or fp32",
+    "activation_checkpointing": "--model.grad_checkpointing true",
+}
+
+
+# What a file may say; a word that DeepSpeed does not know would be passed over in silence.
+_KNOWN = {
+    "": (
+        "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+        "gradient_clipping", "bf16", "data_types", "zero_optimization", "steps_per_print",
+        "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+        "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "aio",
+        "comms_logger", "flops_profiler", "memory_breakdown", "dump_state", "timers",
+    ),
+    "zero_optimization": (
+        "stage", "contiguous_gradients", "overlap_comm", "reduce_scatter", "reduce_bucket_size",
+        "allgather_partitions", "allgather_bucket_size", "round_robin_gradients",
+        "offload_optimizer", "offload_param", "sub_group_size", "ignore_unused_parameters",
+        "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size",
+        "stage3_param_persistence_threshold", "stage3_model_persistence_threshold",
+        "stage3_module_granularity_threshold", "stage3_use_all_reduce_for_fetch_params",
+        "stage3_gather_16bit_weights_on_model_save", "use_multi_rank_bucket_allreduce",
+        "allgather_sequential", "log_trace_cache_warnings", "memory_efficient_linear",
+    ),
+    "zero_optimization.offload_optimizer": (
+        "device", "nvme_path", "buffer_count", "pin_memory", "pipeline_read", "pipeline_write",
+        "fast_init", "ratio", "super_offload", "cpuadam_cores_perc",
+    ),
+    "zero_optimization.offload_param": (
+        "device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory",
+    ),
+    "bf16": ("enabled",),
+    "data_types": ("grad_accum_dtype",),
+}  # fmt: skip
+_ACCUMULATION = ("fp32", "bf16")
+
+
+def read(config: RunConfig) -> dict[str, Any]:
+    """The JSON as it stands, once it has the sections that everything relies on.
+
+    Raises:
+        ConfigError: not JSON, or not of the right shape.
+    """
+    path = config.ds_config_path()
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"ds_config: {path} is not JSON: {error}") from error
+    if problem := _shape_problem(content):
+        raise ConfigError(f"ds_config: {problem} (in {config.ds_config})")
+    return dict(content)
+
+
+def resolve(
+    config: RunConfig, world_size: int, global_batch: int, bf16: bool, trainable: int = 0
+) -> dict[str, Any]:
+    """The complete JSON for `deepspeed.initialize`.
+
+    Args:
+        config: the run; its `ds_config` names the file.
+        world_size: number of processes.
+        global_batch: images per optimizer step over all processes.
+        bf16: whether weights and activations are bf16.
+        trainable: numbers that train, to which an "auto" bucket is fitted.
+
+    Raises:
+        ConfigError: not JSON, an entry that contradicts the run, an "auto" that has no meaning.
+    """
+    content = read(config)
+    accumulation = config.train.accumulation
+    wanted: dict[str, Any] = {
+        "train_batch_size": global_batch,
+        "train_micro_batch_size_per_gpu": global_batch // (world_size * accumulation),
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optim.clip,
+        "bf16.enabled": bf16,
+    }
+    _fit_buckets(content["zero_optimization"], trainable)
+    problems = [*_unknown(content), *_section_problems(content)]
+    for dotted, value in wanted.items():
+        problems += _fill(content, dotted, value)
+    problems += [
+        f'ds_config: {dotted} is "auto", which only {", ".join(wanted)} may be; give a value'
+        for dotted in _autos(content)
+    ]
+    if problems:
+        raise ConfigError("\n".join(f"{p} (in {config.ds_config})" for p in problems))
+    return content
+
+
+def _fit_buckets(zero: dict[str, Any], trainable: int) -> None:
+    """Fills "auto" bucket sizes: DeepSpeed allocates them in full, and adapters are small."""
+    for name in ("reduce_bucket_size", "allgather_bucket_size"):
+        if zero.get(name) == "auto":
+            zero[name] = (trainable // 2**20 + 1) * 2**20  # more than them, and aligned
+
+
+def _unknown(content: dict[str, Any]) -> list[str]:
+    """Words that no one reads, with the nearest that someone does."""
+    found = []
+    for section, known in _KNOWN.items():
+        for name in _inside(content, section):
+            if name in known or (not section and name in _OWN_SECTIONS):
+                continue
+            close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else f"legal are {', '.join(known)}"
+            where = f"{section}.{name}" if section else name
+            found.append(f"ds_config: {where} is not known; {hint}")
+    return found
+
+
+def _inside(content: dict[str, Any], dotted: str) -> Any:
+    """A section by its dotted name, the whole by an empty one; empty where there is none."""
+    for name in filter(None, dotted.split(".")):
+        content = content.get(name, {})
+    return content
+
+
+def check_buckets(content: dict[str, Any], trainable: int) -> None:
+    """Refuses a gradient bucket that the trainable numbers do not fit into.
+
+    With smaller buckets, ranks that hold different experts would flush at different points and
+    their reductions no longer match.
+
+    Raises:
+        ConfigError: `reduce_bucket_size` is not larger than `trainable`.
+    """
+    size = content["zero_optimization"].get("reduce_bucket_size", 500_000_000)
+    if size <= trainable:
+        raise ConfigError(
+            f"ds_config: zero_optimization.reduce_bucket_size {size:,.0f} must exceed the "
+            f"{trainable:,} trainable numbers; raise it"
+        )
+
+
+def _shape_problem(content: Any) -> str:
+    """What keeps the content from being read at all, or an empty text."""
+    if not isinstance(content, dict):
+        return "must be a JSON object with sections such as zero_optimization"
+    if "zero_optimization" not in content:
+        return "has no zero_optimization section; copy one of ds_configs/"
+    for section in filter(None, _KNOWN):
+        if not isinstance(inside := _inside(content, section), dict):
+            return f"{section} is {inside!r}; it must be an object, such as ds_configs/ have there"
+    zero = content.get("zero_optimization", {})
+    for name in ("reduce_bucket_size", "allgather_bucket_size"):
+        value = zero.get(name, 1)
+        if value != "auto" and (not isinstance(value, int | float) or isinstance(value, bool)):
+            return f"zero_optimization.{name} is {value!r}; it must be a number"
+    return ""
+
+
+def _section_problems(content: dict[str, Any]) -> list[str]:
+    problems = [
+        f"ds_config: section {name!r} is not read; use {instead}"
+        for name, instead in _OWN_SECTIONS.items()
+        if name in content
+    ]
+    zero = content.get("zero_optimization", {})
+    if type(zero.get("stage")) is not int or zero["stage"] not in STAGES:
+        problems.append(
+            f"ds_config: zero_optimization.stage {zero.get('stage')!r}; legal are "
+            f"{', '.join(map(str, STAGES))} (ds_configs/zero1.json, zero2.json, zero3.json)"
+        )
+    if zero.get("stage") == 2 and not zero.get("contiguous_gradients", True):
+        problems.append("ds_config: zero_optimization.contiguous_gradients must be true at stage 2")
+    named = _inside(content, "data_types").get("grad_accum_dtype", _ACCUMULATION[0])
+    if named not in _ACCUMULATION:
+        problems.append(
+            f"ds_config: data_types.grad_accum_dtype is {named!r}; legal are "
+            f"{', '.join(_ACCUMULATION)}"
+        )
+    return problems
+
+
+def _fill(content: dict[str, Any], dotted: str, value: Any) -> list[str]:
+    """Sets an absent or "auto" entry; reports one that says something else."""
+    *sections, name = dotted.split(".")
+    for section in sections:
+        content = content.setdefault(section, {})
+    if content.setdefault(name, "auto") == "auto":
+        content[name] = value
+    elif content[name] != value:
+        return [
+            f'ds_config: {dotted} is {content[name]!r}, the run needs {value!r}; write "auto" there'
+        ]
+    return []
+
+
+def _autos(content: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _autos(value, f"{prefix}{key}.")
+        elif value == "auto":
+            yield prefix + key

@@ -1,0 +1,285 @@
+"""`RunConfig`: every setting of a run, in sections; checked as a whole before any work.
+
+Imports neither torch nor deepspeed, so that `--help` answers at once.
+"""
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from moa.config import MoAConfig
+from shards.config import DataConfig
+from trainer.config.averages import AverageConfig
+from trainer.config.class_names import read_class_names
+from trainer.config.prompts import read_templates
+from trainer.config.resume_rules import FIXED
+from trainer.process.errors import ConfigError
+from trainer.process.stopping import seconds_of
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+"""Folder that holds `trainer/`, `ds_configs/` and the other top-level folders."""
+
+
+def problems_of(read: Callable[[], object]) -> list[str]:
+    """The message of the `ConfigError` that `read` ends with, if it does."""
+    try:
+        read()
+    except ConfigError as error:
+        return [str(error)]
+    return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The frozen backbone."""
+
+    backbone: str = "vit_embedded.glyphs"
+    """timm name, architecture.tag; vit_embedded is the small one shipped with the trainer"""
+    weights: str = "pretrained"
+    """pretrained (timm's own for the tag), random, or the path of a safetensors file"""
+    grad_checkpointing: bool = False
+    """recompute activations in backward: less memory, about a third more time"""
+    head_init: Literal["random", "text"] = "random"
+    """random, or text: the classifier starts as CLIP's zero-shot classifier of the class names"""
+    text_model: str | None = None
+    """open_clip model of the texts: NAME:TAG, NAME:FILE, hf-hub:OWNER/REPOSITORY or
+    local-dir:FOLDER; default: the model whose visual tower the backbone is"""
+    prompts: str = "photo"
+    """texts of head_init text: photo (one sentence), styles (the mean over twelve), a file with one
+    template a line, or a template such as 'a photo of a {}.'"""
+    class_names: str | None = None
+    """YAML file of `class: words` for classes that the texts shall call otherwise"""
+
+    def problems(self) -> list[str]:
+        """Every setting that cannot work, one line each."""
+        if self.head_init == "text":
+            if self.weights == "random":
+                return [
+                    "model.head_init: text fits a pretrained CLIP backbone, not model.weights "
+                    "random"
+                ]
+            return problems_of(lambda: read_templates(self.prompts)) + problems_of(
+                lambda: read_class_names(self.class_names)
+            )
+        return [
+            f"model.{name}: {getattr(self, name)!r} has no effect without --model.head_init text"
+            for name, default in (("text_model", None), ("prompts", "photo"), ("class_names", None))
+            if getattr(self, name) != default
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer; its engine settings stay in the DeepSpeed JSON."""
+
+    name: Literal["adam", "adamw"] = "adam"
+    """torch's Adam, or AdamW with decoupled weight decay"""
+    lr: float = 5e-5
+    """constant learning rate"""
+    weight_decay: float = 0.0
+    """weight decay"""
+    eps: float = 1e-8
+    """Adam's denominator offset"""
+    clip: float = 0.0
+    """largest global gradient norm; 0 turns clipping off"""
+
+    def problems(self) -> list[str]:
+        """Every range problem, one line each."""
+        found = []
+        for name in ("lr", "eps"):
+            if not 0 < getattr(self, name) < float("inf"):
+                found.append(f"optim.{name}: {getattr(self, name)}; must be a finite number > 0")
+        for name in ("weight_decay", "clip"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                found.append(f"optim.{name}: {getattr(self, name)}; must be a finite number >= 0")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long and on what batches; sizes are those of the global batch, over all processes."""
+
+    steps: int = 5001
+    """optimizer steps; as in DomainBed, k * eval_every + 1 ends on an evaluation"""
+    batch_per_domain: int = 32
+    """images of each source domain in the global batch"""
+    eval_every: int = 300
+    """evaluate after steps 0, eval_every, 2 eval_every ... and after the last"""
+    eval_batch: int = 128
+    """images per process in an evaluation batch"""
+    accumulation: int = 1
+    """micro-batches that each process accumulates per step; bounds memory. The balance loss is
+    taken per micro-batch, everything else stays the same"""
+    seed: int = 0
+    """seed of initialisation, order, augmentation and gate noise"""
+    trial_seed: int = 0
+    """seed of the 80/20 split of every domain, DomainBed's trial seed"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto is bf16 on a GPU and fp32 on a CPU; fills the auto entries of the DeepSpeed JSON"""
+    time_limit: str | None = None
+    """save and exit 75 before this much time has passed since the start, such as 3h30m, 45m or
+    SLURM's 1-12:00:00; it leaves room for the longest step, evaluation and save so far"""
+    skip_nonfinite: int = 0
+    """steps with a loss or gradient that is not finite to leave out before giving up"""
+    step_deadline: float = 1800.0
+    """seconds in which no process gets on after which all end (three times that for the first
+    step of a start); 0 waits for ever"""
+
+    def problems(self) -> list[str]:
+        """Every range problem, one line each."""
+        low = {
+            "steps": 1, "batch_per_domain": 1, "eval_every": 1, "eval_batch": 1, "accumulation": 1,
+            "seed": 0, "trial_seed": 0, "skip_nonfinite": 0,
+        }  # fmt: skip
+        found = [
+            f"train.{name}: {getattr(self, name)}; must be a whole number from {least} to 2^63 - 1"
+            for name, least in low.items()
+            if not least <= getattr(self, name) < 2**63
+        ]
+        if not 0 <= self.step_deadline < float("inf"):
+            found.append(f"train.step_deadline: {self.step_deadline}; must be seconds >= 0")
+        try:
+            seconds_of(self.time_limit or "1s")
+        except ValueError:
+            found.append(
+                f"train.time_limit: {self.time_limit!r}; must be a duration such as 3h30m, 45m, "
+                "600s or 1-12:00:00 (days-hours:minutes:seconds; in YAML within quotes)"
+            )
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What is evaluated while training."""
+
+    mode: Literal["full", "selection"] = "full"
+    """full evaluates every domain each time; selection only the source domains' out splits, which
+    choose the adapter, and everything once at the end, for the selected and for the last adapter"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Checkpoints of adapters and their optimizer state."""
+
+    every: int = 100
+    """steps between checkpoints; the last step always writes one"""
+    keep: int = 2
+    """newest checkpoints kept; each also carries the best adapter so far"""
+    background: bool = False
+    """write them in a thread, so that training waits for the copies to the CPU only"""
+    allow_changes: tuple[str, ...] = ()
+    """settings, such as [optim.lr], that a resumed run may change although they change its result;
+    data stands for the data or the base weights themselves. Each change is kept on record"""
+
+    def problems(self) -> list[str]:
+        """Every range problem, one line each."""
+        found = [
+            f"checkpoint.{name}: {getattr(self, name)}; must be a whole number >= 1"
+            for name in ("every", "keep")
+            if getattr(self, name) < 1
+        ]
+        legal = [*flat_fields(RunConfig()), "data"]
+        for name in self.allow_changes:
+            if name in FIXED:
+                found.append(
+                    f"checkpoint.allow_changes: {name!r} cannot change within a run, since "
+                    f"{FIXED[name]}; keep the old value, or start again in another --output_dir"
+                )
+            elif name not in legal:
+                close = difflib.get_close_matches(name, legal, 1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                found.append(f"checkpoint.allow_changes: {name!r} is no setting{hint}")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A complete run."""
+
+    ds_config: str = "ds_configs/zero2.json"
+    """DeepSpeed JSON; its "auto" entries are filled from this configuration"""
+    output_dir: str | None = None
+    """run folder; default outputs/DATASET-BACKBONE-HELD_OUT-METHOD-seedS-trialT"""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """auto continues the run in output_dir if there is one, never refuses to, must insists"""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moa: MoAConfig = field(default_factory=MoAConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    average: AverageConfig = field(default_factory=AverageConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def check(self) -> None:
+        """Raises `ConfigError` with every problem of every section, one a line."""
+        found: list[str] = []
+        sections = (
+            self.data, self.model, self.moa, self.optim, self.train, self.average, self.checkpoint
+        )  # fmt: skip
+        for section in sections:
+            found += section.problems()
+        if self.output_dir == "":
+            found.append("output_dir: '' names no folder; without it the default is used")
+        if not self.ds_config_path().is_file():
+            legal = ", ".join(
+                sorted(f"ds_configs/{p.name}" for p in ROOT.glob("ds_configs/*.json"))
+            )
+            found.append(f"ds_config: no file {self.ds_config!r}; shipped are {legal}")
+        if found:
+            raise ConfigError("\n".join(found))
+
+    def ds_config_path(self) -> Path:
+        """The DeepSpeed JSON: as given, else relative to the folder that holds `trainer/`."""
+        given = Path(self.ds_config)
+        return given if given.is_file() else ROOT / given
+
+    def run_folder(self, held_out: str) -> Path:
+        """The run folder, with the default name filled in."""
+        if self.output_dir:
+            return Path(self.output_dir)
+        train = self.train
+        backbone = self.model.backbone.rpartition("/")[2].partition(".")[0]
+        name = f"{self.data.dataset}-{backbone}-{held_out}-{self.moa.method}"
+        return Path("outputs") / f"{name}-seed{train.seed}-trial{train.trial_seed}"
+
+
+def flat_fields(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted names and values of a dataclass and its sections, such as `moa.ranks`."""
+    flat: dict[str, Any] = {}
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if is_dataclass(value):
+            flat |= flat_fields(value, f"{prefix}{entry.name}.")
+        else:
+            flat[prefix + entry.name] = value
+    return flat
+
+
+def flat(config: RunConfig) -> dict[str, Any]:
+    """Dotted names and plain values, as JSON and YAML give them back."""
+    settings = flat_fields(config)
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in settings.items()}
+
+
+def dotted(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of nested settings, as a YAML file has them."""
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from dotted(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def as_plain(config: RunConfig) -> dict[str, Any]:
+    """Nested dictionary of plain types (tuples become lists), as written to `config.yaml`."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    nested: dict[str, Any] = plain(asdict(config))
+    return nested

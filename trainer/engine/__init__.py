@@ -1,0 +1,1 @@
+"""DeepSpeed and the processes' group: collectives, ZeRO state, weight averages."""

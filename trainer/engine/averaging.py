@@ -1,0 +1,152 @@
+"""Averages of the trained weights beside the last ones: EMA and SWAD.
+
+Both live on what the optimizer lives on, its flat fp32 masters: each rank averages the share it
+owns, whatever the ZeRO stage and the placement of experts, and the frozen base is never copied.
+Counters that no gradient moves (`balance_steps`) are not averaged; an average goes with those of
+the moment.
+"""
+
+from collections.abc import Mapping, Sequence
+from copy import copy
+from typing import Any
+
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from trainer.config.averages import AverageConfig
+from trainer.engine.engine import Engine
+from trainer.engine.swad import Swad
+
+EMA, SWAD = "ema", "swad"
+
+
+def prefixed(name: str, columns: Mapping[str, float]) -> dict[str, float]:
+    """An average's columns in the rows of evaluations: `moa/ema/env0_in_acc`."""
+    return {f"moa/{name}/{key.removeprefix('moa/')}": value for key, value in columns.items()}
+
+
+class Ema:
+    """timm's `ModelEmaV3` over flat tensors, each in its own dtype.
+
+    Args:
+        weights: the tensors as they are now.
+        config: decay and warm-up.
+        count: updates so far; the first one takes the weights as they are.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], config: AverageConfig, count: int = 0) -> None:
+        self.count, warmup = count, config.ema_warmup
+        held = _held(weights)
+        self._timm = ModelEmaV3(held, decay=config.ema_decay, use_warmup=warmup)
+
+    def update(self, weights: Sequence[Tensor]) -> None:
+        """Notes the weights after a step."""
+        self.count += 1
+        self._timm.update(_held(weights), step=self.count)
+
+    @property
+    def values(self) -> list[Tensor]:
+        """The average."""
+        return [parameter.detach() for parameter in self._timm.module.parameters()]
+
+
+def _held(weights: Sequence[Tensor]) -> nn.Module:
+    """A module whose parameters share the tensors' memory."""
+    return nn.ParameterList([nn.Parameter(w.detach(), requires_grad=False) for w in weights])
+
+
+class Averages:
+    """The averages that a run keeps; empty if `config` asks for none.
+
+    Args:
+        config: which ones.
+        engine: owns the weights, at the start of the run or at a checkpoint.
+        tensors: of that checkpoint, from `tensors`.
+        facts: of that checkpoint, from `facts`; a checkpoint without them starts averages anew.
+    """
+
+    def __init__(
+        self,
+        config: AverageConfig,
+        engine: Engine,
+        tensors: Mapping[str, Tensor] | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.engine = engine
+        self.ema: Ema | None = None
+        self.swad: Swad | None = None
+        tensors, facts = tensors or {}, facts or {}
+        if config.ema:
+            values = self._shares(tensors, EMA) or engine.flat_masters()
+            self.ema = Ema(values, config, facts.get(EMA, 0))
+        if config.swad:
+            settings = (config.swad_n_converge, config.swad_n_tolerance)
+            self.swad = Swad(*settings, config.swad_tolerance_ratio)
+            if SWAD in facts:
+                counts = facts[SWAD]["counts"]
+                shares = {n: self._shares(tensors, f"{SWAD}.{n}") for n in counts}
+                found = {n: values for n, values in shares.items() if values is not None}
+                self.swad = self.swad.restored(facts[SWAD], found)
+
+    def _shares(self, tensors: Mapping[str, Tensor], part: str) -> list[Tensor] | None:
+        whole = {
+            name.removeprefix(f"{part}|"): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(f"{part}|")
+        }
+        return self.engine.shares_of(whole) if whole else None
+
+    def update(self) -> None:
+        """Notes the weights after a step; nothing waits for the device."""
+        if self.ema is None and self.swad is None:
+            return
+        masters = self.engine.flat_masters()
+        if self.ema is not None:
+            self.ema.update(masters)
+        if self.swad is not None:
+            self.swad.add(masters)
+
+    def after(self, loss: float, regular: bool) -> "Averages":
+        """What an evaluation makes of them; these stay as they were.
+
+        Args:
+            loss: the validation loss it found.
+            regular: whether a longer run would make it as well. If not, the valley goes on as if
+                it had not been.
+        """
+        result = copy(self)
+        if self.swad is not None and regular:
+            result.swad = self.swad.closed(loss)
+        return result
+
+    def whole(self) -> dict[str, dict[str, Tensor]]:
+        """Each average by its name, as fp32 values of all trainables; a collective."""
+        result = {}
+        if self.ema is not None:
+            result[EMA] = self.engine.whole(self.ema.values)
+        if self.swad is not None and (values := self.swad.mean().values):
+            result[SWAD] = self.engine.whole(values)
+        return result
+
+    def tensors(self) -> dict[str, Tensor]:
+        """For a checkpoint: `part|name` -> fp32 value; a collective."""
+        parts: dict[str, list[Tensor] | None] = {}
+        if self.ema is not None:
+            parts[EMA] = self.ema.values
+        if self.swad is not None:
+            parts |= {f"{SWAD}.{name}": mean.values for name, mean in self.swad.means().items()}
+        return {
+            f"{part}|{name}": tensor
+            for part, values in parts.items()
+            if values is not None
+            for name, tensor in self.engine.whole(values).items()
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """For a checkpoint's state."""
+        result: dict[str, Any] = {}
+        if self.ema is not None:
+            result[EMA] = self.ema.count
+        if self.swad is not None:
+            result[SWAD] = self.swad.facts()
+        return result

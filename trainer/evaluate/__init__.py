@@ -1,0 +1,1 @@
+"""`python -m trainer.evaluate`: adapters, ensembles and soups on any domains."""

@@ -1,0 +1,84 @@
+"""`python -m trainer.evaluate --adapter A [B C ...]`: accuracy and calibration on every domain.
+
+Adapters are loaded into one freshly created backbone; nothing of the training runs is needed. From
+several, an ensemble (the mean of what they predict) or a soup (the mean of their weights) is made.
+Under `torchrun` or `srun` the images are shared out among the processes; the counts stay exact.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from shards.config import DataConfig
+from trainer.config.command_line import LAUNCHER_FLAGS
+from trainer.evaluate.flags import add_shared_flags
+from trainer.process.world import World, world_from_environment
+from trainer.train.session import conclude
+
+COMBINATIONS = ("each", "ensemble", "soup")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        prog="python -m trainer.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_shared_flags(result)
+    add = result.add_argument
+    add(
+        "--combine", nargs="+", choices=COMBINATIONS, default=None,
+        help="from several adapters: each alone, their ensemble (which shows each as well), their "
+        "soup; one or more of these (ensemble)",
+    )  # fmt: skip
+    add(
+        "--average", choices=["probabilities", "logits"], default="probabilities",
+        help="what an ensemble takes the mean of (%(default)s)",
+    )  # fmt: skip
+    add("--split", choices=["both", "in", "out", "all"], default="both", help="(in and out)")
+    add("--save", type=Path, metavar="FOLDER", help="write the soup as an adapter")
+    add("--output", type=Path, metavar="FOLDER", help="write evaluation.json, tables and pictures")
+    add("--json", action="store_true", help="print one JSON line per result, no table")
+    add("--batch", type=int, default=128, help="images per process and batch (%(default)s)")
+    data = DataConfig()
+    add("--data.workers", dest="workers", type=int, default=data.workers, help="(%(default)s)")
+    add(
+        "--data.max_bad_fraction", dest="max_bad_fraction", type=float,
+        default=data.max_bad_fraction, help="largest share of unusable images (%(default)s)",
+    )  # fmt: skip
+    for name in LAUNCHER_FLAGS:
+        add(f"--{name}", dest="launcher", type=int, help=argparse.SUPPRESS)
+    return result
+
+
+def run(args: argparse.Namespace, world: World) -> None:
+    """Evaluates, on all ranks, and reports on the main one."""
+    # Heavy imports come after the command line has proved legal.
+    from trainer.evaluate.job import evaluate, prepare
+    from trainer.evaluate.output import report
+
+    job = prepare(args)
+    if world.size == 1:
+        report(evaluate(job, world, lambda value: value), args)
+        return
+    from trainer.engine import engine  # imports deepspeed, which takes seconds
+
+    engine.start(world)
+    found = evaluate(job, world, engine.sum_over_ranks)
+    if world.is_main:
+        report(found, args)
+    engine.stop()
+
+
+def main(argv: Sequence[str]) -> int:
+    """Command line; returns the exit code."""
+    args = parser().parse_args(argv)
+    world = world_from_environment()
+    return conclude(lambda: run(args, world), world)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

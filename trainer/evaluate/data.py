@@ -1,0 +1,114 @@
+"""The data that adapters are looked at on: their own unless the command line says otherwise."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moa.files.origin import Origin
+from shards import DataConfig, Decoder, ShardIndex, open_shards
+from trainer.evaluate.members import Member, check_classes
+from trainer.identity import data_hash, split_hash
+from trainer.process.errors import ConfigError
+
+RECORDED = ("dataset", "holdout_fraction", "decode", "truncated")
+"""Fields of the data configuration that an adapter has on record, and the command line may change.
+"""
+GIVEN = ("root", "cache_dir", "exclude_list", "include_list")
+"""Further fields that only the command line knows."""
+
+
+@dataclass(frozen=True)
+class AdapterData:
+    """A shard set as the adapters know it.
+
+    Attributes:
+        config: how it is read.
+        index: the shard set.
+        envs: numbers of the domains asked for.
+        trial_seed: seed of the split, whose fraction is the configuration's.
+        warnings: what the user should know, one line each.
+    """
+
+    config: DataConfig
+    index: ShardIndex
+    envs: tuple[int, ...]
+    trial_seed: int
+    warnings: tuple[str, ...]
+
+    @property
+    def decoder(self) -> Decoder:
+        """What decodes the images."""
+        return Decoder(self.config.decode, self.config.truncated)
+
+
+def open_data(args: argparse.Namespace, members: Sequence[Member], **more: Any) -> AdapterData:
+    """Opens the data that `add_shared_flags` and the adapters name.
+
+    Args:
+        args: the command line.
+        members: the adapters; what the first one on record says is the default.
+        more: further fields of the data configuration.
+
+    Raises:
+        ConfigError, DataConfigError: something given cannot work, or fits not these adapters.
+        DamagedDataError: the shard set is not what its index promises.
+    """
+    known = next((m.info.origin for m in members if m.info.origin is not None), None)
+    own = {} if known is None else {name: getattr(known, name) for name in RECORDED}
+    given = {name: v for name in (*RECORDED, *GIVEN) if (v := getattr(args, name)) is not None}
+    config = DataConfig(**(own | given | more))
+    if problems := config.problems():
+        raise ConfigError("\n".join(problems))
+    index = open_shards(config)
+    check_classes(members, index)
+    names = dict.fromkeys(args.domains or index.domains)
+    envs = tuple(index.domain_number(name, "--domains") for name in names)
+    seed = args.trial_seed
+    if seed is None:
+        seed = 0 if known is None else known.trial_seed
+    return AdapterData(config, index, envs, seed, _warnings(members, config, index, seed))
+
+
+def _warnings(
+    members: Sequence[Member], config: DataConfig, index: ShardIndex, trial_seed: int
+) -> tuple[str, ...]:
+    """In what the data are not those that each adapter was trained on."""
+    fraction, found = config.holdout_fraction, []
+    images, split = data_hash(index), split_hash(index, trial_seed, fraction)
+    for member in members:
+        name, origin = member.label, member.info.origin
+        if origin is None:
+            found.append(
+                f"{name} does not say on which split it was trained; trial seed {trial_seed} is "
+                "taken"
+            )
+            continue
+        if origin.data_hash != images:
+            found.append(
+                f"{name} was trained on other images ({origin.dataset}, data hash "
+                f"{origin.data_hash}) than these ({index.dataset}, {images})"
+            )
+        elif origin.split_hash != split:
+            found.append(f"{name} was trained {_other_split(origin, trial_seed, fraction)}")
+        if (origin.decode, origin.truncated) != (config.decode, config.truncated):
+            found.append(
+                f"{name} was trained with data.decode {origin.decode}, data.truncated "
+                f"{origin.truncated}, not {config.decode}, {config.truncated}"
+            )
+    return tuple(found)
+
+
+def _other_split(origin: Origin, trial_seed: int, fraction: float) -> str:
+    """How a training's split differs from the one evaluated, and what that means."""
+    if (origin.trial_seed, origin.holdout_fraction) == (trial_seed, fraction):
+        return (
+            "with other lists (data.exclude_list, data.include_list): `in` and `out` are other "
+            "images than in its training; those of `out` are still unseen, those of `left_out` may "
+            "not be"
+        )
+    return (
+        f"on another split (trial seed {origin.trial_seed}, {origin.holdout_fraction:g} held back) "
+        f"than the one evaluated (trial seed {trial_seed}, {fraction:g}): its training images are "
+        "in both `in` and `out`"
+    )

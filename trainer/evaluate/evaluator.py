@@ -1,0 +1,204 @@
+"""Accuracy of every domain's `in` and `out` split: integer counts, summed once, divided once."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shards import Batch, Decoder, ShardIndex, eval_transform, evaluation_loader
+from shards.stream.bad_samples import check_unusable
+from shards.stream.evaluation import split_ranks
+from shards.stream.order import Int64Array
+from trainer.process.stopping import shielded
+from trainer.process.world import World
+
+PAUSE_EVERY = 4
+"""Batches between two points at which all ranks may leave an evaluation."""
+
+SPLITS = ("in", "out")
+LEFT_OUT = "left_out"
+"""What `data.exclude_list` or `data.include_list` leaves out, evaluated apart."""
+Cell = tuple[int, str]
+"""(domain number, split)."""
+Counts = dict[tuple[int, str], tuple[int, int, int]]
+"""(domain number, split) -> (correct, total, of which could not be used and were guessed)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """Evaluates a model on domains of a shard set, each sample once whatever the world size.
+
+    Attributes:
+        index: the shard set.
+        data_config: the backbone's data configuration.
+        trial_seed: seed of the split.
+        holdout_fraction: share of the `out` split.
+        batch_size: images per process and batch.
+        workers: loader processes.
+        world: this process among those that evaluate together.
+        device: where the model is.
+        dtype: the model's dtype.
+        sum_over_ranks: sum of a tensor over the processes.
+        decoder: decodes the images.
+        max_bad_fraction: largest share of a split that may be unusable.
+        pause: entered by all ranks now and then; may end the evaluation with an error.
+        losses: whether the loss is of interest beside the accuracy.
+        note: is shown every batch's domain number, class numbers [b] and scores [b, C] on the
+            device; by default nobody looks.
+    """
+
+    index: ShardIndex
+    data_config: Mapping[str, object]
+    trial_seed: int
+    holdout_fraction: float
+    batch_size: int
+    workers: int
+    world: World
+    device: torch.device
+    dtype: torch.dtype
+    sum_over_ranks: Callable[[Tensor], Tensor]
+    decoder: Decoder = field(default_factory=Decoder)
+    max_bad_fraction: float = 0.001
+    pause: Callable[[], None] = lambda: None
+    losses: bool = False
+    note: Callable[[int, Tensor, Tensor], object] | None = None
+
+    def cells(self) -> list[Cell]:
+        """All domains and splits."""
+        splits = SPLITS if self.index.subset is None else (*SPLITS, LEFT_OUT)
+        return [(env, split) for env in range(len(self.index.domains)) for split in splits]
+
+    def __call__(self, model: nn.Module, cells: Sequence[Cell] | None = None) -> Counts:
+        """Counts of some cells, by default of all; a collective over the processes.
+
+        The model is in evaluation mode meanwhile and returns to its mode afterwards.
+
+        Raises:
+            DamagedDataError: too many images of a split could not be used; on all ranks alike.
+            EvaluationBrokenOff: `pause` ended it.
+        """
+        return self.with_losses(model, cells)[0]
+
+    def with_losses(
+        self, model: nn.Module, cells: Sequence[Cell] | None = None
+    ) -> tuple[Counts, dict[Cell, float]]:
+        """Counts, and each cell's mean cross-entropy if `losses` is set; see `__call__`."""
+        cells = self.cells() if cells is None else cells
+        with evaluating(model):
+            local = [self._count(model, self.batches([model], env, split)) for env, split in cells]
+        counts: Counts = {}
+        losses: dict[Cell, float] = {}
+        total = self.sum_over_ranks(torch.stack(local)).tolist()
+        for cell, (correct, number, unusable, loss) in zip(cells, total, strict=True):
+            self.check_usable(*cell, int(unusable), int(number))
+            counts[cell] = (int(correct), int(number), int(unusable))
+            losses[cell] = loss / number if number else 0.0
+        return counts, losses if self.losses else {}
+
+    def batches(self, models: Sequence[nn.Module], env: int, split: str) -> Iterator[Batch]:
+        """This rank's batches of one split, to be shown to `models`; a collective.
+
+        All ranks run it to its end, and each model's forward, which may be a collective of its own
+        (ZeRO-3, all_to_all), equally often: a rank with a batch less shows a blank image instead.
+
+        Raises:
+            EvaluationBrokenOff: `pause` ended it.
+        """
+        loader = self._loader(env, split)
+        remaining = shielded(loader)
+        most = -(-self.number(env, split) // self.world.size)
+        for done in range(1, -(-most // self.batch_size) + 1):
+            batch = next(remaining, None)
+            if batch is not None:
+                yield batch
+            else:
+                for model in models:
+                    model(self._blank())
+            if done % PAUSE_EVERY == 0:
+                self.pause()
+        self.pause()
+
+    def ranks(self, env: int, split: str) -> Int64Array:
+        """The samples of a split, as ImageFolder ranks."""
+        return split_ranks(
+            self.index, env, split,  # type: ignore[arg-type]
+            trial_seed=self.trial_seed, holdout_fraction=self.holdout_fraction,
+        )  # fmt: skip
+
+    def number(self, env: int, split: str) -> int:
+        """How many samples a split has."""
+        return len(self.ranks(env, split))
+
+    def _blank(self) -> Tensor:
+        """An image of nothing, [1, 3, H, W]."""
+        size: Any = self.data_config["input_size"]
+        return torch.zeros(1, *size, dtype=self.dtype, device=self.device)
+
+    def check_usable(self, env: int, split: str, unusable: int, total: int) -> None:
+        """Raises `DamagedDataError` if too many of a split's `total` images were `unusable`."""
+        where = f"{self.index.domains[env]}/{split}"
+        check_unusable(where, unusable, total, self.max_bad_fraction)
+
+    def _loader(self, env: int, split: str) -> Iterable[Batch]:
+        return evaluation_loader(
+            self.index,
+            env,
+            split,  # type: ignore[arg-type]
+            trial_seed=self.trial_seed,
+            holdout_fraction=self.holdout_fraction,
+            transform=eval_transform(self.data_config),
+            rank=self.world.rank,
+            world_size=self.world.size,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            decoder=self.decoder,
+        )
+
+    def _count(self, model: nn.Module, batches: Iterable[Batch]) -> Tensor:
+        """[4] float64: correct, all, unusable and summed loss, of this rank's share."""
+        counts = torch.zeros(4, dtype=torch.float64, device=self.device)  # whole up to 2^53
+        for batch in batches:
+            scores = model(batch.images.to(self.device, self.dtype, non_blocking=True))
+            labels = batch.labels.to(self.device, non_blocking=True)
+            if self.note is not None:
+                self.note(int(batch.domains[0]), labels, scores)
+            counts[0] += (scores.argmax(1) == labels).sum()
+            counts[1] += len(batch.labels)
+            counts[2] += batch.substituted
+            if self.losses:
+                counts[3] += F.cross_entropy(scores.float(), labels, reduction="sum")
+        return counts
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Models in evaluation mode and no gradients in a block; afterwards each has its mode again."""
+    modes = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        with torch.inference_mode():
+            yield
+    finally:
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)
+
+
+def accuracies(counts: Counts) -> dict[str, float]:
+    """`env{i}_{split}_acc` in [0, 1] as in DomainBed's rows; a split without samples gives 0.
+
+    What a list leaves out gives `moa/env{i}_left_out_acc`. Where images could not be used,
+    `moa/unusable/env{i}_{split}` tells how many.
+    """
+    row: dict[str, float] = {}
+    for (env, split), (correct, total, unusable) in counts.items():
+        prefix = "moa/" if split == LEFT_OUT else ""
+        row[f"{prefix}env{env}_{split}_acc"] = correct / total if total else 0.0
+        if unusable:
+            row[f"moa/unusable/env{env}_{split}"] = unusable
+    return row

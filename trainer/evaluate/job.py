@@ -1,0 +1,170 @@
+"""An evaluation from its settings to its figures: what is evaluated on what, and doing it."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from moa.files.reading import AdapterInfo
+from trainer.evaluate.combine import Average, average, models_on, tensor_bytes
+from trainer.evaluate.data import AdapterData, open_data
+from trainer.evaluate.evaluator import LEFT_OUT, SPLITS, Evaluator
+from trainer.evaluate.figures import Figures, figures_of
+from trainer.evaluate.members import ENSEMBLE, SOUP, Member, base_of, held_out_by, read_members
+from trainer.evaluate.predictions import collect
+from trainer.export.sharing import check_target
+from trainer.prepare.backbone import Backbone
+from trainer.prepare.provenance import shown_command
+from trainer.process.errors import ConfigError
+from trainer.process.world import World
+from trainer.soup import soup, start_warning
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be evaluated.
+
+    Attributes:
+        members: the adapters given.
+        combine: what is made of them.
+        average: what the ensemble averages.
+        soup: description and values of their mean, if that is wanted.
+        backbone: a fresh one.
+        data: what they are evaluated on.
+        splits: which splits of each domain.
+        batch: images per process and batch.
+        warnings: what the user should know.
+    """
+
+    members: list[Member]
+    combine: tuple[str, ...]
+    average: Average
+    soup: tuple[AdapterInfo, dict[str, Tensor]] | None
+    backbone: Backbone
+    data: AdapterData
+    splits: tuple[str, ...]
+    batch: int
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came out.
+
+    Attributes:
+        job: what was evaluated.
+        results: label -> (domain number, split) -> figures; the result asked for comes last.
+        passes: forward passes of every image.
+        images: images evaluated, once each.
+        seconds: how long that took.
+        backbone_bytes: tensors of the backbone.
+        adapter_bytes: tensors of the adapters beside it.
+    """
+
+    job: Job
+    results: dict[str, dict[tuple[int, str], Figures]]
+    passes: int
+    images: int
+    seconds: float
+    backbone_bytes: int
+    adapter_bytes: int
+
+    def shown_splits(self, env: int) -> tuple[str, ...]:
+        """The splits of a domain that pictures show: `out` alone where adapters saw the rest.
+
+        Without `out` among those evaluated, it is what there is; `shown_images` says so.
+        """
+        splits = tuple(split for split in self.job.splits if split != LEFT_OUT)
+        return ("out",) if "out" in splits and not self._held_out(env) else splits
+
+    def shown_images(self) -> str:
+        """What images `shown_splits` of all domains are, for a title."""
+        splits = tuple(split for split in self.job.splits if split != LEFT_OUT)
+        if splits == SPLITS:
+            return "unseen images: all of held-out domains, `out` of the others"
+        if splits == ("out",) or all(map(self._held_out, self.job.data.envs)):
+            return f"unseen images: the `{splits[0]}` split"
+        return f"the `{splits[0]}` split, with images of the training"
+
+    def _held_out(self, env: int) -> bool:
+        """Whether no adapter was trained on a domain."""
+        by = held_out_by(self.job.members, self.job.data.index.domains[env])
+        return len(by) == len(self.job.members)
+
+
+def prepare(args: argparse.Namespace) -> Job:
+    """Reads and checks everything that an evaluation needs.
+
+    Raises:
+        ConfigError, DataConfigError, MissingAdapterError: something given cannot work.
+        AdapterError, CheckpointError, DamagedDataError: something read is damaged.
+    """
+    members = read_members(args.adapter)
+    combine = tuple(args.combine or (("each",) if len(members) == 1 else (ENSEMBLE,)))
+    if ENSEMBLE in combine and len(members) < 2:
+        raise ConfigError("--combine ensemble: needs two adapters or more; give --adapter A B")
+    if args.save is not None and SOUP not in combine:
+        raise ConfigError("--save: writes the soup; give --combine soup as well")
+    if args.save is not None:
+        check_target("--save", args.save)
+    if args.batch < 1:
+        raise ConfigError(f"--batch {args.batch}: must be 1 or more")
+    mixed = soup(members, shown_command(sys.argv)) if SOUP in combine else None
+    data = open_data(args, members, workers=args.workers, max_bad_fraction=args.max_bad_fraction)
+    splits = SPLITS if args.split == "both" else (args.split,)
+    if data.index.subset is not None:
+        splits = (*splits, LEFT_OUT)
+    warnings = (*data.warnings, *(start_warning(members) if mixed else ()))
+    backbone = base_of(members[0], args.weights)
+    return Job(members, combine, args.average, mixed, backbone, data, splits, args.batch, warnings)
+
+
+def evaluate(job: Job, world: World, sum_over_ranks: Callable[[Tensor], Tensor]) -> Evaluation:
+    """Figures of every result on every domain and split; a collective over the processes.
+
+    Raises:
+        DamagedDataError: too many images could not be used.
+    """
+    data, adapters = job.data, []
+    if {"each", ENSEMBLE} & set(job.combine):
+        adapters += [(m.label, m.info, m.tensors) for m in job.members]
+    if job.soup is not None:
+        adapters.append((SOUP, *job.soup))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
+    backbone_bytes = tensor_bytes(job.backbone.model)
+    models = models_on(job.backbone.model, adapters).to(device)
+    evaluator = Evaluator(
+        index=data.index,
+        data_config=job.members[0].info.data_config,
+        trial_seed=data.trial_seed,
+        holdout_fraction=data.config.holdout_fraction,
+        batch_size=job.batch,
+        workers=data.config.workers,
+        world=world,
+        device=device,
+        dtype=torch.float32,
+        sum_over_ranks=sum_over_ranks,
+        decoder=data.decoder,
+        max_bad_fraction=data.config.max_bad_fraction,
+    )
+    names = [name for name, _, _ in adapters]
+    results: dict[str, dict[tuple[int, str], Figures]] = {name: {} for name in names}
+    if ENSEMBLE in job.combine:
+        results[ENSEMBLE] = {}
+    started, images = time.perf_counter(), 0
+    for cell in product(data.envs, job.splits):
+        found = dict(zip(names, collect(evaluator, list(models), *cell), strict=True))
+        if ENSEMBLE in job.combine:
+            alone = [found[member.label] for member in job.members]
+            found[ENSEMBLE] = average(alone, job.average)
+        for name, predictions in found.items():
+            results[name][cell] = figures_of(predictions)
+        images += next(iter(results.values()))[cell].samples
+    seconds, own = time.perf_counter() - started, tensor_bytes(models) - backbone_bytes
+    return Evaluation(job, results, len(models), images, seconds, backbone_bytes, own)

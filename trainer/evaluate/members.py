@@ -1,0 +1,187 @@
+"""The adapters that are evaluated together, and whether they belong together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from moa.files.hub import HUB_PREFIX, adapter_folder
+from moa.files.reading import AdapterInfo, read_adapter
+from shards import ShardIndex
+from trainer.checkpoint.checkpoint import MANIFEST_FILE, verify
+from trainer.config.run_config import ModelConfig
+from trainer.prepare.backbone import Backbone, create_backbone
+from trainer.process.errors import ConfigError
+
+ENSEMBLE, SOUP = "ensemble", "soup"
+"""Names of what is made of several adapters; none of these may bear one as its label."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One adapter in memory.
+
+    Attributes:
+        label: a short name, different for each.
+        source: where it was read from.
+        info: everything about it that is not a tensor.
+        tensors: its values by name.
+    """
+
+    label: str
+    source: str
+    info: AdapterInfo
+    tensors: dict[str, Tensor]
+
+
+def read_members(sources: Sequence[str]) -> list[Member]:
+    """Reads adapters from folders, checkpoints or `hf-hub:organisation/name`.
+
+    Raises:
+        ConfigError: one is given twice, is named as what is made of several, or they differ in base
+            or classes.
+        MissingAdapterError: there is none at a place.
+        AdapterError, CheckpointError: one is damaged.
+    """
+    by_place: dict[str, list[str]] = {}
+    for source in sources:
+        by_place.setdefault(_place(source), []).append(source)
+    for same in by_place.values():
+        if len(same) > 1:
+            raise ConfigError(
+                f"--adapter: {' and '.join(same)}: one adapter, given twice; give each once"
+            )
+    members = []
+    for source, label in zip(sources, labels(sources), strict=True):
+        if not source.startswith(HUB_PREFIX) and (Path(source) / MANIFEST_FILE).exists():
+            verify(Path(source))  # a checkpoint is an adapter's folder, too
+        info, tensors = read_adapter(adapter_folder(source))
+        members.append(Member(label, source, info, tensors))
+    if problems := disagreements(members):
+        raise ConfigError("\n".join(problems))
+    return members
+
+
+def _place(source: str) -> str:
+    """Equal for two ways of writing where one adapter lies."""
+    return source if source.startswith(HUB_PREFIX) else str(Path(source).resolve())
+
+
+def labels(sources: Sequence[str]) -> list[str]:
+    """Short names: what is left of the paths without the parts that all share at either end.
+
+    Raises:
+        ConfigError: one of several cannot be told from what is made of them all.
+    """
+    parts = [s.removeprefix(HUB_PREFIX).rstrip("/").split("/") for s in sources]
+    if len(parts) == 1:
+        return ["/".join(parts[0][-2:])]
+    first, last = _shared(parts), _shared([part[::-1] for part in parts])
+    short = ["/".join(part[first : len(part) - last]) for part in parts]
+    if all(short) and len(set(short)) == len(short) and not {ENSEMBLE, SOUP} & set(short):
+        return short
+    if taken := sorted({ENSEMBLE, SOUP} & set(sources)):
+        raise ConfigError(
+            f"--adapter {taken[0]}: among several, {ENSEMBLE} and {SOUP} name what is made of "
+            f"them; write ./{taken[0]}"
+        )
+    return list(sources)
+
+
+def _shared(parts: Sequence[Sequence[str]]) -> int:
+    """How many parts are equal in all, counted from the start."""
+    equal = [len(set(places)) == 1 for places in zip(*parts, strict=False)]
+    return equal.index(False) if False in equal else len(equal)
+
+
+def disagreements(members: Sequence[Member]) -> list[str]:
+    """Why some adapters cannot share one backbone and one list of classes; one line each."""
+    first, found = members[0], []
+    for member in members[1:]:
+        mine, other = member.info, first.info
+        if (mine.base_model, mine.base_sha256) != (other.base_model, other.base_sha256):
+            found.append(
+                f"--adapter: {member.source} was trained on {mine.base_model} "
+                f"({mine.base_sha256[:12]}), {first.source} on {other.base_model} "
+                f"({other.base_sha256[:12]}); evaluate adapters of different bases apart"
+            )
+        if mine.classes != other.classes:
+            found.append(
+                f"--adapter: {member.source} {_class_difference(mine.classes, other.classes)} in "
+                f"{first.source}; evaluate adapters of different classes apart"
+            )
+        elif mine.data_config != other.data_config:
+            found.append(
+                f"--adapter: {member.source} wants images as {dict(mine.data_config)}, "
+                f"{first.source} as {dict(other.data_config)}; evaluate them apart"
+            )
+    return found
+
+
+def _class_difference(mine: Sequence[str], other: Sequence[str]) -> str:
+    if len(mine) != len(other):
+        return f"knows {len(mine)} classes, not {len(other)} as"
+    place = next(i for i, (a, b) in enumerate(zip(mine, other, strict=True)) if a != b)
+    return f"has {mine[place]!r} as class {place}, not {other[place]!r} as"
+
+
+def check_classes(members: Sequence[Member], index: ShardIndex) -> None:
+    """Raises `ConfigError` unless the adapters know the classes of the data."""
+    classes = members[0].info.classes
+    if tuple(index.classes) != tuple(classes):
+        raise ConfigError(
+            f"--adapter: {members[0].source} {_class_difference(classes, index.classes)} in "
+            f"{index.root}; evaluate it on data with the same classes in the same order"
+        )
+
+
+def base_of(member: Member, weights: str | None) -> Backbone:
+    """A fresh backbone with the weights that an adapter was trained on, on the CPU.
+
+    Args:
+        member: the adapter.
+        weights: `pretrained`, `random` for those that its seed draws, or a safetensors file; None
+            for what it has on record, else `pretrained`.
+
+    Raises:
+        ConfigError: the weights cannot be had, or are others.
+    """
+    info = member.info
+    seed, recorded = (0, "") if info.origin is None else (info.origin.seed, info.origin.weights)
+    named = weights or recorded or "pretrained"
+    if weights is None and named not in ("pretrained", "random") and not Path(named).is_file():
+        raise ConfigError(
+            f"--model.weights: {member.source} was trained on {named}, which is not here; give "
+            "that file: --model.weights FILE.safetensors"
+        )
+    # Random weights follow from the seed and the number of classes, as in training.
+    base = ModelConfig(backbone=info.base_model, weights=named)
+    backbone = create_backbone(base, len(info.classes), seed)
+    if backbone.sha256 != info.base_sha256:
+        raise ConfigError(
+            f"--model.weights {named}: these weights of {backbone.name} have SHA-256 "
+            f"{backbone.sha256[:12]}, {member.source} was trained on {info.base_sha256[:12]}; "
+            f"{_right_weights(named, recorded)}"
+        )
+    return backbone
+
+
+def _right_weights(given: str, recorded: str) -> str:
+    """What to give instead of weights that an adapter was not trained on."""
+    if recorded != "random":
+        file = "" if recorded in ("", "pretrained") else f" ({recorded})"
+        return f"give the file it was trained on{file}: --model.weights FILE.safetensors"
+    if given != "random":
+        return "its own were drawn at random: leave --model.weights out"
+    return (
+        "other versions of torch or timm draw others; use those of its run, which its folder's "
+        "environment.json names"
+    )
+
+
+def held_out_by(members: Sequence[Member], domain: str) -> list[str]:
+    """Labels of the adapters that were not trained on a domain."""
+    return [
+        m.label for m in members if m.info.origin is not None and domain in m.info.origin.withheld
+    ]

@@ -1,0 +1,215 @@
+"""What an evaluation leaves: tables, JSON lines, a folder of files, a saved soup."""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from moa.files.atomic_folder import replaced_folder
+from moa.files.saving import write_adapter
+from trainer.checkpoint.atomic_text import replace_text
+from trainer.evaluate.figures import Figures
+from trainer.evaluate.job import Evaluation
+from trainer.evaluate.members import SOUP, held_out_by
+from trainer.prepare.provenance import shown_command
+from trainer.process.errors import cannot_write
+
+FORMAT_VERSION = 1
+WIDTH = 160
+"""Columns of a table that goes into a file or a pipe."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of formatted cells."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def report(found: Evaluation, args: argparse.Namespace) -> None:
+    """Prints, and writes what was asked for.
+
+    Raises:
+        OutputError: a folder cannot be written.
+    """
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    complaints = Console(stderr=True)
+    for line in found.job.warnings:
+        complaints.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
+    if args.json:
+        for label in found.results:
+            line = json.dumps({"moa/result": label, **row(found, label)})
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+    else:
+        for grid in grids(found):
+            console.print(_rich(grid))
+        console.print(_cost(found), highlight=False, markup=False, soft_wrap=True)
+    if args.output is not None:
+        _write_folder(found, args.output)
+    if args.save is not None:
+        save_soup(found, args.save)
+
+
+def row(found: Evaluation, label: str) -> dict[str, float]:
+    """One result as DomainBed's rows name it; what they do not know stands under `moa/`."""
+    flat: dict[str, float] = {}
+    for (env, split), figures in found.results[label].items():
+        domainbed = "" if split in ("in", "out") else "moa/"
+        flat[f"{domainbed}env{env}_{split}_acc"] = figures.accuracy
+        for name in ("class_mean", "ece", "nll", "samples"):
+            flat[f"moa/env{env}_{split}_{name}"] = getattr(figures, name)
+        if figures.unusable:
+            flat[f"moa/unusable/env{env}_{split}"] = figures.unusable
+    return flat
+
+
+def domain_title(found: Evaluation, env: int) -> str:
+    """A domain's name, marked if it was held out in training."""
+    name = found.job.data.index.domains[env]
+    by = held_out_by(found.job.members, name)
+    if not by:
+        return name
+    everyone = len(by) == len(found.job.members)
+    return f"{name} (held out)" if everyone else f"{name} (held out by {', '.join(by)})"
+
+
+def grids(found: Evaluation) -> list[Grid]:
+    """A comparison of all results if there are several, then the details of the last."""
+    job, tables = found.job, []
+    titles = [domain_title(found, env) for env in job.data.envs]
+    for split in job.splits if len(found.results) > 1 else ():
+        rows = []
+        for label, cells in found.results.items():
+            here = [cells[env, split] for env in job.data.envs]
+            rows.append([label, *(_percent(f.accuracy, f) for f in here), _mean_ece(here)])
+        name = split.replace("_", " ")
+        columns = ["adapter", *titles, "mean ECE %"]
+        tables.append(Grid(f"accuracy %, {name} split", columns, rows))
+    label, cells = next(reversed(found.results.items()))
+    columns = ["domain"]
+    for split in job.splits:
+        columns += [
+            f"{split.replace('_', ' ')} {what}" for what in ("acc %", "class mean %", "ECE %")
+        ]
+    rows = [
+        [title, *_details(cells, env, job.splits)]
+        for env, title in zip(job.data.envs, titles, strict=True)
+    ]
+    return [*tables, Grid(label, columns, rows)]
+
+
+def _details(
+    cells: Mapping[tuple[int, str], Figures], env: int, splits: tuple[str, ...]
+) -> list[str]:
+    texts = []
+    for split in splits:
+        figures = cells[env, split]
+        texts += [_percent(v, figures) for v in (figures.accuracy, figures.class_mean, figures.ece)]
+    return texts
+
+
+def _percent(value: float, figures: Figures) -> str:
+    return f"{100 * value:.1f}" if figures.samples else "-"
+
+
+def _mean_ece(cells: Sequence[Figures]) -> str:
+    """Over the cells that have samples."""
+    found = [cell.ece for cell in cells if cell.samples]
+    return f"{100 * sum(found) / len(found):.1f}" if found else "-"
+
+
+def _rich(grid: Grid) -> Table:
+    table = Table(title=escape(grid.title))
+    for number, name in enumerate(grid.columns):
+        table.add_column(escape(name), justify="right" if number else "left")
+    for cells in grid.rows:
+        table.add_row(*map(escape, cells))
+    return table
+
+
+def _markdown(grid: Grid) -> str:
+    lines = [grid.columns, ["---", *["---:"] * (len(grid.columns) - 1)], *grid.rows]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"**{grid.title}**\n\n{text}\n"
+
+
+def _cost(found: Evaluation) -> str:
+    rate = found.images / found.seconds if found.seconds else 0.0
+    return (
+        f"{found.images:,} images, {found.passes} forward pass{'es' * (found.passes > 1)} each, "
+        f"{rate:.0f} images/s; in memory one backbone of {found.backbone_bytes / 2**20:.1f} MiB "
+        f"and {found.adapter_bytes / 2**20:.1f} MiB of adapters"
+    )
+
+
+def document(found: Evaluation) -> dict[str, Any]:
+    """Everything, for `evaluation.json`."""
+    job = found.job
+    domains, classes = job.data.index.domains, tuple(job.data.index.classes)
+    results: dict[str, dict[str, dict[str, Any]]] = {}
+    for label, cells in found.results.items():
+        by_domain = results.setdefault(label, {})
+        for (env, split), figures in cells.items():
+            by_domain.setdefault(domains[env], {})[split] = figures.plain(classes)
+    return {
+        "format_version": FORMAT_VERSION,
+        "command": shown_command(sys.argv),
+        "base_model": job.backbone.name,
+        "base_sha256": job.backbone.sha256,
+        "dataset": job.data.index.dataset,
+        "domains": list(domains),
+        "classes": list(classes),
+        "trial_seed": job.data.trial_seed,
+        "holdout_fraction": job.data.config.holdout_fraction,
+        "average": job.average,
+        "warnings": list(job.warnings),
+        "adapters": [
+            {
+                "label": m.label, "source": m.source, "method": m.info.moa.method,
+                "origin": m.info.origin and m.info.origin.plain(),
+            }
+            for m in job.members
+        ],
+        "cost": {
+            "images": found.images, "forward_passes": found.passes, "seconds": found.seconds,
+            "backbone_bytes": found.backbone_bytes, "adapter_bytes": found.adapter_bytes,
+        },
+        "results": results,
+    }  # fmt: skip
+
+
+def _write_folder(found: Evaluation, folder: Path) -> None:
+    from trainer.evaluate.plots import save_pictures
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(folder / "evaluation.json", json.dumps(document(found)) + "\n")
+        replace_text(folder / "tables.md", "\n".join(map(_markdown, grids(found))))
+        save_pictures(found, {env: domain_title(found, env) for env in found.job.data.envs}, folder)
+    except OSError as error:
+        raise cannot_write("--output", folder, error) from error
+
+
+def save_soup(found: Evaluation, folder: Path) -> None:
+    """Writes the mean adapter with its figures.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    assert found.job.soup is not None
+    info, tensors = found.job.soup
+    accuracies = {k: v for k, v in row(found, SOUP).items() if k.endswith("_acc")}
+    try:
+        with replaced_folder(folder) as temporary:
+            write_adapter(temporary, tensors, replace(info, results=accuracies))
+    except OSError as error:
+        raise cannot_write("--save", folder, error) from error

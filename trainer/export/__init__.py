@@ -1,0 +1,1 @@
+"""`python -m trainer.export`: an adapter made ready to be shared."""

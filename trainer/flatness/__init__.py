@@ -1,0 +1,1 @@
+"""`python -m trainer.flatness`: Hessian, sharpness and slices of the loss."""

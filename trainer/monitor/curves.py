@@ -1,0 +1,158 @@
+"""`Curves`: what TensorBoard shows of a run, under the tags and on the pages users look at.
+
+The x axis is the global step throughout; a resumed run purges what it does again.
+"""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from trainer.config.run_config import RunConfig, as_plain, flat_fields
+from trainer.prepare.provenance import shown_command
+
+TARGET = "select/training_domain_validation/target_acc"
+VALIDATION = "select/training_domain_validation/validation_acc"
+MEAN_OUT = "eval/mean_source_out_acc"
+RESULTS = (TARGET, VALIDATION, "train/loss", "perf/img_s", "mem/peak_gib")
+"""Columns of the hparams page beside the settings: the last value of these curves."""
+
+HPARAMS = (
+    "data.dataset", "data.held_out", "moa.aux_weight", "moa.method", "moa.ranks", "moa.router",
+    "model.backbone", "optim.lr", "optim.weight_decay", "train.batch_per_domain", "train.seed",
+    "train.steps", "train.trial_seed",
+)  # fmt: skip
+"""Settings on the hparams page, which shows the first five unasked; all are on the text page."""
+
+
+class Curves:
+    """Writes a run's TensorBoard events; on the main rank only.
+
+    Args:
+        config: the run, resolved.
+        folder: TensorBoard's folder.
+        first_step: where the run (re)starts; later events of an earlier start are purged.
+        layers: paths of the layers that route.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        first_step: int,
+        layers: Sequence[str],
+    ) -> None:
+        self.writer = SummaryWriter(str(folder), purge_step=first_step)
+        self.writer.add_custom_scalars(layout(layers, config.average.names))
+        text = yaml.safe_dump(as_plain(config), sort_keys=False)
+        self.writer.add_text("run/config", fenced(text, "yaml"), first_step)
+        self.writer.add_text("run/command", fenced(shown_command(sys.argv), "sh"), first_step)
+        self._ends = self._describe(config)
+
+    def _describe(self, config: RunConfig) -> Any:
+        """Opens the hparams page's row; gives what closes it."""
+        known = flat_fields(config)
+        settings = {name: _plain(known[name]) for name in HPARAMS if name in known}
+        summaries = hparams(settings, dict.fromkeys(RESULTS, 0.0))  # type: ignore[no-untyped-call]
+        for summary in summaries[:2]:
+            self._add(summary)
+        return summaries[2]
+
+    def _add(self, summary: Any) -> None:
+        self.writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """One point on each of some curves; values that are not finite leave a gap."""
+        for tag, value in values.items():
+            if math.isfinite(value):
+                self.writer.add_scalar(tag, value, step)
+
+    def picture(self, tag: str, image: Image.Image, step: int) -> None:
+        """An image of a page with a slider over steps."""
+        self.writer.add_image(tag, np.asarray(image), step, dataformats="HWC")
+
+    def text(self, tag: str, markdown: str, step: int) -> None:
+        """A text page."""
+        self.writer.add_text(tag, markdown, step)
+
+    def projector(
+        self, features: Tensor, labels: Sequence[tuple[str, ...]], images: Tensor, step: int
+    ) -> None:
+        """The embedding projector's points; those of a step are written once.
+
+        Args:
+            features: [N, F].
+            labels: of each point its domain, split of the domains and class.
+            images: [N, 3, h, w] in [0, 1], to show as points.
+            step: the step.
+        """
+        if (Path(self.writer.log_dir) / f"{step:05d}" / "features").exists():
+            return
+        self.writer.add_embedding(
+            features, metadata=[list(label) for label in labels], label_img=images,
+            global_step=step, tag="features", metadata_header=["domain", "part", "class"],
+        )  # fmt: skip
+
+    def close(self, whole: bool) -> None:
+        """Flushes; `whole` marks the run as finished on the hparams page."""
+        if whole:
+            self._add(self._ends)
+        self.writer.close()
+
+
+def layout(layers: Sequence[str], averages: Sequence[str]) -> dict[str, Any]:
+    """The custom scalars page: training, domains, routers, performance."""
+
+    def chart(*tags: str) -> list[Any]:
+        return ["Multiline", list(tags)]
+
+    pages: dict[str, Any] = {
+        "training": {
+            "loss": chart("train/loss$", "train/ce$"),
+            "balance loss": chart("train/aux_loss$"),
+            "gradient norm": chart("train/grad_norm$"),
+            "learning rate": chart("train/lr$"),
+        },
+        "domains": {
+            "selected adapter": chart(TARGET, VALIDATION),
+            "mean of the sources, out": chart(f"{MEAN_OUT}$"),
+            "all domains, out": chart(r"eval/.*/out_acc$"),
+            "all domains, in": chart(r"eval/.*/in_acc$"),
+            **{f"{name}, out": chart(rf"average/{name}/.*/out_acc$") for name in averages},
+        },
+    }
+    if layers:
+        pages["routers"] = {
+            "dead experts": chart("router/dead_experts$", "router/active_warnings$"),
+            "entropy": chart(r"router/.*/entropy$"),
+            "largest probability": chart(r"router/.*/max_prob$"),
+            "bits about the domain": chart(r"router/.*/bits_domain$"),
+            "bits about the class": chart(r"router/.*/bits_class$"),
+            **{f"load {layer}": chart(rf"router/{layer}/load_\d+$") for layer in layers},
+        }
+    pages["performance"] = {
+        "images/s": chart("perf/img_s$"),
+        "step and data wait, ms": chart("perf/step_ms$", "perf/data_wait_ms$"),
+        "model FLOP utilisation": chart("perf/mfu$"),
+        "peak memory, GiB": chart("mem/peak_gib$"),
+    }
+    return pages
+
+
+def fenced(text: str, language: str) -> str:
+    """A Markdown code block."""
+    return f"```{language}\n{text.rstrip()}\n```"
+
+
+def _plain(value: object) -> str | float | bool:
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    return ", ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)

@@ -1,0 +1,188 @@
+"""What an evaluation shows besides accuracy: who routes what where, and which classes are confused.
+
+Every rank takes part. What is counted is summed over the ranks in one collective; the few fixed
+images are seen by every rank in the same batches, so that whatever holds the weights (ZeRO-3,
+expert parallelism) finds all ranks at the same place. Only the main rank looks at the result.
+
+Letters: L layers that route, D domains, C classes, E experts, N images, T tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import moa
+from moa.layers.layer import MoALinear, moa_layers
+from moa.layers.router import TokenRouter
+from moa.model.injection import classifier
+from trainer.evaluate.evaluator import Evaluator, evaluating
+from trainer.evaluate.fixed_images import FixedImages, fixed_images
+
+MAPPED = 8
+"""Images on the routing maps, at least one of each domain."""
+PROJECTED = 600
+"""Points of the embedding projector, evenly over the domains; at most as many as its sprite holds
+comfortably."""
+
+
+@dataclass
+class Seen:
+    """What one evaluation showed.
+
+    Attributes:
+        withheld: numbers of the domains that are not trained on, the target first.
+        layers: paths of the layers that route.
+        counts: float64 [L, D, C, E] tokens by expert; a token that several experts share counts
+            with its gates' shares.
+        confusion: int64 [C, C] images of the target domain, true class first.
+        maps: layer path -> int64 [N, T] strongest expert of each token of the mapped images.
+        features: float32 [N, F] of the projected images; None if they were not looked at.
+        routes: what the forward just done left.
+        evaluator: what it evaluates is counted here.
+    """
+
+    evaluator: Evaluator
+    withheld: Sequence[int]
+    layers: list[str]
+    counts: Tensor
+    confusion: Tensor
+    maps: dict[str, Tensor] = field(default_factory=dict)
+    features: Tensor | None = None
+    routes: dict[str, Tensor] = field(default_factory=dict)
+
+    def note(self, env: int, labels: Tensor, scores: Tensor) -> None:
+        """Counts a batch that the model has just seen; see `Evaluator.note`."""
+        if env == self.withheld[0]:
+            places = labels * self.confusion.shape[1] + scores.argmax(1)
+            self.confusion.view(-1).index_add_(0, places, torch.ones_like(places))
+        for layer, counts in zip(self.layers, self.counts, strict=True):
+            counts[env].index_add_(0, labels, shares(self.routes[layer]).to(counts.dtype))
+
+    def sums(self) -> Tensor:
+        """All counts in one tensor, to be summed over ranks."""
+        return torch.cat([self.counts.view(-1), self.confusion.view(-1).to(self.counts.dtype)])
+
+    def take(self, sums: Tensor) -> None:
+        """Takes the sum of all ranks' counts."""
+        counts, confusion = sums[: self.counts.numel()], sums[self.counts.numel() :]
+        self.counts = counts.view_as(self.counts)
+        self.confusion = confusion.view_as(self.confusion).to(torch.int64)
+
+
+def shares(gates: Tensor) -> Tensor:
+    """Tokens of each image by expert [b, E] from gates [b, ..., E]; each token counts as one."""
+    gates = gates.flatten(1, -2)
+    return (gates / gates.sum(-1, keepdim=True)).sum(1)
+
+
+def routed_layers(model: nn.Module) -> dict[str, MoALinear]:
+    """The layers that decide for every token, by path."""
+    return {n: layer for n, layer in moa_layers(model) if isinstance(layer.router, TokenRouter)}
+
+
+class Insight:
+    """Looks over an evaluator's shoulder.
+
+    Args:
+        evaluator: evaluates the run.
+        model: the model itself, not an engine's wrapper.
+        withheld: numbers of the domains that are not trained on, the target first.
+        last: the last step, after which the features are looked at as well.
+    """
+
+    def __init__(
+        self, evaluator: Evaluator, model: nn.Module, withheld: Sequence[int], last: int
+    ) -> None:
+        self.evaluator, self.model = evaluator, model
+        self.withheld, self.last = withheld, last
+
+    @contextmanager
+    def watching(self, forward: nn.Module, step: int) -> Iterator[Seen]:
+        """Within the block, what `Seen.evaluator` evaluates is counted; a collective at its end.
+
+        An error leaves the block without that collective, so it must meet all ranks.
+
+        Args:
+            forward: calls the model: an engine's wrapper, or the model itself.
+            step: the step evaluated.
+        """
+        seen = self._unseen()
+        with moa.recorded_routes(self.model) as seen.routes:
+            seen.evaluator = replace(self.evaluator, note=seen.note)
+            yield seen
+            seen.take(self.evaluator.sum_over_ranks(seen.sums()))
+            with evaluating(forward):
+                self._look(forward, seen, step == self.last)
+        seen.routes = {}
+
+    def _unseen(self) -> Seen:
+        layers = routed_layers(self.model)
+        experts = max((len(layer.ranks) for layer in layers.values()), default=0)
+        index, device = self.evaluator.index, self.evaluator.device
+        domains, classes = len(index.domains), len(index.classes)
+        counts = torch.zeros(
+            len(layers), domains, classes, experts, dtype=torch.float64, device=device
+        )
+        confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
+        return Seen(self.evaluator, self.withheld, list(layers), counts, confusion)
+
+    def _look(self, forward: nn.Module, seen: Seen, features: bool) -> None:
+        """Has the model see the fixed images."""
+        if seen.layers:
+            maps: dict[str, list[Tensor]] = {layer: [] for layer in seen.layers}
+            for _ in self._forward(forward, self.mapped):
+                for layer, found in maps.items():
+                    found.append(seen.routes[layer].argmax(-1).cpu())
+            seen.maps = {layer: torch.cat(found) for layer, found in maps.items()}
+        if features:
+            seen.features = torch.cat(list(self._features(forward)))
+
+    def _features(self, forward: nn.Module) -> Iterator[Tensor]:
+        """What the classifier gets to see of the projected images, batch by batch."""
+        inputs: list[Tensor] = []
+
+        def keep(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            inputs.append(arguments[0].float().cpu())
+
+        handle = classifier(self.model).register_forward_pre_hook(keep)
+        try:
+            for _ in self._forward(forward, self.projected):
+                yield inputs.pop()
+        finally:
+            handle.remove()
+
+    def _forward(self, forward: nn.Module, fixed: FixedImages) -> Iterator[None]:
+        for start in range(0, len(fixed.images), self.evaluator.batch_size):
+            images = fixed.images[start : start + self.evaluator.batch_size]
+            forward(images.to(self.evaluator.device, self.evaluator.dtype))
+            yield
+
+    @cached_property
+    def mapped(self) -> FixedImages:
+        """The images of the routing maps."""
+        return self._fixed(max(1, MAPPED // len(self.evaluator.index.domains)))
+
+    @cached_property
+    def projected(self) -> FixedImages:
+        """The images of the embedding projector."""
+        return self._fixed(max(1, PROJECTED // len(self.evaluator.index.domains)))
+
+    def _fixed(self, most: int) -> FixedImages:
+        """Some images of each domain's `out` split, evenly over it and so over the classes."""
+        evaluator, places = self.evaluator, []
+        domains = len(evaluator.index.domains)
+        for env in range(domains):
+            ranks = np.sort(evaluator.ranks(env, "out"))
+            number = min(most, len(ranks))
+            # Other classes from domain to domain, where there are few images of each.
+            offset = (env + 0.5) / domains
+            places += [
+                (env, int(ranks[int((place + offset) * len(ranks) / number)]))
+                for place in range(number)
+            ]
+        return fixed_images(evaluator.index, places, evaluator.data_config, evaluator.decoder)

@@ -1,0 +1,203 @@
+"""What a run tells while it trains, brought together: curves, pages, warnings, the console.
+
+Only the main rank has a monitor.
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from torch import Tensor
+
+from trainer.checkpoint.run_folder import RunFolder
+from trainer.monitor.console import Standing, evaluation_line, live, plain_line
+from trainer.monitor.curves import MEAN_OUT, TARGET, VALIDATION, Curves
+from trainer.monitor.data_wait import Stall, hint
+from trainer.monitor.peak_memory import GIB, peak_bytes
+from trainer.monitor.router_health import RouterHealth
+from trainer.monitor.utilisation import image_utilisation
+from trainer.prepare.parts import Parts
+from trainer.process.world import World
+
+if TYPE_CHECKING:
+    from trainer.monitor.insight import Insight, Seen
+
+ByDomain = Mapping[str, Mapping[str, float]]
+"""Domain -> split -> accuracy in [0, 1]."""
+
+log = logging.getLogger("trainer")
+
+
+class Monitor:
+    """Shows one run.
+
+    Args:
+        parts: the run.
+        folder: its files.
+        world: the processes that train.
+        device: where this one computes.
+        first_step: where the run (re)starts; TensorBoard's later events are purged.
+        console: where progress is shown.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        folder: RunFolder,
+        world: World,
+        device: torch.device,
+        first_step: int,
+        console: Console,
+    ) -> None:
+        self.parts, self.config, self.folder = parts, parts.config, folder
+        self.device, self.console = device, console
+        routed = self.config.moa.routed
+        layers = parts.report.layers if routed else ()
+        self.curves = Curves(self.config, folder.tensorboard, first_step, layers)
+        total, withheld = self.config.train.steps, parts.withheld_names
+        self.standing = Standing(total, first_step, withheld, done=first_step)
+        self.every = max(1, min(50, total // 10))  # steps between plain lines and router notes
+        balance = "--moa.balance bias, or raise --moa.aux_weight"
+        now = f"now {self.config.moa.balance}, {self.config.moa.aux_weight}"
+        self.health = RouterHealth(f"{balance}; {now}") if routed else None
+        self.stall = Stall()
+        self.utilisation = image_utilisation(
+            self.config, device, len(parts.index.classes), world.size
+        )
+        self.live: Live | None = None
+
+    def __enter__(self) -> "Monitor":
+        """Starts the live display if there is a terminal for it."""
+        self.live = live(self.standing, self.console)
+        if self.live is not None:
+            self.live.start()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Ends the live display and flushes TensorBoard."""
+        self.standing.phase = "finished" if kind is None else "stopped"
+        if self.live is not None:
+            self.live.stop()
+        self.curves.close(whole=kind is None)
+
+    def step(self, row: Mapping[str, float], perf: Mapping[str, float]) -> None:
+        """Notes one training step.
+
+        Args:
+            row: the numbers of a `metrics.jsonl` row, `step` among them.
+            perf: `img_s`, `step_ms`, `data_wait_ms`.
+        """
+        step = int(row["step"])
+        peak = peak_bytes(self.device) / GIB
+        names = ("loss", "ce", "aux_loss", "lr", "grad_norm", "skipped_steps")
+        points = {f"train/{name}": row[name] for name in names if name in row}
+        points |= {f"perf/{name}": value for name, value in perf.items()}
+        points["mem/peak_gib"] = peak
+        if self.utilisation is not None:
+            points["perf/mfu"] = self.utilisation * perf["img_s"]
+        points |= {
+            f"data/bad/{name.removeprefix('moa/bad/')}": count
+            for name, count in row.items()
+            if name.startswith("moa/bad/")
+        }
+        self.curves.scalars(points, step)
+        standing = self.standing
+        standing.done, standing.row, standing.img_s = step + 1, row, perf["img_s"]
+        standing.peak_gib, standing.phase = peak, "training"
+        if step > standing.first_step:  # the first step of a start waits for the loaders to start
+            stalls = self.stall.note(perf["data_wait_ms"], perf["step_ms"])
+            standing.wait_share = self.stall.share
+            if stalls:
+                cores = len(os.sched_getaffinity(0))
+                log.warning("%s", hint(self.stall.share, self.config, cores))
+        if self.live is None and (step % self.every == 0 or step + 1 == standing.total):
+            log.info("%s", plain_line(standing))
+
+    def evaluating(self) -> None:
+        """Says that an evaluation has begun."""
+        self.standing.phase = "evaluating"
+
+    def evaluation(
+        self,
+        step: int,
+        by_domain: ByDomain,
+        selected: tuple[float, float | None],
+        averages: Mapping[str, ByDomain],
+    ) -> None:
+        """Notes an evaluation.
+
+        With `--eval.mode selection` there are few accuracies, and none of the target before the
+        end.
+
+        Args:
+            step: the step evaluated.
+            by_domain: accuracies.
+            selected: validation accuracy and held-out accuracy of the adapter selected so far.
+            averages: accuracies of each average of the weights, by its name.
+        """
+        points = tagged("eval", by_domain)
+        for name, found in averages.items():
+            points |= tagged(f"average/{name}", found)
+        sources = [
+            splits["out"]
+            for domain, splits in by_domain.items()
+            if domain not in self.standing.withheld and "out" in splits
+        ]
+        if sources:
+            points[MEAN_OUT] = sum(sources) / len(sources)
+        points[VALIDATION], target = selected
+        if target is not None:
+            points[TARGET] = target
+        self.curves.scalars(points, step)
+        self.standing.accuracies, self.standing.evaluated = by_domain, step
+        log.info("%s", evaluation_line(step, by_domain))
+
+    def pages(self, step: int, insight: "Insight", seen: "Seen", best: bool) -> None:
+        """Adds the pages of an evaluation; `best` if its adapter is the best so far."""
+        from trainer.monitor.pages import Pages
+
+        ranks = self.config.moa.ranks or ()
+        Pages(self.curves, insight, ranks, self.folder.routing).add(step, seen, best)
+
+    def routing(self, step: int, stats: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Notes the routers' state; one transfer from the device for all of it."""
+        if not stats:
+            return
+        numbers = on_host(stats)
+        dead = sum(values["load"].count(0.0) for values in numbers.values())
+        points = {"router/dead_experts": float(dead)}
+        for layer, values in numbers.items():
+            points |= {f"router/{layer}/load_{e}": share for e, share in enumerate(values["load"])}
+            for name in ("entropy", "max_prob", "temperature"):
+                if name in values:
+                    points[f"router/{layer}/{name}"] = values[name][0]
+        if self.health is not None:
+            for warning in self.health.note(numbers):
+                log.warning("%s", warning)
+                self.curves.text("router/warnings", warning, step)
+            points["router/active_warnings"] = float(len(self.health.active))
+        self.curves.scalars(points, step)
+
+
+def tagged(start: str, by_domain: ByDomain) -> dict[str, float]:
+    """Points of curves, one for each domain and split."""
+    return {
+        f"{start}/{domain}/{split}_acc": value
+        for domain, splits in by_domain.items()
+        for split, value in splits.items()
+    }
+
+
+def on_host(stats: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, list[float]]]:
+    """The numbers of some tensors as lists, fetched from the device at once."""
+    tensors = [value.reshape(-1).float() for values in stats.values() for value in values.values()]
+    fetched = iter(torch.cat(tensors).tolist())
+    return {
+        layer: {name: list(islice(fetched, value.numel())) for name, value in values.items()}
+        for layer, values in stats.items()
+    }

@@ -1,0 +1,1 @@
+"""Pictures of routing for TensorBoard and for folders."""

@@ -1,0 +1,1 @@
+"""`python -m trainer.plan`: memory, batches and traffic before anything is submitted."""

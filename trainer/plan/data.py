@@ -1,0 +1,69 @@
+"""What a plan knows of the data: from its flags, a shard set at hand, or the registry."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.config.run_config import RunConfig
+from trainer.process.errors import ConfigError
+
+if TYPE_CHECKING:
+    from shards import ShardIndex
+    from trainer.plan.__main__ import Request
+
+
+def index_at_hand(config: RunConfig) -> "ShardIndex | None":
+    """The index of the run's shard set, if that is a local folder that exists."""
+    from shards import ShardIndex
+
+    root = config.data.root
+    if root is None or not (Path(root) / "index.json").is_file():
+        return None
+    return ShardIndex.load(root)
+
+
+def domain_names(config: RunConfig) -> tuple[str, ...] | None:
+    """Domains in order: of the shard set if it is at hand, else of the registry; None: unknown."""
+    from shards.datasets import DATASETS
+
+    index = index_at_hand(config)
+    return DATASETS[config.data.dataset].domains if index is None else index.domains
+
+
+def known_data(config: RunConfig, request: "Request") -> tuple[int, int, int, dict[str, int]]:
+    """Domains, classes and sizes: from the flags, the shard set if it is at hand, the registry.
+
+    Returns:
+        Number of domains, of those trained on, of classes, and training images of each source
+        domain where known.
+
+    Raises:
+        ConfigError: a number that nothing tells, or a held-out domain that does not exist.
+    """
+    from shards.datasets import DATASETS, held_out_names
+
+    spec, index = DATASETS[config.data.dataset], index_at_hand(config)
+    names, samples, classes = domain_names(config), spec.samples, spec.num_classes
+    if index is not None:
+        classes = len(index.classes)
+        samples = tuple(index.num_samples(env) for env in range(len(index.domains)))
+    number = request.domains or (len(names) if names else None)
+    classes = request.num_classes or classes
+    missing = [
+        f"{flag}: dataset {spec.name!r} does not fix it; give a number"
+        for flag, value in (("--domains", number), ("--num-classes", classes))
+        if value is None
+    ]
+    if number is None or classes is None:
+        raise ConfigError("\n".join(missing))
+    held_out = held_out_names(config.data.held_out or (names or ("",))[-1], names or ())
+    if names is None or number != len(names):
+        return number, number - len(held_out), classes, {}
+    if unknown := [name for name in held_out if name not in names]:
+        raise ConfigError(
+            f"data.held_out = {unknown[0]!r}: not a domain of {spec.name}; "
+            f"legal: {', '.join(names)}"
+        )
+    sizes = dict(zip(names, samples or (), strict=False))
+    held_back = config.data.holdout_fraction
+    kept = {d: n - int(n * held_back) for d, n in sizes.items() if d not in held_out}
+    return number, number - len(held_out), classes, kept

@@ -1,0 +1,284 @@
+"""Arithmetic of a run before it exists: batches, and bytes in memory under DeepSpeed ZeRO.
+
+Letters: n trainable numbers, W processes, b bytes of the working precision, a bytes of the gradient
+accumulation. What is said of buffers follows DeepSpeed 0.19; alignment (a few numbers) is left out.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from shards.stream.mixing import DomainMix
+from trainer.config.averages import AverageConfig
+from trainer.config.run_config import RunConfig
+
+if TYPE_CHECKING:
+    from trainer.prepare.footprint import Footprint
+
+GIB = 2**30
+TIGHT = 0.9
+"""Share of a GPU's memory beyond which fragmentation may make a run fail that fits on paper."""
+CONTEXT_BYTES = GIB
+"""Allowance for the CUDA context (about half of it), cuBLAS and NCCL."""
+
+_ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+# DeepSpeed's defaults where the JSON is silent.
+_REDUCE_BUCKET, _MAX_LIVE = 500_000_000, 1_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """Images and steps; `epochs` by source domain is empty where sizes are not known."""
+
+    domains: int
+    source_domains: int
+    batch_per_domain: int
+    global_batch: int
+    per_process: int
+    accumulation: int
+    micro_batch: int
+    legal_world_sizes: list[int]
+    steps: int
+    images_seen: int
+    epochs: dict[str, float]
+    evaluations: int
+    checkpoints: int
+
+
+class _Cut(DomainMix):
+    """The cutting of a global batch alone, without a shard set."""
+
+    def __init__(self, domains: int, batch_per_domain: int) -> None:
+        self.sources, self.batch_per_domain = tuple(range(domains)), batch_per_domain
+
+
+def batch_arithmetic(
+    config: RunConfig, world_size: int, domains: int, sources: int, sizes: Mapping[str, int]
+) -> Batches:
+    """Batches, steps and what follows from them.
+
+    Args:
+        config: the run.
+        world_size: number of processes.
+        domains: number of all domains.
+        sources: how many of them are trained on.
+        sizes: training images of each source domain; empty if not known.
+
+    Raises:
+        DataConfigError: the global batch cannot be cut for the processes and micro-batches.
+    """
+    train, cut = config.train, _Cut(sources, config.train.batch_per_domain)
+    cut.check_world_size(world_size, train.accumulation)
+    per_process, last = cut.global_batch // world_size, train.steps - 1
+    seen = train.steps * train.batch_per_domain
+    return Batches(
+        domains=domains,
+        source_domains=sources,
+        batch_per_domain=train.batch_per_domain,
+        global_batch=cut.global_batch,
+        per_process=per_process,
+        accumulation=train.accumulation,
+        micro_batch=per_process // train.accumulation,
+        legal_world_sizes=cut.legal_world_sizes(),
+        steps=train.steps,
+        images_seen=train.steps * cut.global_batch,
+        epochs={domain: seen / size for domain, size in sizes.items()},
+        evaluations=last // train.eval_every + 1 + (last % train.eval_every > 0),
+        checkpoints=math.ceil(train.steps / config.checkpoint.every),
+    )
+
+
+@dataclass(frozen=True)
+class Term:
+    """A part of the memory of one process.
+
+    Attributes:
+        name: what it is.
+        bytes: how much.
+        place: on the GPU or, offloaded, in the host's memory.
+        formula: how it comes about.
+    """
+
+    name: str
+    bytes: int
+    place: Literal["gpu", "host"]
+    formula: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The numbers of a model.
+
+    Attributes:
+        trainable: numbers that train.
+        frozen: numbers that do not, buffers that follow the precision included.
+        buffer_bytes: bytes of whole-number buffers.
+    """
+
+    trainable: int
+    frozen: int
+    buffer_bytes: int
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """The entries of a resolved DeepSpeed JSON that decide about memory."""
+
+    stage: int
+    world_size: int
+    bf16: bool
+    accumulation_bytes: int
+    buckets: int
+    bucket_numbers: int
+    max_live: int
+    optimizer_offloaded: bool
+    weights_offloaded: bool
+
+    @property
+    def precision(self) -> str:
+        """The working precision."""
+        return "bf16" if self.bf16 else "fp32"
+
+    @property
+    def working_bytes(self) -> int:
+        """Bytes of one number in the working precision."""
+        return _ELEMENT_BYTES[self.precision]
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Bytes of all gradient buckets."""
+        each = self.working_bytes if self.stage > 1 else self.accumulation_bytes
+        return self.buckets * self.bucket_numbers * each
+
+
+def read_sharding(content: dict[str, Any], world_size: int) -> Sharding:
+    """What a resolved JSON (`trainer.config.deepspeed_json.resolve`) says, with DeepSpeed's defaults."""
+    zero, bf16 = content["zero_optimization"], bool(content["bf16"]["enabled"])
+    stage = int(zero["stage"])
+    named = content.get("data_types", {}).get("grad_accum_dtype")
+    accumulation = _ELEMENT_BYTES.get(named, 2 if bf16 else 4)
+    offloaded = {
+        name: zero.get(name, {}).get("device", "none") != "none"
+        for name in ("offload_optimizer", "offload_param")
+    }
+    # Stage 1 in bf16 with fp32 accumulation is DeepSpeed's bf16 optimizer: it accumulates in place.
+    in_place = stage == 1 and bf16 and accumulation == 4 and not offloaded["offload_optimizer"]
+    buckets = 2 if stage < 3 and zero.get("overlap_comm", False) else 1
+    if in_place or not zero.get("contiguous_gradients", True):
+        buckets = 0
+    return Sharding(
+        stage=stage,
+        world_size=world_size,
+        bf16=bf16,
+        accumulation_bytes=accumulation,
+        buckets=buckets,
+        bucket_numbers=int(zero.get("reduce_bucket_size", _REDUCE_BUCKET)),
+        max_live=int(zero.get("stage3_max_live_parameters", _MAX_LIVE)),
+        optimizer_offloaded=offloaded["offload_optimizer"],
+        weights_offloaded=offloaded["offload_param"],
+    )
+
+
+def memory_terms(weights: Weights, sharding: Sharding, footprint: "Footprint") -> tuple[Term, ...]:
+    """All terms. Their sum is an upper bound: not every term is at its largest at the same time.
+
+    Evaluation replaces the activations of training while it runs; only the larger counts.
+    """
+    terms = [*_weight_terms(weights, sharding), *_optimizer_terms(weights, sharding)]
+    training, n = footprint.peak, footprint.images
+    kept = min(footprint.kept, training)
+    terms += [
+        Term("activations kept for backward", kept, "gpu", f"measured, {n} images"),
+        Term("workspace of forward and backward", training - kept, "gpu", "peak beyond the kept"),
+    ]
+    if footprint.evaluation > training:
+        more = footprint.evaluation - training
+        terms.append(Term("evaluation beyond training", more, "gpu", "a larger batch, no graph"))
+    terms.append(Term("CUDA context, cuBLAS, NCCL", CONTEXT_BYTES, "gpu", "allowance"))
+    return tuple(terms)
+
+
+def _weight_terms(weights: Weights, sharding: Sharding) -> list[Term]:
+    b, split = sharding.working_bytes, sharding.stage == 3
+    place: Literal["gpu", "host"] = "host" if split and sharding.weights_offloaded else "gpu"
+    parts, over = (sharding.world_size, " / W") if split else (1, "")
+    frozen, n = weights.frozen, weights.trainable
+    frozen_bytes = math.ceil(frozen / parts) * b + weights.buffer_bytes
+    terms = [
+        Term("frozen weights", frozen_bytes, place, f"{frozen:,}{over} x {b} B"),
+        Term("trainable weights", math.ceil(n / parts) * b, place, f"n{over} x {b} B"),
+    ]
+    if parts > 1 or place == "host":
+        live = min(frozen + n, sharding.max_live)
+        what = "stage3_max_live_parameters at most"
+        terms.append(Term("gathered weights", live * b, "gpu", what))
+    return terms
+
+
+def _optimizer_terms(weights: Weights, sharding: Sharding) -> list[Term]:
+    n, part = weights.trainable, math.ceil(weights.trainable / sharding.world_size)
+    place: Literal["gpu", "host"] = "host" if sharding.optimizer_offloaded else "gpu"
+    a, b = sharding.accumulation_bytes, sharding.working_bytes
+    terms = [
+        Term("fp32 masters", part * 4, place, "n / W x 4 B"),
+        Term("Adam moments", part * 8, place, "n / W x 2 x 4 B"),
+    ]
+    if sharding.stage == 1:
+        # Every rank accumulates the whole gradient; beside it, backward's own in low precision.
+        own = b if a != b else 0
+        formula = f"n x {a} B" + (f" + n x {own} B" if own else "")
+        terms.append(Term("gradients", n * (a + own), "gpu", formula))
+    else:
+        terms.append(Term("gradients", part * a, place, f"n / W x {a} B"))
+        if not sharding.buckets:
+            terms.append(Term("gradients before reduction", n * b, "gpu", f"n x {b} B"))
+    if sharding.buckets:
+        formula = f"{sharding.buckets} x reduce_bucket_size {sharding.bucket_numbers:,}"
+        terms.append(Term("gradient buckets", sharding.bucket_bytes, "gpu", formula))
+    return terms
+
+
+def kept_terms(weights: Weights, sharding: Sharding, averages: AverageConfig) -> tuple[Term, ...]:
+    """Copies of the trainable numbers that a run keeps: the best so far, and averages of them."""
+    share = 4 * math.ceil(weights.trainable / sharding.world_size)
+    # Averages live on the masters, and where those are.
+    place: Literal["gpu", "host"] = "host" if sharding.optimizer_offloaded else "gpu"
+    terms = [Term("best adapter", 4 * weights.trainable, "host", "n x 4 B, in the main process")]
+    if averages.ema:
+        terms.append(Term("EMA", share, place, "n / W x 4 B"))
+    if averages.swad:
+        copies = averages.swad_copies
+        terms.append(Term("SWAD", copies * share, place, f"n / W x 4 B, {copies} times at most"))
+    return tuple(terms)
+
+
+def gpu_bytes(terms: tuple[Term, ...]) -> int:
+    """Sum of the terms on the GPU."""
+    return sum(term.bytes for term in terms if term.place == "gpu")
+
+
+def memory_warnings(
+    used: int, gpu_memory: float | None, trainable: int, sharding: Sharding
+) -> Iterator[str]:
+    """What deserves a second look.
+
+    Args:
+        used: bytes that the run takes of a GPU.
+        gpu_memory: GiB that a GPU has; None if not told.
+        trainable: numbers that train.
+        sharding: what the DeepSpeed JSON says.
+    """
+    if gpu_memory is not None and used > TIGHT * gpu_memory * GIB:
+        how = "does not fit" if used > gpu_memory * GIB else "hardly fits, fragmentation counted,"
+        yield (
+            f"the run {how} in {gpu_memory:g} GiB: use --model.grad_checkpointing true, a larger "
+            "--train.accumulation, or more processes"
+        )
+    # A bucket is allocated in full, however few numbers ever lie in it.
+    if sharding.bucket_bytes > GIB // 4 and sharding.bucket_numbers > 8 * trainable:
+        yield (
+            f"the gradient buckets take {sharding.bucket_bytes / GIB:.2f} GiB for {trainable:,} "
+            "trainable numbers: lower zero_optimization.reduce_bucket_size in the DeepSpeed JSON "
+            "to a little more than those"
+        )

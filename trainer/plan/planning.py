@@ -1,0 +1,165 @@
+"""The plan of a run, made from its settings and a model on the meta device."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from moa import adapter_state_dict
+from moa.layers.layer import moa_layers
+from moa.parallel.placement import traffic
+from trainer.config import deepspeed_json
+from trainer.config.run_config import RunConfig
+from trainer.plan import file_sizes
+from trainer.plan import memory as estimates
+from trainer.plan.data import domain_names, known_data
+from trainer.plan.scaling import FLOPS, WORLDS, Load, Prediction, Rates, load_of, predict
+from trainer.prepare.footprint import Footprint, measure, outline, roles, weights_of
+from trainer.prepare.parts import check_expert_parallel
+from trainer.prepare.tokens import tokens_per_image
+
+if TYPE_CHECKING:
+    from trainer.plan.__main__ import Request
+
+SHARING = 8
+"""Processes that share the experts, for the traffic of both transports beside each other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything the command prints.
+
+    Attributes:
+        run: settings that decide about the rest.
+        roles: trainable numbers by role.
+        total: all numbers of the model.
+        adapter_bytes: size of the adapter file.
+        checkpoint_bytes: size of one checkpoint, text files estimated.
+        memory: terms of one process.
+        gpu_bytes: sum of those on the GPU.
+        footprint: what was measured on the meta device.
+        batches: batch arithmetic.
+        warnings: what deserves a second look.
+        load: what a step computes and sends.
+        traffic: bytes that a process sends in a step, by transport, if `SHARING` share the experts.
+        rates: what the hardware is assumed to give.
+        predictions: a step of as many images per process on more and more GPUs.
+        run_folder: where the run will write; empty where only the data tell.
+    """
+
+    run: dict[str, Any]
+    roles: dict[str, int]
+    total: int
+    adapter_bytes: int
+    checkpoint_bytes: int
+    memory: tuple[estimates.Term, ...]
+    gpu_bytes: int
+    footprint: Footprint
+    batches: estimates.Batches
+    warnings: tuple[str, ...]
+    load: Load
+    traffic: dict[Literal["gather", "all_to_all"], float]
+    rates: Rates
+    predictions: tuple[Prediction, ...]
+    run_folder: str
+
+    @property
+    def trainable(self) -> int:
+        """All trainable numbers."""
+        return sum(self.roles.values())
+
+
+def make_plan(config: RunConfig, request: "Request") -> Plan:
+    """Builds the model on the meta device and plans the run.
+
+    Raises:
+        ConfigError, MoAConfigError, DataConfigError: a setting that cannot work.
+    """
+    domains, sources, classes, sizes = known_data(config, request)
+    world = request.world_size
+    model, report = outline(config.model, config.moa, classes)
+    batches = estimates.batch_arithmetic(config, world, domains, sources, sizes)
+    sharding = _sharding(config, world, batches.global_batch, report.trainable)
+    tensors = adapter_state_dict(model)
+    moved = [name for name, p in model.named_parameters() if p.requires_grad]
+    model.to(torch.bfloat16 if sharding.bf16 else torch.float32)
+    footprint = measure(model, batches.micro_batch, config.train.eval_batch)
+    memory = _memory(config, model, sharding, footprint)
+    used = estimates.gpu_bytes(memory)
+    tokens, rates = tokens_per_image(model), Rates(flops=FLOPS[sharding.precision])
+    load = load_of(model, footprint, batches, sharding, tokens)
+    return Plan(
+        run=_settings(config, sharding, len(report.layers), classes),
+        roles=roles(model),
+        total=report.total,
+        adapter_bytes=file_sizes.adapter_file_bytes(tensors),
+        checkpoint_bytes=file_sizes.checkpoint_bytes(tensors, moved, classes, config.average),
+        memory=memory,
+        gpu_bytes=used,
+        footprint=footprint,
+        batches=batches,
+        warnings=tuple(
+            estimates.memory_warnings(used, request.gpu_memory, report.trainable, sharding)
+        ),
+        load=load,
+        traffic=_traffic(model, tokens, batches, sharding.working_bytes),
+        rates=rates,
+        predictions=_predictions(load, world, rates),
+        run_folder=_run_folder(config),
+    )
+
+
+def _sharding(
+    config: RunConfig, world: int, global_batch: int, trainable: int
+) -> estimates.Sharding:
+    """What the DeepSpeed JSON makes of the run, once it has proved legal."""
+    bf16 = config.train.precision != "fp32"  # "auto" is bf16 on a GPU
+    content = deepspeed_json.resolve(config, world, global_batch, bf16, trainable)
+    deepspeed_json.check_buckets(content, trainable)
+    sharding = estimates.read_sharding(content, world)
+    check_expert_parallel(config.moa, world, sharding.stage == 3)
+    return sharding
+
+
+def _memory(
+    config: RunConfig, model: nn.Module, sharding: estimates.Sharding, footprint: Footprint
+) -> tuple[estimates.Term, ...]:
+    weights = weights_of(model)
+    kept = estimates.kept_terms(weights, sharding, config.average)
+    return (*estimates.memory_terms(weights, sharding, footprint), *kept)
+
+
+def _settings(
+    config: RunConfig, sharding: estimates.Sharding, layers: int, classes: int
+) -> dict[str, Any]:
+    """Those that decide about the rest."""
+    return {
+        "backbone": config.model.backbone,
+        "method": config.moa.method,
+        "adapted_layers": layers if config.moa.adapts else 0,
+        "classes": classes,
+        "precision": sharding.precision,
+        "grad_checkpointing": config.model.grad_checkpointing,
+        "zero_stage": sharding.stage,
+        "world_size": sharding.world_size,
+        "averages": ", ".join(config.average.names) or "none",
+    }
+
+
+def _traffic(
+    model: nn.Module, tokens: int, batches: estimates.Batches, width: int
+) -> dict[Literal["gather", "all_to_all"], float]:
+    layers = [layer for _, layer in moa_layers(model)]
+    seen = tokens * batches.per_process
+    return traffic(layers, seen, SHARING, width, batches.accumulation)
+
+
+def _predictions(load: Load, world: int, rates: Rates) -> tuple[Prediction, ...]:
+    worlds = sorted({world, *WORLDS})
+    return tuple(predict(load, n, rates) for n in worlds if n % load.ep_size == 0)
+
+
+def _run_folder(config: RunConfig) -> str:
+    held_out = config.data.held_out or (domain_names(config) or ("",))[-1]
+    return str(config.run_folder(held_out)) if held_out or config.output_dir else ""

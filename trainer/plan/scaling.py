@@ -1,0 +1,167 @@
+"""How a step's time is predicted to grow with the number of GPUs: compute, bytes and latencies.
+
+A model, not a measurement: FLOPs and bytes are counted, the rates are assumptions that a user can
+replace by those of a cluster. Compute and communication are added up, as if nothing overlapped.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from trainer.plan.memory import Batches, Sharding
+    from trainer.prepare.footprint import Footprint
+
+WORLDS = (8, 16, 32, 64, 128, 256, 512)
+"""GPUs for which a plan predicts a step."""
+
+FLOPS = {"bf16": 400e12, "fp32": 40e12}
+"""FLOP/s that a GPU is assumed to reach on the backbone, by precision.
+
+About 40 % of the 989 that an H100 could do in bf16, 60 % of the 67 that it could in fp32, where
+nothing allows TF32.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What the hardware is assumed to give."""
+
+    flops: float = FLOPS["bf16"]
+    """FLOP/s that a GPU reaches on the backbone"""
+    node: float = 200e9
+    """bytes/s that a GPU sends within its node"""
+    network: float = 25e9
+    """bytes/s that a GPU sends to other nodes (200 Gbit/s)"""
+    latency: float = 20e-6
+    """seconds that a collective takes per doubling of its ranks, however little it sends"""
+    gpus_per_node: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What one step of a run computes and sends.
+
+    Attributes:
+        images: of one process.
+        flops: of one image, forward, backward and recomputation.
+        frozen_bytes: weights that ZeRO-3 gathers.
+        trainable: numbers that train.
+        expert_bytes: what a process sends for its experts' sake (`moa.placement.traffic`).
+        layers: adapted layers.
+        modules: blocks whose weights ZeRO-3 gathers one after the other.
+        stage: ZeRO stage.
+        accumulation: micro-batches.
+        ep_size: processes that share the experts; 1 for none.
+        transport: by which they do; None if they do not.
+    """
+
+    images: int
+    flops: float
+    frozen_bytes: float
+    trainable: int
+    expert_bytes: float
+    layers: int
+    modules: int
+    stage: int
+    accumulation: int = 1
+    ep_size: int = 1
+    transport: Literal["gather", "all_to_all"] | None = None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds of one step by cause."""
+
+    world: int
+    images: int
+    compute: float
+    gradients: float
+    weights: float
+    experts: float
+
+    @property
+    def seconds(self) -> float:
+        """The whole step."""
+        return self.compute + self.gradients + self.weights + self.experts
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the step in which the GPUs compute."""
+        return self.compute / self.seconds
+
+
+def load_of(
+    model: "nn.Module",
+    footprint: "Footprint",
+    batches: "Batches",
+    sharding: "Sharding",
+    tokens: int,
+) -> Load:
+    """The load of a planned run.
+
+    Args:
+        model: injected, on the meta device.
+        footprint: what was measured of it.
+        batches: batch arithmetic.
+        sharding: what the DeepSpeed JSON says.
+        tokens: of an adapted layer, per image.
+
+    Raises:
+        MoAConfigError: a transport that cannot work.
+    """
+    from moa.layers.layer import moa_layers
+    from moa.parallel.placement import resolve_transport, traffic
+
+    layers = [layer for _, layer in moa_layers(model)]
+    ep_size, transport, expert_bytes = 1, None, 0.0
+    width, pieces = sharding.working_bytes, batches.accumulation
+    if layers and layers[0].config.mixes and layers[0].config.ep_size > 1:
+        ep_size = layers[0].config.ep_size
+        transport = resolve_transport(layers, tokens * batches.micro_batch)
+        sent = traffic(layers, tokens * batches.per_process, ep_size, width, pieces)
+        expert_bytes = sent[transport]
+    parameters = list(model.parameters())
+    return Load(
+        images=batches.per_process,
+        flops=footprint.forward + footprint.backward + footprint.recomputed,
+        frozen_bytes=width * sum(p.numel() for p in parameters if not p.requires_grad),
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        expert_bytes=expert_bytes,
+        layers=len(layers),
+        modules=sum(bool(re.search(r"(^|\.)blocks\.\d+$", n)) for n, _ in model.named_modules()),
+        stage=sharding.stage,
+        accumulation=pieces,
+        ep_size=ep_size,
+        transport=transport,
+    )
+
+
+def predict(load: Load, world: int, rates: Rates) -> Prediction:
+    """One step on `world` GPUs, each with as many images as the load says."""
+
+    def collectives(number: int, sent: float, ranks: int) -> float:
+        """Seconds of `number` collectives over `ranks` in which a rank sends `sent` bytes."""
+        if ranks == 1:
+            return 0.0
+        rate = rates.node if ranks <= rates.gpus_per_node else rates.network
+        return number * rates.latency * math.log2(ranks) + sent / rate
+
+    pieces, others = load.accumulation, (world - 1) / world
+    # Gradients are reduced in fp32 to their owners, from stage 2 on after every micro-batch since
+    # nobody else keeps them; the new weights are gathered once. Each fills one bucket.
+    buckets = 1 + (pieces if load.stage > 1 else 1)
+    gradients = collectives(buckets, buckets * 4 * load.trainable * others, world)
+    weights = 0.0
+    if load.stage == 3:  # forward and backward of every micro-batch gather each block's weights
+        gathers = 2 * pieces
+        sent = gathers * load.frozen_bytes * others
+        weights = collectives(gathers * load.modules, sent, world)
+    # Tokens travel per layer: sizes, there, results back; in backward the two once more.
+    number = 5 * load.layers if load.transport == "all_to_all" else 2
+    experts = collectives(number * pieces, load.expert_bytes, load.ep_size)
+    compute = load.flops * load.images / rates.flops
+    return Prediction(world, load.images, compute, gradients, weights, experts)

@@ -1,0 +1,119 @@
+"""How a plan is shown: titled rows, as tables or as one JSON object."""
+
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from trainer.plan.memory import GIB, Batches
+from trainer.plan.planning import SHARING, Plan
+from trainer.plan.scaling import Prediction
+
+if TYPE_CHECKING:
+    from trainer.plan.__main__ import Request
+
+Rows = list[tuple[str, str, str]]
+"""What, how much, and how it comes about."""
+
+_IN_CHECKPOINT = "with Adam's moments, the best adapter and averages; about"
+
+
+def sections(plan: Plan, gpu_memory: float | None = None) -> dict[str, Rows]:
+    """The plan as titled rows of text."""
+    fits = "" if gpu_memory is None else f"{gpu_memory:g} GiB: "
+    if gpu_memory is not None:
+        fits += "fits" if plan.gpu_bytes <= gpu_memory * GIB else "does not fit"
+    return {
+        "run": [(name.replace("_", " "), str(value), "") for name, value in plan.run.items()],
+        "trainable numbers": _count_rows(plan),
+        "files": [
+            ("adapter file", f"{plan.adapter_bytes:,} B", "fp32"),
+            ("one checkpoint, at most", f"{plan.checkpoint_bytes:,} B", _IN_CHECKPOINT),
+        ],
+        "memory per process": [
+            *((t.name, _gib(t.bytes), t.formula) for t in plan.memory if t.place == "gpu"),
+            ("sum on the GPU, at most", _gib(plan.gpu_bytes), fits),
+            *((f"host: {t.name}", _gib(t.bytes), t.formula) for t in plan.memory
+              if t.place == "host"),
+        ],
+        "compute (multiply-add = 2 FLOPs)": _compute_rows(plan),
+        "batches": _batch_rows(plan.batches),
+        f"expert parallelism, sent per process and step if {SHARING} share the experts": (
+            _traffic_rows(plan)
+        ),
+        f"predicted step, as many images per process (assumed: {plan.rates.flops / 1e12:g} TFLOP/s "
+        f"a GPU in {plan.run['precision']}, other rates in docs/distributed.md)": [
+            _prediction_row(p)
+            for p in plan.predictions
+        ],
+    }  # fmt: skip
+
+
+def _count_rows(plan: Plan) -> Rows:
+    without = plan.trainable - plan.roles.get("head", 0)
+    rows = [(role, f"{count:,}", "") for role, count in plan.roles.items()]
+    share = f"{100 * plan.trainable / plan.total:.3f} % of {plan.total:,}"
+    return [*rows, ("without head", f"{without:,}", ""), ("all", f"{plan.trainable:,}", share)]
+
+
+def _compute_rows(plan: Plan) -> Rows:
+    foot, batches = plan.footprint, plan.batches
+    parts = {"forward": foot.forward, "backward": foot.backward, "recomputed": foot.recomputed}
+    rows = [(f"{name} per image", f"{n / 1e9:,.2f} GFLOP", "") for name, n in parts.items() if n]
+    step = sum(parts.values()) * batches.global_batch
+    whole = f"{step * batches.steps / 1e18:,.3f} EFLOP in all steps"
+    return [*rows, ("step, global batch", f"{step / 1e12:,.2f} TFLOP", whole)]
+
+
+def _prediction_row(p: Prediction) -> tuple[str, str, str]:
+    rate = f"{p.world * p.images / p.seconds:,.0f} images/s"
+    return f"{p.world} GPUs", f"{1000 * p.seconds:,.1f} ms", f"{rate}, {p.efficiency:.1%} computing"
+
+
+def _traffic_rows(plan: Plan) -> Rows:
+    return [
+        (name, f"{count / 2**20:,.2f} MiB", "this run's" if name == plan.load.transport else "")
+        for name, count in plan.traffic.items()
+        if count
+    ]
+
+
+def _batch_rows(batches: Batches) -> Rows:
+    rows = []
+    for name, value in asdict(batches).items():
+        if isinstance(value, list):
+            value = ", ".join(map(str, value))
+        elif isinstance(value, dict):
+            value = ", ".join(f"{k} {v:.2f}" for k, v in value.items()) or "sizes not known"
+        else:
+            value = f"{value:,}"
+        rows.append((name.replace("_", " "), value, ""))
+    return rows
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:,.3f} GiB"
+
+
+def show(plan: Plan, request: "Request") -> None:
+    """Prints the plan: JSON, or tables."""
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if request.json:
+        text = json.dumps(asdict(plan) | {"trainable": plan.trainable})
+        console.print(text, soft_wrap=True, highlight=False, markup=False)
+        return
+    for title, rows in sections(plan, request.gpu_memory).items():
+        table = Table("", "", "", title=title, title_justify="left", show_header=False)
+        table.columns[1].justify = "right"
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+    if plan.run_folder:
+        line = f"run folder: {plan.run_folder}"
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    for warning in plan.warnings:
+        console.print(f"warning: {warning}", soft_wrap=True, highlight=False, markup=False)

@@ -1,0 +1,1 @@
+"""What a run needs before there are processes: backbone, head, parts, footprint."""

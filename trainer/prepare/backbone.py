@@ -1,0 +1,148 @@
+"""The model of a run: a timm backbone with its weights, adapters injected, a fresh head."""
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import huggingface_hub
+import timm
+import timm.data
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+import moa
+import trainer.prepare.vit_embedded  # noqa: F401  (registers the embedded backbone with timm)
+from trainer.config.run_config import ModelConfig
+from trainer.process.errors import ConfigError
+
+UNREADABLE = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    EOFError,
+    SafetensorError,
+    UnpicklingError,
+)
+"""What timm, the hub client and the readers of weight files raise when there is nothing to load."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A model before injection, and what identifies it.
+
+    Attributes:
+        model: timm model with a fresh classifier.
+        name: timm name `architecture.tag`.
+        data_config: the model's own `input_size`, `mean`, `std`, `interpolation`.
+        sha256: `moa.base_hash` of the model; empty for an outline.
+        projection: the checkpoint's own classifier, which the fresh one replaced; in CLIP's it maps
+            to the space shared with texts. Only kept for a head from text.
+    """
+
+    model: nn.Module
+    name: str
+    data_config: dict[str, Any]
+    sha256: str
+    projection: nn.Linear | None = None
+
+
+def check_backbone(config: ModelConfig) -> str:
+    """The full timm name `architecture.tag`, without building anything.
+
+    Raises:
+        ConfigError: unknown architecture or tag, or a weights file that does not exist.
+    """
+    architecture, _, tag = config.backbone.partition(".")
+    if not timm.is_model(architecture):
+        transformers = ["vit_embedded", *timm.list_models(["vit_*", "eva*", "deit*"])]
+        close = difflib.get_close_matches(architecture, transformers, 3)
+        hint = f"; close are {', '.join(close)}" if close else "; see timm.list_models('vit_*')"
+        raise ConfigError(f"model.backbone: timm has no model {architecture!r}{hint}")
+    tags = [n.partition(".")[2] for n in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        close = difflib.get_close_matches(tag, tags, 1)
+        hint = f"; did you mean {architecture}.{close[0]}?" if close else ""
+        raise ConfigError(
+            f"model.backbone: {architecture} has no weights tagged {tag!r}; legal are "
+            f"{', '.join(tags) or 'none'}{hint}"
+        )
+    if config.weights not in ("pretrained", "random") and not Path(config.weights).is_file():
+        raise ConfigError(
+            f"model.weights: no file {config.weights!r}; legal are pretrained, random, or the path "
+            "of a safetensors file"
+        )
+    full = timm.get_pretrained_cfg(config.backbone)
+    default_tag = tag or (full.tag if full is not None and full.tag else "")
+    return f"{architecture}.{default_tag}".removesuffix(".")
+
+
+def create_backbone(config: ModelConfig, num_classes: int, seed: int) -> Backbone:
+    """Builds the timm model on the CPU; the head, and random weights, follow from `seed`.
+
+    With `head_init: text` the head is as random, until `text_head.use_text_head` fills it.
+
+    Raises:
+        ConfigError: the name is unknown, or the weights cannot be had.
+    """
+    name = check_backbone(config)
+    overlay = {} if config.weights in ("pretrained", "random") else {"file": config.weights}
+    # The hub client reports each of its retries; the error below says it once.
+    huggingface_hub.utils.logging.set_verbosity_error()
+    torch.manual_seed(seed)
+    own_head = config.head_init == "text"
+    try:
+        model = timm.create_model(
+            config.backbone,
+            pretrained=config.weights != "random",
+            pretrained_cfg_overlay=overlay,
+            **({} if own_head else {"num_classes": num_classes}),
+        )
+    except UNREADABLE as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ConfigError(_no_weights(config, name, reason)) from error
+    projection = None
+    if own_head:
+        found = model.get_classifier()
+        projection = found if isinstance(found, nn.Linear) else None
+        model.reset_classifier(num_classes)
+    return _finish(model, name, config, moa.base_hash(model), projection)
+
+
+def _finish(
+    model: nn.Module,
+    name: str,
+    config: ModelConfig,
+    sha256: str,
+    projection: nn.Linear | None = None,
+) -> Backbone:
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    data_config = timm.data.resolve_model_data_config(model)
+    kept = {key: data_config[key] for key in ("input_size", "mean", "std", "interpolation")}
+    return Backbone(model, name, kept, sha256, projection)
+
+
+def outline_backbone(config: ModelConfig, num_classes: int, seed: int) -> Backbone:
+    """The same model on the meta device, without weights or hash; `seed` is not needed.
+
+    Raises:
+        ConfigError: the name is unknown.
+    """
+    name = check_backbone(config)
+    with torch.device("meta"):
+        model = timm.create_model(config.backbone, pretrained=False, num_classes=num_classes)
+    return _finish(model, name, config, "")
+
+
+def _no_weights(config: ModelConfig, name: str, reason: str) -> str:
+    if config.weights == "pretrained":
+        return (
+            f"model.weights: the pretrained weights of {name} cannot be had ({reason}). Without a "
+            "network, download them elsewhere and give --model.weights FILE.safetensors, or copy "
+            "the hub's cache and set HF_HOME; --model.weights random trains from scratch"
+        )
+    return f"model.weights: {config.weights!r} does not fit {name} ({reason})"

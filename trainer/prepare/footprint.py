@@ -1,0 +1,296 @@
+"""What one training step keeps, needs and computes, measured without doing it.
+
+The model stands on the meta device, where tensors have shapes and no contents: forward and backward
+run in seconds, on any machine, for any timm model and method. Every operation is seen on its way,
+so that bytes and FLOPs are counted and not guessed. Not seen is what a GPU kernel takes for itself.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+import moa
+from moa.layers.layer import MoALinear
+from moa.model.injection import classifier
+from trainer.config.run_config import ModelConfig
+from trainer.plan.memory import Weights
+from trainer.prepare.backbone import check_backbone
+
+_PARTS = (
+    ("experts", ".experts."),
+    ("experts", ".shared_expert."),
+    ("routers", ".router."),
+    ("rule", ".kron_rule."),
+)
+"""Role of an adapter's tensor -> what its name holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """One micro-batch on one process; FLOPs count a multiply-add as two and matrix products only.
+
+    Attributes:
+        images: images of the micro-batch.
+        kept: bytes that forward keeps for backward; weights are not counted.
+        peak: largest number of bytes alive at once in forward and backward; weights and their
+            gradients are not counted.
+        evaluation: the same of an evaluation batch, without a graph.
+        forward: FLOPs per image.
+        backward: FLOPs per image, with what the fused attention computes anew.
+        recomputed: FLOPs per image of checkpointing's second forward.
+    """
+
+    images: int
+    kept: int
+    peak: int
+    evaluation: int
+    forward: int
+    backward: int
+    recomputed: int
+
+
+def outline(
+    config: ModelConfig, settings: moa.MoAConfig, num_classes: int
+) -> tuple[nn.Module, moa.InjectReport]:
+    """The model of a run on the meta device, adapters injected, fp32, in training mode.
+
+    Raises:
+        ConfigError, MoAConfigError: as when the run itself is built.
+    """
+    # Weights are not needed here, and may lie on another machine.
+    check_backbone(replace(config, weights="random"))
+    with torch.device("meta"):
+        model: nn.Module = timm.create_model(
+            config.backbone, pretrained=False, num_classes=num_classes
+        )
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    return model.train(), moa.inject(model, settings)
+
+
+def roles(model: nn.Module) -> dict[str, int]:
+    """Trainable numbers of an injected model by what they are for; roles without any are left out.
+
+    `added biases` are the layers' own beside Kronecker experts, `backbone` what `full`, `bias` and
+    `attention` train.
+    """
+    head = {id(p) for p in classifier(model).parameters()}
+    biases = {id(m.bias) for m in model.modules() if isinstance(m, MoALinear)}
+    counts = dict.fromkeys(("experts", "routers", "rule", "added biases", "backbone", "head"), 0)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            if id(parameter) in head:
+                role = "head"
+            elif id(parameter) in biases:
+                role = "added biases"
+            else:
+                role = next((r for r, part in _PARTS if part in f".{name}"), "backbone")
+            counts[role] += parameter.numel()
+    return {role: count for role, count in counts.items() if count}
+
+
+def weights_of(model: nn.Module) -> Weights:
+    """The numbers of a model as memory sees them."""
+    tensors = [*model.parameters(), *model.buffers()]
+    trainable = sum(t.numel() for t in tensors if t.requires_grad)
+    floating = sum(t.numel() for t in tensors if t.is_floating_point())
+    others = sum(t.untyped_storage().nbytes() for t in tensors if not t.is_floating_point())
+    return Weights(trainable=trainable, frozen=floating - trainable, buffer_bytes=others)
+
+
+def measure(model: nn.Module, micro_batch: int, eval_batch: int) -> Footprint:
+    """Runs forward and backward on the device of `model`, and forward of an evaluation batch.
+
+    Gradients of the parameters are dropped as soon as they are there.
+    """
+    meter, kept = _step(model, micro_batch)
+    checkpointing = bool(getattr(model, "grad_checkpointing", False))
+    plain = meter
+    if checkpointing:
+        model.set_grad_checkpointing(False)  # type: ignore[operator]
+        plain, _ = _step(model, micro_batch)
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    return Footprint(
+        images=micro_batch,
+        kept=kept,
+        peak=meter.peak,
+        evaluation=_evaluation_peak(model, eval_batch),
+        forward=meter.forward // micro_batch,
+        backward=plain.backward // micro_batch,
+        recomputed=(meter.backward - plain.backward) // micro_batch,
+    )
+
+
+_aten = torch.ops.aten
+FLOPS: dict[Any, Callable[..., int]] = {
+    # Some releases of torch count the attention of GPUs but not that of CPUs, which is the same.
+    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        _aten._scaled_dot_product_flash_attention
+    ],
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _aten._scaled_dot_product_flash_attention_backward
+    ],
+    **flop_registry,
+}
+"""FLOPs of an operation from its arguments, as torch counts them."""
+
+
+class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own base
+    """Counts, while active, live bytes of tensors that are not the model's, and FLOPs.
+
+    Attributes:
+        peak: largest number of bytes alive at once.
+        flops: FLOPs so far.
+        forward: FLOPs of forward, once it is over.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = self.flops = self.forward = 0
+        self._live, self._known = 0, storages_of(model)
+        self._seen: dict[int, weakref.ref[Any]] = {}
+
+    @property
+    def backward(self) -> int:
+        """FLOPs since forward was over."""
+        return self.flops - self.forward
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        count = FLOPS.get(func._overloadpacket)
+        if count is not None:
+            self.flops += count(*args, **kwargs, out_val=result)
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self.note(value)
+        return result
+
+    def note(self, tensor: Tensor) -> None:
+        """Counts the storage of `tensor` until it is freed; views of one storage count once."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen or key in self._known:
+            return
+
+        def freed(_: Any) -> None:
+            del self._seen[key]
+            self._live -= size
+
+        self._seen[key] = weakref.ref(storage, freed)
+        self._live += size
+        self.peak = max(self.peak, self._live)
+
+
+def storages_of(model: nn.Module) -> set[int]:
+    """Identities of the storages of a model's parameters and buffers."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return {tensor.untyped_storage()._cdata for tensor in tensors}
+
+
+def _step(model: nn.Module, batch: int) -> tuple[Meter, int]:
+    """Meter of forward and backward, and the bytes that forward kept."""
+    meter, saved, own = Meter(model), {}, storages_of(model)
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            saved[storage._cdata] = storage
+        return tensor
+
+    images = blank_images(model, batch)
+    labels = torch.zeros(batch, dtype=torch.int64, device=images.device)
+    with _gradients_dropped(model), fused_attention(), meter:
+        meter.note(images)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            scores = model(images)
+            loss = F.cross_entropy(scores.float(), labels) + moa.aux_loss(model)
+        kept = sum(storage.nbytes() for storage in saved.values())
+        saved.clear()
+        meter.forward = meter.flops
+        torch.autograd.backward(loss)
+    return meter, kept
+
+
+def _evaluation_peak(model: nn.Module, batch: int) -> int:
+    meter, images = Meter(model), blank_images(model, batch)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), fused_attention(), meter:
+        meter.note(images)
+        model(images)
+    model.train(was_training)
+    return meter.peak
+
+
+def blank_images(model: nn.Module, batch: int) -> Tensor:
+    """Black images of the model's size, on its device and in its precision."""
+    weight = next(model.parameters())
+    size = timm.data.resolve_model_data_config(model)["input_size"]
+    return torch.zeros(batch, *size, dtype=weight.dtype, device=weight.device)
+
+
+@contextmanager
+def _gradients_dropped(model: nn.Module) -> Iterator[None]:
+    """Within the block no parameter keeps its gradient; the engine's buffers count those."""
+
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    hooks = [
+        p.register_post_accumulate_grad_hook(drop)  # type: ignore[no-untyped-call]
+        for p in trainable
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Within the block attention on the meta device is fused, as it is on GPUs and CPUs.
+
+    Meta tensors would otherwise take the path that forms every score, [N, N] per head. The CPU's
+    fused kernel keeps what the GPU's keeps: queries, keys, values, result and a sum per row.
+    """
+    original: Any = F.scaled_dot_product_attention
+
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **rest: Any,
+    ) -> Tensor:
+        # Fused kernels take [B, heads, N, D]; what else there is, GPUs do not fuse either.
+        plain = query.dim() != 4 or attn_mask is not None or rest.get("enable_gqa")
+        if query.device.type != "meta" or plain:
+            result: Tensor = original(query, key, value, attn_mask, dropout_p, is_causal, **rest)
+        else:
+            fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            result, _ = fused(query, key, value, dropout_p, is_causal, scale=rest.get("scale"))
+        return result
+
+    functional: Any = F
+    functional.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = original

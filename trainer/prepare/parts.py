@@ -1,0 +1,232 @@
+"""Builds the parts of a run from its configuration; every mistake in it shows up here."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+import moa
+from moa.files.reading import AdapterInfo
+from shards import (
+    DataConfig,
+    DataConfigError,
+    Decoder,
+    DomainStream,
+    ShardIndex,
+    loader_transform,
+    open_shards,
+    train_transform,
+)
+from shards.datasets import held_out_names
+from shards.stream.evaluation import Split, split_ranks
+from trainer.config import deepspeed_json
+from trainer.config.run_config import RunConfig
+from trainer.plan.memory import batch_arithmetic
+from trainer.prepare.backbone import check_backbone, create_backbone, outline_backbone
+from trainer.prepare.footprint import outline
+from trainer.prepare.provenance import origin_of
+from trainer.prepare.text_head import use_text_head
+from trainer.prepare.tokens import tokens_per_image
+from trainer.process.errors import ConfigError
+from trainer.process.world import World
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run consists of before the process group exists.
+
+    Attributes:
+        config: the run with the held-out domain filled in.
+        index: the shard set.
+        withheld: numbers of the domains that are not trained on; the first is the target.
+        model: backbone with adapters and head, on the CPU, fp32; under ZeRO-3 only its outline
+            (meta device) on all ranks but the main one.
+        report: what `inject` did.
+        stream: the training data.
+        ds_json: complete DeepSpeed configuration.
+        info: what saved adapters belong to.
+    """
+
+    config: RunConfig
+    index: ShardIndex
+    withheld: tuple[int, ...]
+    model: nn.Module
+    report: moa.InjectReport
+    stream: DomainStream
+    ds_json: dict[str, Any]
+    info: AdapterInfo
+
+    def tokens(self, world: World) -> int:
+        """Tokens of an adapted layer in one micro-batch of one process; 0 if nothing needs them."""
+        config = self.config
+        if config.moa.ep_size == 1 or config.moa.transport != "auto":
+            return 0
+        model, _ = outline(config.model, config.moa, len(self.index.classes))
+        images = self.stream.global_batch // (world.size * config.train.accumulation)
+        return images * tokens_per_image(model)
+
+    @property
+    def held_out(self) -> int:
+        """Number of the held-out domain, the target."""
+        return self.withheld[0]
+
+    @property
+    def held_out_name(self) -> str:
+        """Name of the held-out domain."""
+        return self.index.domains[self.held_out]
+
+    @property
+    def withheld_names(self) -> tuple[str, ...]:
+        """Names of the domains that are not trained on, the target first."""
+        return tuple(self.index.domains[env] for env in self.withheld)
+
+
+def build(config: RunConfig, world: World) -> Parts:
+    """Builds and checks all parts; what needs no weights first, and all of that together.
+
+    Raises:
+        ConfigError, MoAConfigError, DataConfigError: a setting that cannot work.
+        DamagedDataError: the shard set is not what its index promises.
+    """
+    config, index, withheld, sharded = _checked(config, world)
+    settings = config.train
+    # Under ZeRO-3 one process reads the weights and hands out their parts.
+    whole = world.is_main or not sharded
+    create = create_backbone if whole else outline_backbone
+    backbone = create(config.model, len(index.classes), settings.seed)
+    head: dict[str, Any] = {}
+    if config.model.head_init == "text" and world.is_main:  # the engine hands out the main rank's
+        head = use_text_head(config, index, withheld, backbone)
+    with nullcontext() if whole else torch.device("meta"):
+        report = moa.inject(backbone.model, config.moa)
+    on_device = config.data.augment_on == "device"
+    make_transform = loader_transform if on_device else train_transform
+    stream = DomainStream(
+        index,
+        sources=[env for env in range(len(index.domains)) if env not in withheld],
+        batch_per_domain=settings.batch_per_domain,
+        seed=settings.seed,
+        trial_seed=settings.trial_seed,
+        transform=make_transform(backbone.data_config, config.data.resolved_augment()),
+        mode=config.data.mode,
+        window=config.data.window,
+        holdout_fraction=config.data.holdout_fraction,
+        decoder=decoder(config.data),
+    )
+    stream.check_world_size(world.size, settings.accumulation)
+    _check_splits(config, index, withheld)
+    bf16 = settings.precision == "bf16"
+    resolved = deepspeed_json.resolve(
+        config, world.size, stream.global_batch, bf16, report.trainable
+    )
+    deepspeed_json.check_buckets(resolved, report.trainable)
+    info = AdapterInfo(
+        backbone.name, backbone.sha256, config.moa, index.classes, backbone.data_config,
+        origin=origin_of(config, index, withheld, world), head=head,
+    )  # fmt: skip
+    return Parts(config, index, withheld, backbone.model, report, stream, resolved, info)
+
+
+def _checked(
+    config: RunConfig, world: World
+) -> tuple[RunConfig, ShardIndex, tuple[int, ...], bool]:
+    """Finds every mistake that shows without weights.
+
+    Returns:
+        The configuration with everything filled in, the shard set, the numbers of the domains that
+        are not trained on, and whether ZeRO-3 shards the model.
+
+    Raises:
+        ConfigError: all of them, one a line.
+        DamagedDataError: the shard set is not what its index promises.
+    """
+    problems: list[str] = []
+    with _noted(problems):
+        check_backbone(config.model)
+    sharded, global_batch = False, None
+    with _noted(problems):
+        sharded = deepspeed_json.read(config)["zero_optimization"].get("stage") == 3
+    with _noted(problems):
+        check_expert_parallel(config.moa, world.size, sharded)
+    with _noted(problems):
+        index = open_shards(config.data)
+        config, withheld = _resolve(config, index)
+        global_batch = batch_arithmetic(
+            config, world.size, len(index.domains), len(index.domains) - len(withheld), {}
+        ).global_batch
+    if global_batch is not None:
+        with _noted(problems):
+            deepspeed_json.resolve(
+                config, world.size, global_batch, config.train.precision == "bf16"
+            )
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys("\n".join(problems).splitlines())))
+    return config, index, withheld, sharded
+
+
+@contextmanager
+def _noted(problems: list[str]) -> Iterator[None]:
+    """Collects what is wrong with the configuration instead of raising it."""
+    try:
+        yield
+    except (ConfigError, moa.MoAConfigError, DataConfigError) as error:
+        problems.append(str(error))
+
+
+def check_expert_parallel(adapters: moa.MoAConfig, processes: int, sharded: bool) -> None:
+    """Raises `ConfigError` unless the processes can share out the experts."""
+    size = adapters.ep_size
+    if processes % size:
+        legal = [n for n in range(1, processes + 1) if processes % n == 0]
+        raise ConfigError(
+            f"moa.ep_size: {size} does not divide the {processes} processes; legal are "
+            f"{', '.join(map(str, legal))}"
+        )
+    if size > 1 and sharded:
+        raise ConfigError(
+            f"moa.ep_size: {size} with ZeRO-3, which shards experts itself and whose engine knows "
+            "no expert parallelism; use --moa.ep_size 1, or --ds_config ds_configs/zero2.json"
+        )
+
+
+def decoder(data: DataConfig) -> Decoder:
+    """What decodes the images of a run."""
+    return Decoder(data.decode, data.truncated)
+
+
+def _resolve(config: RunConfig, index: ShardIndex) -> tuple[RunConfig, tuple[int, ...]]:
+    """Fills in held-out domain, precision and the method's defaults; also the numbers withheld."""
+    name = config.data.held_out or index.domains[-1]
+    withheld = tuple(map(index.domain_number, held_out_names(name, index.domains)))
+    if len(withheld) == len(index.domains):
+        raise ConfigError(
+            f"data.held_out: {name!r} leaves no domain of {index.root} to train on; training needs "
+            "at least one"
+        )
+    data, train = replace(config.data, held_out=name), config.train
+    if train.precision == "auto":
+        train = replace(train, precision="bf16" if torch.cuda.is_available() else "fp32")
+    return replace(config, data=data, train=train, moa=config.moa.resolved()), withheld
+
+
+def _check_splits(config: RunConfig, index: ShardIndex, withheld: tuple[int, ...]) -> None:
+    """Sources need an image to validate on, or selection is arbitrary; targets one to test on."""
+    fraction, trial = config.data.holdout_fraction, config.train.trial_seed
+    for env, domain in enumerate(index.domains):
+        split: Split = "in" if env in withheld else "out"
+        if len(split_ranks(index, env, split, trial_seed=trial, holdout_fraction=fraction)):
+            continue
+        if index.subset is None:
+            raise ConfigError(
+                f"data.holdout_fraction: {fraction} of the {index.num_samples(env)} images of "
+                f"{domain!r} is not one image to validate on; raise it"
+            )
+        given = "exclude_list" if config.data.exclude_list else "include_list"
+        raise ConfigError(
+            f"data.{given}: leaves no image of the {split!r} split of {domain!r}, on which this "
+            "run would be " + ("tested" if env in withheld else "validated") + "; keep some of "
+            "them: the split follows from train.trial_seed and data.holdout_fraction"
+        )

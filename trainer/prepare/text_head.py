@@ -1,0 +1,215 @@
+"""A classifier from the text encoder of the CLIP model that the backbone was trained in.
+
+Letters: C classes, D width of the backbone, P width of the shared embedding space.
+
+CLIP scores an image by s * (W f + b) . t_c / |W f + b|, with f [D] the backbone's pooled feature,
+W [P, D] and b its projection (timm keeps it as the classifier of CLIP checkpoints), t_c [P] the
+unit embedding of the class's text and s the learnt scale. A linear head cannot divide by a length
+that differs from image to image, so it divides by m, the mean of |W f + b| over a few images of the
+source domains:
+
+    head weight = s / m * T W      head bias = s / m * T b + CLIP's own bias, if it has one
+
+An image's scores are CLIP's times |W f + b| / m: the same ranking of classes, so the same zero-shot
+accuracy, and a confidence that is off by how much the image's length differs from the mean. Being
+an ordinary linear layer, the head is trained, saved and loaded like any other.
+"""
+
+import difflib
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moa.model.injection import classifier
+from shards import ShardIndex, eval_transform, evaluation_loader
+from trainer.config.class_names import read_class_names, spoken_names
+from trainer.config.prompts import read_templates
+from trainer.config.run_config import RunConfig
+from trainer.prepare.backbone import UNREADABLE, Backbone
+from trainer.prepare.clip_names import text_model_of
+from trainer.process.errors import ConfigError
+
+SCHEMES = ("hf-hub:", "local-dir:")
+IMAGES_PER_DOMAIN = 4
+"""Images of each source domain over which |W f + b| is averaged; it differs little by image."""
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """An open_clip model and its tokenizer.
+
+    Attributes:
+        source: what it was loaded from.
+        model: the whole model; only its text side is used.
+        tokenizer: turns texts into tokens.
+    """
+
+    source: str
+    model: nn.Module
+    tokenizer: Callable[..., Tensor]
+
+    def scale(self) -> float:
+        """s, by which CLIP multiplies cosines."""
+        return float(self.model.logit_scale.detach().exp())  # type: ignore[operator]
+
+    def bias(self) -> float:
+        """What is added to every score; 0 for all but SigLIP's kind."""
+        bias = getattr(self.model, "logit_bias", None)
+        return 0.0 if bias is None else float(bias.detach())
+
+    def embed(self, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """Unit embeddings T [C, P]: per class the mean over templates, fp32."""
+        from open_clip import build_zero_shot_classifier
+
+        weights = build_zero_shot_classifier(self.model, self.tokenizer, names, templates)
+        return weights.T.float().contiguous()  # type: ignore[no-any-return]
+
+
+def load_text_model(source: str) -> TextModel:
+    """Loads an open_clip model on the CPU.
+
+    Args:
+        source: `NAME:TAG`, `NAME:FILE`, `hf-hub:OWNER/REPOSITORY` or `local-dir:FOLDER`.
+
+    Raises:
+        ConfigError: open_clip is missing, there is no such model, or it cannot be had.
+    """
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ConfigError(
+            "model.head_init: text needs open_clip; pip install 'moa-trainer[text]'"
+        ) from error
+    name, _, weights = source.partition(":")
+    if not source.startswith(SCHEMES):
+        if name not in open_clip.list_models():
+            close = difflib.get_close_matches(name, open_clip.list_models(), 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"model.text_model: open_clip has no model {name!r}{hint}")
+        if not weights:
+            raise ConfigError(
+                f"model.text_model: {source!r} names no weights; give {name}:TAG with a tag of "
+                f"{', '.join(open_clip.list_pretrained_tags_by_model(name)) or '(none)'}, or "
+                f"{name}:FILE"
+            )
+    whole = source if source.startswith(SCHEMES) else name
+    tag = None if source.startswith(SCHEMES) else weights
+    try:
+        model = open_clip.create_model(whole, pretrained=tag, require_pretrained=True)
+        tokenizer = open_clip.get_tokenizer(whole)
+    except UNREADABLE as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ConfigError(
+            f"model.text_model: {source} cannot be had ({reason}). Without a network, download it "
+            "elsewhere and give --model.text_model NAME:FILE or local-dir:FOLDER, or copy the "
+            "hub's cache and set HF_HOME"
+        ) from error
+    return TextModel(source, model.eval(), tokenizer)
+
+
+@torch.no_grad()
+def mean_length(model: nn.Module, images: Tensor, projection: nn.Linear) -> float:
+    """m: mean of |W f + b| over `images` [N, 3, H, W] as the model wants them."""
+    was_training = model.training
+    model.eval()
+    features = model.forward_features(images)  # type: ignore[operator]
+    pooled = model.forward_head(features, pre_logits=True)  # type: ignore[operator]
+    model.train(was_training)
+    return float(projection(pooled).norm(dim=1).mean())
+
+
+@torch.no_grad()
+def fill_head(
+    head: nn.Module, text: Tensor, projection: nn.Linear, scale: float, bias: float = 0.0
+) -> None:
+    """Writes the text embeddings `text` [C, P] into the classifier, as the module says.
+
+    Args:
+        head: linear layer [C, D].
+        text: T.
+        projection: W and b.
+        scale: s / m.
+        bias: what CLIP itself adds to every score, before the division by m.
+
+    Raises:
+        ConfigError: the text embeddings are not of the space that W maps to.
+    """
+    if text.shape[1] != projection.out_features:
+        raise ConfigError(
+            f"model.text_model: its embeddings have {text.shape[1]} numbers, the backbone's own "
+            f"head gives {projection.out_features}; the backbone must be the visual tower of that "
+            "very CLIP model, not one fine-tuned to classify"
+        )
+    assert isinstance(head, nn.Linear)
+    head.weight.copy_(scale * text @ projection.weight.float())
+    if head.bias is not None:
+        own = torch.zeros(()) if projection.bias is None else text @ projection.bias.float()
+        head.bias.copy_(scale * own + bias)
+
+
+def source_images(
+    config: RunConfig, index: ShardIndex, withheld: Collection[int], backbone: Backbone
+) -> Tensor:
+    """A few training images of each source domain [N, 3, H, W], as evaluation shows them."""
+    parts = []
+    for env in range(len(index.domains)):
+        if env in withheld:
+            continue
+        loader = evaluation_loader(
+            index,
+            env,
+            "in",
+            trial_seed=config.train.trial_seed,
+            holdout_fraction=config.data.holdout_fraction,
+            transform=eval_transform(backbone.data_config),
+            batch_size=IMAGES_PER_DOMAIN,
+        )
+        parts.append(next(iter(loader)).images)
+    return torch.cat(parts)
+
+
+def use_text_head(
+    config: RunConfig, index: ShardIndex, withheld: Collection[int], backbone: Backbone
+) -> dict[str, Any]:
+    """Fills the backbone's fresh classifier from text, before adapters are injected.
+
+    Returns:
+        What an adapter's configuration keeps of it.
+
+    Raises:
+        ConfigError: a setting that cannot work; see `load_text_model`.
+    """
+    settings, projection = config.model, backbone.projection
+    source = settings.text_model or text_model_of(backbone.name)
+    if source is None:
+        raise ConfigError(
+            f"model.text_model: not known for {backbone.name}; give the open_clip model whose "
+            "visual tower it is, as NAME:TAG, NAME:FILE, hf-hub:OWNER/REPOSITORY or "
+            "local-dir:FOLDER"
+        )
+    if projection is None:
+        raise ConfigError(
+            f"model.head_init: {backbone.name} comes without the projection that CLIP trained; "
+            "use a CLIP backbone with its own weights"
+        )
+    templates = read_templates(settings.prompts)
+    replaced = read_class_names(settings.class_names)
+    names = spoken_names(index.classes, config.data.dataset, replaced)
+    images = source_images(config, index, withheld, backbone)
+    length = mean_length(backbone.model, images, projection)
+    with torch.random.fork_rng(devices=[]):  # other ranks, which draw adapters, do not do this
+        text_model = load_text_model(source)
+        embeddings = text_model.embed(names, templates)
+    scale = text_model.scale() / length
+    fill_head(classifier(backbone.model), embeddings, projection, scale, text_model.bias())
+    return {
+        "init": "text",
+        "text_model": source,
+        "templates": list(templates),
+        "class_texts": names,
+        "scale": text_model.scale(),
+        "mean_length": length,
+    }

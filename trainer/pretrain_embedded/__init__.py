@@ -1,0 +1,1 @@
+"""`python -m trainer.pretrain_embedded`: the weights of the embedded backbone."""

@@ -1,0 +1,1 @@
+"""This process: rank and world, signals, watchdog, exit codes."""

@@ -1,0 +1,1 @@
+"""`python -m trainer.report`: tables over many runs by DomainBed's rules."""

@@ -1,0 +1,73 @@
+"""Which runs may share a table: the same images, the same splits, and rows of equal settings."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from trainer.config.resume_rules import FREE
+from trainer.process.errors import ConfigError
+from trainer.report.runs import Run
+
+# Settings that may differ between the runs of one row: what changes where or how fast a run
+# computes but not its result, what a table varies, and how much of a run was evaluated.
+MAY_DIFFER = (FREE - {"train.steps"}) | {
+    "data.held_out", "train.seed", "train.trial_seed", "eval.mode",
+}  # fmt: skip
+
+
+def check_comparable(runs: Sequence[Run]) -> list[str]:
+    """Refuses runs of one dataset that saw different images or splits.
+
+    Returns:
+        Notes for the reader.
+
+    Raises:
+        ConfigError: names the runs that differ.
+    """
+    images: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    splits: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        if run.data:
+            images[run.dataset][run.data].append(run)
+        if run.split:
+            where = f"{run.dataset}, trial seed {run.seeds[1]}"
+            splits[where][run.split].append(run)
+    problems = [
+        f"{where}: runs with different {what} cannot share a table: "
+        + "; ".join(f"{digest} in {_named(group)}" for digest, group in groups.items())
+        for what, kinds in (("images", images), ("splits", splits))
+        for where, groups in kinds.items()
+        if len(groups) > 1
+    ]
+    if problems:
+        raise ConfigError("\n".join([*problems, "report them apart"]))
+    unknown = [run for run in runs if not (run.data and run.split)]
+    if unknown:
+        return [f"data and split are not recorded, so not compared, in {_named(unknown)}"]
+    return []
+
+
+def _named(runs: Sequence[Run], most: int = 3) -> str:
+    more = f" and {len(runs) - most} more" if len(runs) > most else ""
+    return ", ".join(str(run.folder) for run in runs[:most]) + more
+
+
+def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Settings in which runs differ although a row's runs should not, with their values."""
+    names = dict.fromkeys(name for run in runs for name in run.settings if name not in MAY_DIFFER)
+    values = {
+        name: list(dict.fromkeys(str(run.settings.get(name)) for run in runs)) for name in names
+    }
+    return {name: found for name, found in values.items() if len(found) > 1}
+
+
+def mixed_rows(labelled: Iterable[tuple[str, Run]]) -> list[str]:
+    """A note for each row, given as (label, run), whose runs differ in their settings."""
+    rows: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    for label, run in labelled:
+        rows[run.dataset, label].append(run)
+    notes = []
+    for (dataset, label), runs in rows.items():
+        known = [run for run in runs if run.settings]
+        for name, values in differing(known).items():
+            notes.append(f"{dataset}, {label}: runs differ in {name} ({', '.join(values)})")
+    return notes

@@ -1,0 +1,78 @@
+"""Tables as pictures: bars with standard errors, one group per column."""
+
+from math import nan
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.process.errors import cannot_write
+from trainer.report.tables import ResultTable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FORMATS = ("png", "svg")
+
+
+def save_plots(tables: list[ResultTable], folder: Path) -> list[Path]:
+    """Writes `NAME.png` and `NAME.svg` for every table that has a number.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    written = []
+    with mpl.rc_context({"svg.hashsalt": "moa-trainer", "svg.fonttype": "none"}):
+        for table in tables:
+            if not any(cell.mean is not None for cells in table.lines.values() for cell in cells):
+                continue
+            width = 2.0 + 0.28 * len(table.lines) * len(table.columns) + 0.3 * len(table.columns)
+            figure, axes = plt.subplots(
+                figsize=(min(max(width, 6.0), 18.0), 4.2), layout="constrained"
+            )
+            _bars(axes, table)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                for kind in FORMATS:
+                    path = folder / f"{table.name}.{kind}"
+                    # No date, so that the same numbers give the same file.
+                    figure.savefig(path, dpi=150, metadata={"Date": None} if kind == "svg" else {})
+                    written.append(path)
+            except OSError as error:
+                raise cannot_write("--plots", folder, error) from error
+            finally:
+                plt.close(figure)
+    return written
+
+
+def _bars(axes: "Axes", table: ResultTable) -> None:
+    """One group of bars per column; no bar where a number is missing."""
+    share = 0.8 / len(table.lines)
+    highest = 0.0
+    for place, (label, cells) in enumerate(table.lines.items()):
+        known = [(n, c.mean, c.error) for n, c in enumerate(cells) if c.mean is not None]
+        highest = max([highest, *(100 * (mean + (error or 0)) for _, mean, error in known)])
+        axes.bar(
+            [n - 0.4 + (place + 0.5) * share for n, _, _ in known],
+            [100 * mean for _, mean, _ in known],
+            width=0.92 * share,
+            yerr=[nan if error is None else 100 * error for _, _, error in known],
+            error_kw={"capsize": 2, "elinewidth": 1, "ecolor": "#333333"},
+            label=label,
+            color=f"C{place % 10}",
+            hatch="//" if place >= 10 else None,
+        )
+    axes.axvline(len(table.columns) - 1.5, color="#999999", linewidth=0.8, linestyle=":")
+    axes.set_xticks(range(len(table.columns)), table.columns)
+    axes.set_xlim(-0.6, len(table.columns) - 0.4)
+    # Bars start at zero, or their lengths would lie about ratios.
+    axes.set_ylim(0, min(100.0, 1.08 * highest) if highest else 1.0)
+    axes.set_ylabel("held-out accuracy %")
+    axes.set_title(table.title, fontsize=10)
+    axes.grid(axis="y", linewidth=0.4, alpha=0.6)
+    axes.set_axisbelow(True)
+    axes.legend(ncols=min(5, len(table.lines)), fontsize=8, loc="upper center",
+                bbox_to_anchor=(0.5, -0.1), frameon=False)  # fmt: skip

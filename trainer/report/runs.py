@@ -1,0 +1,198 @@
+"""Run folders as a report reads them: ours, and those of DomainBed, whose rows say enough."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from shards.datasets import DATASETS
+from shards.stream.split import seed_hash
+from trainer.checkpoint.folder_lock import FolderLock, describe, is_alive
+from trainer.checkpoint.run_folder import ZERO_SHOT, read_rows
+from trainer.config.run_config import dotted
+from trainer.evaluate.selection import Row, num_domains
+from trainer.process.errors import CheckpointError, ConfigError
+
+CONSOLE = "console.txt"
+"""What `trainer.sweep` leaves of a run's output, even of one that did not start."""
+BASE = "model.base_hash"
+"""What stands beside a run's settings for the weights it started from."""
+Seeds = tuple[int, int]
+"""A repetition: seed and trial seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run folder.
+
+    Attributes:
+        folder: where it is.
+        dataset: its dataset's name here, such as `officehome`.
+        method: `moa.method`, or DomainBed's algorithm.
+        domains: all domain names in order.
+        held_out: numbers of the domains left out; one, or two for cross-validation.
+        seeds: seed and trial seed.
+        rows: complete evaluations in order.
+        settings: dotted settings, and the hash of the base weights as `BASE`; of a folder of
+            DomainBed's, neither.
+        hparams_seed: DomainBed's number of the settings; 0 in runs of ours.
+        data: hash of the images; empty if not recorded.
+        split: hash of the split of all domains; empty if not recorded.
+        finished: whether it is done.
+        zero_shot: the row of a classifier made from text, before training.
+    """
+
+    folder: Path
+    dataset: str
+    method: str
+    domains: tuple[str, ...]
+    held_out: tuple[int, ...]
+    seeds: Seeds
+    rows: tuple[Row, ...]
+    settings: Mapping[str, Any]
+    hparams_seed: int = 0
+    data: str = ""
+    split: str = ""
+    finished: bool = True
+    zero_shot: Row | None = None
+
+    def progress(self) -> str:
+        """In words, how far an unfinished run is."""
+        steps = self.settings.get("train.steps")
+        words = f"not finished: evaluated after step {self.rows[-1]['step']}"
+        words += f" of {steps}" if steps else ""
+        lock = FolderLock(self.folder)
+        owner = lock.owner()
+        if owner and is_alive(owner) is not False:
+            return f"{words}, in use by {describe(owner)}"
+        return f"{words}; the command that started it continues it"
+
+
+def find_folders(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
+    """Run folders among `paths` and directly below them, sorted there, each once.
+
+    Returns:
+        The folders, and one complaint for each path that holds none.
+    """
+    found: dict[Path, None] = {}
+    complaints = []
+    for path in paths:
+        inside = sorted(path.iterdir()) if path.is_dir() else []
+        below = [p for p in inside if _is_run(p)]
+        complaints += [
+            f"{p}: no run; see {p / CONSOLE}"
+            for p in inside
+            if p not in below and (p / CONSOLE).is_file()
+        ]
+        if _is_run(path):
+            found[path] = None
+        elif below:
+            found |= dict.fromkeys(below)
+        elif not path.is_dir():
+            complaints.append(f"{path}: no such folder")
+        else:
+            complaints.append(
+                f"{path}: neither a run folder (no config.yaml, no results.jsonl) nor a folder of "
+                "run folders"
+            )
+    return list(found), complaints
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("config.yaml", "results.jsonl"))
+
+
+def read_run(folder: Path) -> Run:
+    """Reads one run folder, finished or not.
+
+    Raises:
+        ConfigError: it holds no evaluation yet.
+        CheckpointError: what it holds cannot be read.
+    """
+    finished = (folder / "done").is_file()
+    results, config = folder / "results.jsonl", folder / "config.yaml"
+    rows = read_rows(results, torn=not finished) if results.is_file() else []
+    if not (rows or finished):  # with eval.mode selection, complete rows come at the end
+        others = folder / "evaluations.jsonl"
+        rows = read_rows(others, torn=True) if others.is_file() else []
+    if not rows:
+        hint = "results.jsonl is empty" if results.is_file() else "no results.jsonl"
+        raise ConfigError(f"{folder}: no evaluation yet ({hint})")
+    try:
+        content = yaml.safe_load(config.read_text("utf-8")) if config.is_file() else {}
+        settings = dict(dotted(content))
+        if "moa/base_hash" in rows[0]:
+            settings[BASE] = str(rows[0]["moa/base_hash"])[:12]
+        args = rows[0]["args"]
+        dataset = str(settings.get("data.dataset") or args["dataset"])
+        dataset = dataset.lower() if dataset.lower() in DATASETS else dataset
+        held_out = tuple(sorted(int(env) for env in args["test_envs"]))
+        count = len(rows[0].get("moa/domains", ())) or num_domains(rows[0])
+        if not held_out or not all(0 <= env < count for env in held_out):
+            raise ValueError(f"test_envs {list(held_out)} of {count} domains")
+        _check(rows, count, results.is_file())
+        return Run(
+            folder=folder,
+            dataset=dataset,
+            method=str(settings.get("moa.method") or args["algorithm"]),
+            domains=_domains(rows[0], dataset, settings, held_out, count),
+            held_out=held_out,
+            seeds=_seeds(args),
+            rows=tuple(rows),
+            settings=settings,
+            hparams_seed=int(args.get("hparams_seed", 0)),
+            data=str(rows[0].get("moa/data_hash", "")),
+            split=str(rows[0].get("moa/split_hash", "")),
+            finished=finished,
+            zero_shot=_zero_shot(folder),
+        )
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: its results cannot be read ({error!r})") from error
+
+
+def _check(rows: Sequence[Row], count: int, complete: bool) -> None:
+    """Raises `ValueError` for a row that selection and averages could not use."""
+    names = [f"env{env}_{split}_acc" for env in range(count) for split in ("in", "out")]
+    for number, row in enumerate(rows, start=1):
+        int(row["step"])
+        for name in names:
+            if (complete or name in row) and not math.isfinite(float(row.get(name, math.nan))):
+                raise ValueError(f"row {number}: {name} is {row.get(name, 'missing')}")
+
+
+def _seeds(args: Mapping[str, Any]) -> Seeds:
+    """The repetition that a row's `args` name.
+
+    DomainBed's sweep derives a seed for every run from all that names it. Runs of one trial are one
+    repetition there, whatever they hold out and whatever their settings.
+    """
+    seed, trial = int(args.get("seed", 0)), int(args["trial_seed"])
+    hparams = int(args.get("hparams_seed", 0))
+    derived = seed_hash(args["dataset"], args["algorithm"], args["test_envs"], hparams, trial)
+    return (trial if seed == derived else seed, trial)
+
+
+def _zero_shot(folder: Path) -> Row | None:
+    file = folder / ZERO_SHOT
+    if not file.is_file():
+        return None
+    (row,) = read_rows(file)
+    return row
+
+
+def _domains(
+    row: Row, dataset: str, settings: Mapping[str, Any], held_out: Sequence[int], count: int
+) -> tuple[str, ...]:
+    """All domain names: from the row, else from what is known of the dataset and of the run."""
+    if "moa/domains" in row:
+        return tuple(str(name) for name in row["moa/domains"])
+    known = DATASETS[dataset].domains if dataset in DATASETS else None
+    if known is not None and len(known) == count:
+        return known
+    names = [f"env{i}" for i in range(count)]
+    if len(held_out) == 1 and settings.get("data.held_out"):
+        names[held_out[0]] = str(settings["data.held_out"])
+    return tuple(names)

@@ -1,0 +1,131 @@
+"""Whether one method beats another: exact sign-flip tests on paired differences.
+
+Two methods are compared where both have a result for the same dataset, held-out domain and seeds;
+such a pair shares split, images and order. If the methods were equal, either one's name could stand
+on either number, so every difference could as well have the other sign. The test counts the share
+of all sign patterns whose mean difference is at least as far from zero as the observed one.
+
+That holds for pairs that are independent of each other. Pairs with the same held-out domain are not
+quite, so a second test flips whole domains: it asks whether the difference would hold in other
+domains, and with few domains it cannot give a small p (2 / 2^domains at the least).
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from trainer.process.errors import ConfigError
+from trainer.report.runs import Seeds
+from trainer.report.scores import Score
+
+EXACT_UP_TO = 2**18
+"""Sign patterns that are all tried; beyond that as many random ones, always the same."""
+
+Pair = tuple[str, int, Seeds]
+"""Dataset, held-out domain, repetition."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One method against another.
+
+    Attributes:
+        method: the one.
+        baseline: the other.
+        difference: mean over pairs of the one's accuracy minus the other's.
+        pairs: number of pairs.
+        better: pairs in which the one is better.
+        p_pairs: two-sided p if pairs flip one by one.
+        p_domains: the same if all pairs of a held-out domain flip together.
+        p_adjusted: `p_pairs` times Holm's factor for all comparisons made with it.
+    """
+
+    method: str
+    baseline: str
+    difference: float
+    pairs: int
+    better: int
+    p_pairs: float
+    p_domains: float
+    p_adjusted: float
+
+
+def sign_flip_p(differences: Sequence[float]) -> float:
+    """Two-sided p of a mean difference under flips of each difference's sign."""
+    from scipy.stats import permutation_test  # here: it takes a second to import
+
+    if not any(differences):
+        return 1.0
+    if len(differences) == 1:
+        return 1.0  # both of its signs are equally far from zero
+    result = permutation_test(
+        (np.asarray(differences, dtype=np.float64),),
+        lambda x, axis: np.mean(x, axis=axis),
+        permutation_type="samples",
+        n_resamples=EXACT_UP_TO,
+        rng=np.random.default_rng(0),
+        vectorized=True,
+        batch=4096,
+    )
+    return float(result.pvalue)
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Holm's adjustment of p-values for the number of comparisons, in the given order."""
+    adjusted, highest = [0.0] * len(values), 0.0
+    for rank, place in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        highest = max(highest, min(1.0, (len(values) - rank) * values[place]))
+        adjusted[place] = highest
+    return adjusted
+
+
+def compare(scored: Sequence[Score], baseline: str) -> list[Comparison]:
+    """Compares rows with `baseline`, or each two of them if that is `all`.
+
+    Rows without a pair in common are left out.
+
+    Raises:
+        ConfigError: there is no row of that name.
+    """
+    results: dict[str, dict[Pair, float]] = defaultdict(dict)
+    for score in scored:
+        if score.choice is not None:
+            run = score.run
+            results[score.label][run.dataset, run.held_out[0], run.seeds] = score.choice.accuracy
+    if baseline == "all":
+        couples = [(b, a) for a, b in combinations(results, 2)]
+    elif baseline in results:
+        couples = [(label, baseline) for label in results if label != baseline]
+    else:
+        raise ConfigError(f"--compare {baseline}: no such row; legal are all, {', '.join(results)}")
+    raw = [(a, b, _paired(results[a], results[b])) for a, b in couples]
+    raw = [(a, b, pairs) for a, b, pairs in raw if pairs]
+    p_values = [sign_flip_p(list(pairs.values())) for _, _, pairs in raw]
+    return [
+        Comparison(
+            method=a,
+            baseline=b,
+            difference=float(np.mean(list(pairs.values()))),
+            pairs=len(pairs),
+            better=sum(value > 0 for value in pairs.values()),
+            p_pairs=p,
+            p_domains=sign_flip_p(_by_domain(pairs)),
+            p_adjusted=adjusted,
+        )
+        for (a, b, pairs), p, adjusted in zip(raw, p_values, holm(p_values), strict=True)
+    ]
+
+
+def _paired(one: Mapping[Pair, float], other: Mapping[Pair, float]) -> dict[Pair, float]:
+    return {pair: one[pair] - other[pair] for pair in one if pair in other}
+
+
+def _by_domain(pairs: Mapping[Pair, float]) -> list[float]:
+    """Sum of the differences of each held-out domain."""
+    sums: dict[tuple[str, int], float] = defaultdict(float)
+    for (dataset, env, _), difference in pairs.items():
+        sums[dataset, env] += difference
+    return list(sums.values())

@@ -1,0 +1,1 @@
+"""`python -m trainer.sweep`: many runs, on this machine or as a SLURM array."""

@@ -1,0 +1,241 @@
+"""`python -m trainer.sweep.slurm_array`: held-out domains x seeds x methods as numbered runs; which are done.
+
+Prints the `sbatch --array=` line for the runs that are missing; with `--index` the settings of one
+run, a word a line, as `slurm/leave_one_out.sh` reads them. Other flags go to every run.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from trainer.checkpoint.atomic_text import replace_text
+from trainer.config.command_line import OwnFlags
+from trainer.process.errors import ConfigError
+from trainer.slurm_queue import queued_indices
+from trainer.sweep.cells import (
+    PAIRS,
+    TRIAL_SEED,
+    Grid,
+    array_expression,
+    differences,
+    is_finished,
+    misplaced,
+    progress,
+    with_pairs,
+    words,
+)
+
+NOTE = "grid.json"
+JOBS = "array-jobs"
+"""Folder with an empty file for each array job that ran here, named by its number."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """What `grid.json` holds: the grid, and the other arguments that the script was given."""
+
+    grid: Grid
+    arguments: tuple[str, ...]
+
+    def submit_line(self, indices: Sequence[int]) -> str:
+        """The command that runs some of the cells."""
+        grid = self.grid
+        lists = {"methods": grid.methods, "held-out": grid.held_out, "seeds": grid.seeds}
+        words = [f"--{name}={','.join(map(str, values))}" for name, values in lists.items()]
+        if grid.trial_seed is not None:
+            words.append(f"--trial-seed={grid.trial_seed}")
+        array = f"--array={array_expression(indices)}"
+        return shlex.join(["sbatch", array, "slurm/leave_one_out.sh", *words, *self.arguments])
+
+
+def read_note(root: Path) -> Note:
+    """The grid whose runs are in `root`.
+
+    Raises:
+        ConfigError: there is none, or it is not readable.
+    """
+    try:
+        content = json.loads((root / NOTE).read_text(encoding="utf-8"))
+        grid = content["grid"]
+        methods, held_out, seeds = (tuple(grid[k]) for k in ("methods", "held_out", "seeds"))
+        arguments = tuple(content["arguments"])
+        return Note(Grid(methods, held_out, seeds, grid["trial_seed"]), arguments)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{root}: no {NOTE}; give the --output_dir of python -m trainer.sweep.slurm_array"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{root / NOTE}: not readable ({error!r}); remove it") from error
+
+
+def keep_note(root: Path, note: Note) -> Note:
+    """Writes the grid down, so that a report knows which runs there should be.
+
+    Returns:
+        What stands there now: a larger grid of before stays, with the new arguments.
+
+    Raises:
+        ConfigError: the folder belongs to a grid in which an index means another run.
+    """
+    if (root / NOTE).exists():
+        old = read_note(root)
+        if old.grid.extends(note.grid):
+            note = replace(note, grid=old.grid)
+        elif not note.grid.extends(old.grid):
+            raise ConfigError(
+                f"output_dir: {root} holds the grid {describe(old.grid)}, not "
+                f"{describe(note.grid)}; only further seeds may be added at the end: give another "
+                "--output_dir"
+            )
+        if note == old:
+            return note
+    root.mkdir(parents=True, exist_ok=True)
+    replace_text(root / NOTE, json.dumps(asdict(note), indent=1) + "\n", contended=True)
+    return note
+
+
+def describe(grid: Grid) -> str:
+    """The three lists, for messages."""
+    lists = (grid.methods, grid.held_out, tuple(map(str, grid.seeds)))
+    fixed = "" if grid.trial_seed is None else f" with trial seed {grid.trial_seed}"
+    return " x ".join(f"[{', '.join(names)}]" for names in lists) + fixed
+
+
+def report_lines(root: Path) -> list[str]:
+    """Which runs of a grid are finished, running and missing, and the line that fills the gaps."""
+    note = read_note(root)
+    cells = note.grid.cells()
+    jobs = sorted(path.name for path in (root / JOBS).glob("*"))
+    found = progress(root, cells, queued_indices(jobs))
+    lines = [
+        f"{root}: {len(cells)} runs, {len(found.finished)} finished, "
+        f"{len(found.running)} running or queued, {len(found.missing)} missing"
+    ]
+    for what, indices in (("running or queued", found.running), ("missing", found.missing)):
+        lines += [f"{what}: {index} {cells[index].name}" for index in indices]
+    return [*lines, note.submit_line(found.missing)] if found.missing else lines
+
+
+def progress_lines(paths: Iterable[Path]) -> list[str]:
+    """`report_lines` of each folder that a grid filled; a complaint where that is not readable."""
+    lines: list[str] = []
+    for path in paths:
+        if (path / NOTE).is_file():
+            try:
+                lines += report_lines(path)
+            except ConfigError as error:
+                lines.append(f"left out: {error}")
+    return lines
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = OwnFlags(
+        prog="python -m trainer.sweep.slurm_array",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    result.add_argument("--recipe", default="embedded", help="default: embedded")
+    result.add_argument("--methods", type=words, help="default: the recipe's")
+    result.add_argument(
+        "--held-out", "--held_out", type=words, help="default: every domain of the dataset"
+    )
+    result.add_argument("--pairs", action="store_true", help=PAIRS)
+    result.add_argument("--seeds", type=words, help="default: the recipe's")
+    result.add_argument("--trial-seed", "--trial_seed", type=int, help=TRIAL_SEED)
+    result.add_argument("--output_dir", "--output-dir", type=Path, help="default: outputs/RECIPE")
+    result.add_argument("--index", type=int, help="print the settings of this run alone")
+    result.add_argument("--job", help="with --index: the array job that runs it")
+    return result
+
+
+def read_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, Path, Note, list[str]]:
+    """The flags, the folder of the runs, the grid, and the settings that all runs share.
+
+    Raises:
+        ConfigError: a setting that cannot work, or domains that nothing tells.
+    """
+    from shards.datasets import held_out_names
+    from trainer.plan.__main__ import parse_without_data
+    from trainer.plan.data import domain_names
+
+    own, rest = parser().parse_known_args(argv)
+    shared = [f"--recipe={own.recipe}", *rest]
+    config = parse_without_data(shared)
+    methods, seeds = own.methods or [config.moa.method], own.seeds or [str(config.train.seed)]
+    alone = {
+        "moa.method": methods == [config.moa.method],
+        "train.seed": seeds == [str(config.train.seed)],
+    }
+    if problems := misplaced(rest, [name for name, is_default in alone.items() if is_default]):
+        raise ConfigError("\n".join(problems))
+    domains = domain_names(config)
+    held_out = own.held_out or domains
+    if held_out is None:
+        raise ConfigError("--held-out: the dataset does not fix its domains; list them")
+    held_out = with_pairs(held_out) if own.pairs else held_out
+    parts = [name for text in held_out for name in held_out_names(text, domains or ())]
+    if unknown := [name for name in parts if domains and name not in domains]:
+        raise ConfigError(f"--held-out = {unknown[0]!r}: legal are {', '.join(domains or ())}")
+    if not all(seed.isdecimal() for seed in seeds):
+        raise ConfigError(f"--seeds = {','.join(seeds)!r}: legal are whole numbers >= 0")
+    for method in methods:
+        parse_without_data([*shared, f"--moa.method={method}"])
+    lists = (tuple(methods), tuple(held_out), tuple(map(int, seeds)))
+    grid = Grid(*lists, own.trial_seed)
+    root = own.output_dir or Path("outputs") / Path(own.recipe).stem
+    note = Note(grid, (f"--recipe={own.recipe}", f"--output_dir={root}", *rest))
+    return own, root, note, shared
+
+
+def check_finished(root: Path, grid: Grid, shared: Sequence[str]) -> None:
+    """Raises `ConfigError` if the first finished run of a grid was made with other settings."""
+    from trainer.plan.__main__ import parse_without_data
+
+    for cell in grid.cells():
+        if is_finished(root / cell.name):
+            config = parse_without_data([*shared, *cell.settings(root)])
+            if problems := differences(root / cell.name, config):
+                raise ConfigError("\n".join(problems))
+            return
+
+
+def command(argv: Sequence[str]) -> None:
+    """Reads the command line, notes the grid and prints what was asked for."""
+    own, root, note, shared = read_command_line(argv)
+    cells = note.grid.cells()
+    if own.index is not None and not 0 <= own.index < len(cells):
+        raise ConfigError(
+            f"array index {own.index}: the grid has {len(cells)} runs; submit with "
+            f"--array=0-{len(cells) - 1}"
+        )
+    check_finished(root, note.grid, shared)
+    keep_note(root, note)
+    if own.index is None:
+        lines = report_lines(root)
+    else:
+        if own.job:
+            (root / JOBS).mkdir(exist_ok=True)
+            (root / JOBS / own.job).touch()
+        lines = [*shared, *cells[own.index].settings(root)]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Command line; returns the exit code."""
+    if {"-h", "--help"} & set(argv):
+        parser().print_help()
+        return 0
+    from trainer.process.world import ALONE
+    from trainer.train.session import conclude
+
+    return conclude(lambda: command(argv), ALONE)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

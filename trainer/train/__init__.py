@@ -1,0 +1,1 @@
+"""The training loop and what belongs to one run, from session to closing."""

@@ -1,0 +1,105 @@
+"""Puts a run together from its parts, brings it to its start, and trains to the end."""
+
+from rich.console import Console
+
+from trainer.checkpoint import checkpoint
+from trainer.checkpoint.run_folder import RunFolder
+from trainer.engine.averaging import Averages
+from trainer.engine.engine import Engine, restore_weights, sum_over_ranks
+from trainer.evaluate.evaluator import Evaluator
+from trainer.monitor.monitor import Monitor
+from trainer.prepare.parts import Parts, decoder
+from trainer.process.stopping import Stopping
+from trainer.process.watchdog import EVALUATING, Watchdog
+from trainer.process.world import World
+from trainer.train.best import Best, is_left_out, restored_best, write_best
+from trainer.train.loop import Trainer
+from trainer.train.resume import Start
+from trainer.train.zero_shot import evaluate_zero_shot
+
+
+def train(
+    parts: Parts,
+    world: World,
+    folder: RunFolder,
+    start: Start,
+    console: Console,
+    stopping: Stopping,
+) -> None:
+    """Brings model and engine to the start, trains to the end, marks the folder as done.
+
+    Raises:
+        Stopped: a signal or the time limit ended it; everything is saved.
+        PeerLostError: another rank is gone.
+    """
+    watch = Watchdog(folder.path, world, parts.config.train.step_deadline, start.step)
+    with watch.watching():
+        trainer = assemble(parts, world, folder, start, stopping, watch)
+        with trainer.saves:
+            if world.is_main:
+                device = trainer.engine.device
+                with Monitor(parts, folder, world, device, start.step, console) as monitor:
+                    trainer.train(monitor)
+            else:
+                trainer.train(None)
+        trainer.validation.save_last(world.is_main)
+    if world.is_main:
+        folder.done.write_text("done\n")
+
+
+def assemble(
+    parts: Parts,
+    world: World,
+    folder: RunFolder,
+    start: Start,
+    stopping: Stopping,
+    watch: Watchdog,
+) -> Trainer:
+    """A trainer that stands where the run starts, in a folder that is cut back to there."""
+    config = parts.config
+    resumed = checkpoint.load(start.checkpoint) if start.checkpoint else None
+    if resumed is not None:
+        restore_weights(parts.model, resumed)
+    engine = Engine(
+        parts.model, config.optim, parts.ds_json, world, config.moa, parts.tokens(world)
+    )
+    if resumed is not None:
+        engine.restore(resumed)
+    state = resumed.state | {"changes": resumed.state["changes"] + start.changes} if resumed else {}
+    schedule = (config.train.steps, config.train.eval_every)
+    best = restored_best(resumed, *schedule) if resumed else Best()
+    if world.is_main:
+        last_again = bool(state.get("evaluation_due")) or is_left_out(start.step - 1, *schedule)
+        checkpoint.set_aside_newer(folder.checkpoints, start.step)
+        complete = config.eval.mode == "full" or (
+            start.step == config.train.steps and not last_again
+        )
+        folder.cut_back(start.step, start.step - last_again, keeps_results=complete)
+        write_best(folder.adapter, parts.info, best)
+        folder.describe(config, parts.ds_json, state.get("changes", []))
+
+    def pause() -> None:
+        watch.note(EVALUATING)
+        stopping.pause()
+
+    evaluator = Evaluator(
+        index=parts.index,
+        data_config=parts.info.data_config,
+        trial_seed=config.train.trial_seed,
+        holdout_fraction=config.data.holdout_fraction,
+        batch_size=config.train.eval_batch,
+        workers=config.data.workers,
+        world=world,
+        device=engine.device,
+        dtype=engine.dtype,
+        decoder=decoder(config.data),
+        max_bad_fraction=config.data.max_bad_fraction,
+        sum_over_ranks=sum_over_ranks,
+        pause=pause,
+        losses=config.average.swad,
+    )
+    if start.step == 0 and config.model.head_init == "text":
+        evaluate_zero_shot(parts, world, engine, evaluator, folder, watch)
+    kept = (resumed.averages, state.get("averages")) if resumed else ()
+    averages = Averages(config.average, engine, *kept)
+    return Trainer(parts, world, engine, evaluator, folder, state, best, stopping, watch, averages)

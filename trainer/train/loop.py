@@ -1,0 +1,291 @@
+"""`Trainer`: the loop from a start step to the last, with evaluation and checkpoints."""
+
+import time
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch.nn import functional as F
+
+import moa
+from shards import Batch, finish_images
+from trainer.checkpoint import checkpoint
+from trainer.checkpoint.run_folder import SPEED, RunFolder
+from trainer.checkpoint.save_queue import SaveQueue
+from trainer.engine.averaging import Averages
+from trainer.engine.engine import Engine, differentiable_sum, from_main, sum_numbers, sum_over_ranks
+from trainer.evaluate.evaluator import Evaluator
+from trainer.monitor.monitor import Monitor
+from trainer.prepare.parts import Parts
+from trainer.process.stopping import EvaluationBrokenOff, Stopped, Stopping, shielded
+from trainer.process.watchdog import COMPUTING, EVALUATING, LOADING, SAVING, Watchdog
+from trainer.process.world import World
+from trainer.train.bad_images import BadImages
+from trainer.train.best import Best
+from trainer.train.nonfinite import NonfiniteSteps, as_json, poisoned
+from trainer.train.resume import state_of
+from trainer.train.validation import Validation
+
+
+class Trainer:
+    """Trains one run; its parts are built elsewhere and passed in.
+
+    Args:
+        parts: configuration, data and identity of the run.
+        world: this process.
+        engine: the model under DeepSpeed.
+        evaluator: counts correct predictions on all domains.
+        folder: the run's files.
+        state: counters of a resumed run, from `state_dict`; empty for a new one.
+        best: the best adapter of a resumed run.
+        stopping: signals and the time limit; by default nothing stops the run.
+        watch: notes where this rank is; by default for no one.
+        averages: those of a resumed run; by default they start here.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        world: World,
+        engine: Engine,
+        evaluator: Evaluator,
+        folder: RunFolder,
+        state: Mapping[str, Any],
+        best: Best | None = None,
+        stopping: Stopping | None = None,
+        watch: Watchdog | None = None,
+        averages: Averages | None = None,
+    ) -> None:
+        self.parts, self.config, self.stream = parts, parts.config, parts.stream
+        self.world, self.engine, self.folder = world, engine, folder
+        self.step = int(state.get("step", 0))
+        self.best, self.changes = best or Best(), list(state.get("changes", []))
+        averages = averages or Averages(self.config.average, engine)
+        self.validation = Validation(parts, engine, evaluator, folder, self.best, averages)
+        self.saves = SaveQueue(self.config.checkpoint.background)
+        limit = self.config.data.max_bad_fraction
+        self.bad_images = BadImages(self.stream, limit, state.get("bad_images", {}))
+        allowed, skipped = self.config.train.skip_nonfinite, int(state.get("skipped_steps", 0))
+        self.nonfinite = NonfiniteSteps(self.stream, folder, world, allowed, skipped)
+        self.stopping = stopping or Stopping(world.is_main)
+        self.watch = watch or Watchdog(Path(), world, deadline=0)
+        due = bool(state.get("evaluation_due", False))
+        self.evaluation_due = due and self._evaluates_after(self.step - 1)
+        self.first_step = self.saved_step = self.step
+        self.steps_timed, self.seconds_timed = 0, 0.0
+
+    def train(self, monitor: Monitor | None) -> None:
+        """Runs the remaining steps; `monitor` is given on the main rank only.
+
+        Raises:
+            Stopped: a signal or the time limit ended it; everything is saved.
+        """
+        train, last = self.config.train, self.config.train.steps - 1
+        batches = shielded(
+            self.stream.loader(
+                self.step, train.steps, self.world.rank, self.world.size,
+                workers=self.config.data.workers, accumulation=train.accumulation,
+                pin_memory=self.engine.device.type == "cuda",
+            )
+        )  # fmt: skip
+        self.stopping.begin(partial(sum_numbers, device=self.engine.device))
+        self.stopping.agree_on_signals()
+        self.evaluate_or_stop(self.step - 1, monitor)  # an evaluation that a stop broke off
+        self.engine.module.train()
+        while self.step < train.steps:
+            step, started = self.step, time.perf_counter()
+            with self.stopping.timed("step"):
+                row, waited = self.train_step(batches)
+            took = time.perf_counter() - started
+            self.step = step + 1
+            if step > self.first_step:  # the first step of a start also pays for warming up
+                self.steps_timed += 1
+                self.seconds_timed += took
+            if monitor is not None:
+                self._record(row, took, waited, monitor)
+            self.saves.check()
+            self.evaluation_due = self._evaluates_after(step)
+            self.evaluate_or_stop(step, monitor)
+            if self.step % self.config.checkpoint.every == 0 or step == last:
+                self.save_checkpoint()
+        self._close(monitor)
+
+    def _close(self, monitor: Monitor | None) -> None:
+        """Evaluates what was left for the end."""
+        self.watch.note(EVALUATING)
+        try:
+            self.validation.close(self.config.train.steps - 1, monitor)
+        except EvaluationBrokenOff:
+            self._stop()
+
+    def _record(self, row: dict[str, Any], took: float, waited: float, monitor: Monitor) -> None:
+        """Notes a step that took `took` seconds, `waited` of them for data."""
+        step = row["step"]
+        self.folder.append(self.folder.metrics, as_json(row))
+        perf = {
+            "img_s": self.stream.global_batch / took,
+            "step_ms": 1000 * took,
+            "data_wait_ms": 1000 * waited,
+        }
+        monitor.step(row, perf)
+        if step % monitor.every == 0 or step == self.config.train.steps - 1:
+            monitor.routing(step, moa.routing_stats(self.engine.module))
+
+    def _evaluates_after(self, step: int) -> bool:
+        train = self.config.train
+        return step % train.eval_every == 0 or step == train.steps - 1
+
+    def evaluate_or_stop(self, step: int, monitor: Monitor | None) -> None:
+        """Evaluates after `step` if that is due; leaves the run if all ranks agreed to."""
+        if self.evaluation_due and not self.stopping.reason:
+            self.evaluate(step, monitor)
+        if self.stopping.reason and (self.evaluation_due or self.step < self.config.train.steps):
+            self._stop()
+
+    def _stop(self) -> NoReturn:
+        """Saves what is not saved yet and leaves, on all ranks at the same time."""
+        if self.saved_step != self.step:
+            self.save_checkpoint()
+        self.saves.wait()
+        kept = self.folder.checkpoints / f"step-{self.step:08d}"
+        # A rank that left before the main one has saved would make the launcher end that one.
+        raise Stopped(from_main(self.stopping.farewell(self.step, kept)))
+
+    def speed(self) -> dict[str, float]:
+        """Training images/s since the start, evaluations left out; none before the second step."""
+        if not self.steps_timed:
+            return {}
+        images = self.steps_timed * self.stream.global_batch
+        return {SPEED: images / self.seconds_timed}
+
+    def train_step(self, batches: Iterator[Batch]) -> tuple[dict[str, Any], float]:
+        """One optimizer step.
+
+        Returns:
+            The step's `metrics.jsonl` row, and the seconds spent waiting for data.
+
+        Raises:
+            TrainingInvalidError: one step too many is not finite, or (first step) gradients are
+                missing.
+            DamagedDataError: too many images had to be replaced.
+        """
+        pieces, waited = self.config.train.accumulation, 0.0
+        sums = torch.zeros(2, device=self.engine.device)
+        for _ in range(pieces):
+            self.watch.note(LOADING, self.step)
+            started = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - started
+            self.bad_images.note(batch.bad)
+            self.watch.note(COMPUTING)
+            if self.step == 0:
+                with self.engine.checks_gradients():
+                    sums += self._micro_step(batch)
+            else:
+                sums += self._micro_step(batch)
+        self.bad_images.end_step(self.step, sum_over_ranks, self.engine.device)
+        ce, aux, losses = self._agree(sums / pieces)
+        norm = self.engine.grad_norm()
+        left_out = self.nonfinite.left_out(self.step, losses, norm)
+        moa.update_balance(self.engine.module, torch.zeros_like if left_out else sum_over_ranks)
+        if not left_out:
+            self.validation.averages.update()
+        row = {
+            "step": self.step,
+            "loss": ce + aux,
+            "ce": ce,
+            "aux_loss": aux,
+            "lr": self.engine.learning_rate(),
+            "grad_norm": norm,
+            "batch_digest": self.stream.batch_digest(self.step),
+            **self.nonfinite.columns(),
+            **self.bad_images.columns(),
+        }
+        return row, waited
+
+    def _agree(self, sums: torch.Tensor) -> tuple[float, float, list[float]]:
+        """One collective for this rank's [ce, aux] and its votes on stopping.
+
+        Returns:
+            The global mean of both, and every rank's own loss.
+        """
+        ranks = self.world.size
+        losses = sums.new_zeros(ranks)
+        losses[self.world.rank] = sums.sum()
+        votes = sums.new_tensor(self.stopping.votes_in_step(self._evaluates_after(self.step)))
+        total: list[float] = sum_over_ranks(torch.cat([sums, losses, votes])).tolist()
+        self.stopping.decide(total[2 + ranks :])
+        return total[0] / ranks, total[1] / ranks, total[2 : 2 + ranks]
+
+    def _micro_step(self, batch: Batch) -> torch.Tensor:
+        """Forward, backward and (after the last piece) update; [ce, aux] of this rank's piece."""
+        engine, train = self.engine, self.config.train
+        moa.set_routing_position(
+            engine.module,
+            moa.RoutingPosition(train.seed, self.step, batch.first_slot, len(batch.labels)),
+        )
+        images = finish_images(batch, engine.device, self.parts.info.data_config)
+        scores = engine(images.to(engine.dtype))
+        ce = F.cross_entropy(scores.float(), batch.labels.to(engine.device, non_blocking=True))
+        aux = moa.aux_loss(engine.module, differentiable_sum)
+        engine.backward(poisoned(ce + aux))
+        engine.step()
+        return torch.stack([ce.detach(), aux.detach().to(ce.dtype)])
+
+    def evaluate(self, step: int, monitor: Monitor | None) -> None:
+        """Evaluates after `step`; keeps the adapter if it is the best by source validation.
+
+        If the ranks agree to stop meanwhile, nothing of it is kept and it stays due.
+        """
+        columns = {**self.speed(), **self.bad_images.columns()}
+        self.watch.note(EVALUATING)
+        try:
+            with self.stopping.timed("evaluation"):
+                self.validation.evaluate(step, monitor, columns)
+        except EvaluationBrokenOff:
+            return
+        self.evaluation_due = False
+
+    def save_checkpoint(self) -> None:
+        """Writes a checkpoint; a collective."""
+        self.watch.note(SAVING)
+        with self.stopping.timed("save"):
+            self._save_checkpoint()
+        self.saved_step = self.step
+
+    def _save_checkpoint(self) -> None:
+        masters, moments = self.engine.masters(), self.engine.moments()
+        averages = self.validation.averages.tensors()
+        if self.world.is_main:
+            self.folder.sync_rows()
+            root, keep, info = self.folder.checkpoints, self.config.checkpoint.keep, self.parts.info
+            state, best = self.state_dict(), self.best.tensors_beside(self.step)
+
+            @self.stopping.timed("write")  # perhaps in another thread
+            def save() -> None:
+                checkpoint.save(root, info, masters, moments, state, keep, best, averages)
+
+            self.saves.put(save)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, and everything that a resumed run must agree with."""
+        train, epochs = self.config.train, self.stream.epochs(self.step)
+        return {
+            "step": self.step,
+            **self.best.state(),
+            "samples_seen": dict.fromkeys(epochs, self.step * train.batch_per_domain),
+            "epochs": epochs,
+            "bad_images": self.bad_images.state(),
+            "evaluation_due": self.evaluation_due,
+            "skipped_steps": self.nonfinite.skipped,
+            "lr": self.config.optim.lr,
+            "seeds": {"seed": train.seed, "trial_seed": train.trial_seed},
+            "world_size": self.world.size,
+            "ep_size": self.config.moa.ep_size,
+            "zero_stage": self.parts.ds_json["zero_optimization"]["stage"],
+            "averages": self.validation.averages.facts(),
+            "changes": self.changes,
+            **state_of(self.parts),
+        }

@@ -1,0 +1,123 @@
+"""Steps whose loss or gradient is not finite: found alike on all ranks, left out or the end.
+
+No such step reaches a parameter: a rank whose loss is not finite makes its gradient so
+(`poisoned`), the gradients' reduction carries that to every rank, and DeepSpeed leaves out a step
+whose gradient norm is not finite. That costs no collective of its own.
+"""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shards.stream.batches import rank_range
+from shards.stream.stream import DomainStream
+from trainer.checkpoint.run_folder import RunFolder
+from trainer.process.errors import TrainingInvalidError
+from trainer.process.world import World
+
+log = logging.getLogger(__name__)
+
+
+def poisoned(loss: Tensor) -> Tensor:
+    """`loss` itself; if it is not finite, one whose gradient is not finite either.
+
+    An infinite loss may well have a finite gradient. The factor is exactly 1 otherwise, so that
+    it changes no bit.
+    """
+    one = torch.ones_like(loss)
+    return loss * torch.where(loss.detach().isfinite(), one, one * math.nan)
+
+
+def as_json(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with null for numbers that JSON does not know."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
+
+
+class NonfiniteSteps:
+    """Counts steps that were left out, up to what `train.skip_nonfinite` allows.
+
+    Args:
+        stream: the training data, for the sample keys.
+        folder: the run folder, for `nonfinite-step-N.json`.
+        world: this process.
+        allowed: how many steps of the run may be left out.
+        skipped: how many were before this start.
+    """
+
+    def __init__(
+        self, stream: DomainStream, folder: RunFolder, world: World, allowed: int, skipped: int
+    ) -> None:
+        self.stream, self.folder, self.world = stream, folder, world
+        self.allowed, self.skipped = allowed, skipped
+
+    def left_out(self, step: int, losses: Sequence[float], norm: float) -> bool:
+        """Whether the engine left the step out; the same on every rank.
+
+        Args:
+            step: the step.
+            losses: of every rank's share of the batch.
+            norm: of the global gradient.
+
+        Raises:
+            TrainingInvalidError: it is one too many.
+        """
+        ranks = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+        if not ranks and math.isfinite(norm):
+            return False
+        if ranks:
+            where = ", ".join(f"rank {rank} ({losses[rank]})" for rank in ranks)
+            what = f"step {step}: loss not finite on {where}"
+        else:
+            what = f"step {step}: gradient not finite (norm {norm}), the loss is on all ranks"
+        path = self.folder.path / f"nonfinite-step-{step}.json"
+        if self.world.is_main:
+            self._dump(path, step, losses, norm)
+        if self.skipped >= self.allowed:
+            raise TrainingInvalidError(
+                f"{what}; the batch's sample keys are in {path}. {self.skipped} such steps were "
+                f"left out, train.skip_nonfinite = {self.allowed} allows no more: raise it to "
+                "leave out this step, or lower --optim.lr or set --optim.clip in a new run"
+            )
+        self.skipped += 1
+        if self.world.is_main:
+            log.warning(
+                "%s; left out, %d of %d that train.skip_nonfinite allows; sample keys in %s",
+                what, self.skipped, self.allowed, path,
+            )  # fmt: skip
+        return True
+
+    def columns(self) -> dict[str, int]:
+        """The count as a column of a row, once there is something to count."""
+        return {"skipped_steps": self.skipped} if self.skipped else {}
+
+    def _dump(self, path: Path, step: int, losses: Sequence[float], norm: float) -> None:
+        """Writes what each rank had, so that the step can be looked into."""
+        keys, ranks = self.stream.keys(step), range(self.world.size)
+        shares = [rank_range(len(keys), rank, self.world.size) for rank in ranks]
+        content = {
+            "step": step,
+            "batch_digest": self.stream.batch_digest(step),
+            "gradient_norm": str(norm),  # JSON knows no infinity
+            "ranks": [
+                {
+                    "rank": rank,
+                    "loss": str(losses[rank]),
+                    "finite": math.isfinite(losses[rank]),
+                    "keys": keys[shares[rank].start : shares[rank].stop],
+                }
+                for rank in ranks
+            ],
+        }
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)

@@ -1,0 +1,68 @@
+"""The row that an evaluation leaves in `results.jsonl`."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.prepare.parts import Parts
+
+DOMAINBED_NAMES = {
+    "pacs": "PACS",
+    "vlcs": "VLCS",
+    "officehome": "OfficeHome",
+    "terraincognita": "TerraIncognita",
+    "domainnet": "DomainNet",
+}
+"""What DomainBed calls our datasets; its tables leave out every name it does not know."""
+
+
+def result_row(
+    parts: Parts, folder: Path, step: int, columns: Mapping[str, float]
+) -> dict[str, Any]:
+    """A row that DomainBed's own `collect_results` can read.
+
+    Beside its keys stand `moa/domains` in order, and hashes of the images, of their split and of
+    the base weights, by which a report tells whether two runs can be compared.
+
+    Args:
+        parts: the run.
+        folder: its run folder.
+        step: after which step the evaluation was.
+        columns: accuracies and whatever else it found.
+    """
+    config, origin = parts.config, parts.info.origin
+    assert origin is not None, "`build` gives every run one"
+    dataset = config.data.dataset
+    return {
+        "step": step,
+        "epoch": max(parts.stream.epochs(step).values()),
+        **columns,
+        "moa/domains": list(parts.index.domains),
+        "moa/data_hash": origin.data_hash,
+        "moa/split_hash": origin.split_hash,
+        "moa/base_hash": parts.info.base_sha256,
+        "args": {
+            "dataset": DOMAINBED_NAMES.get(dataset, dataset),
+            "algorithm": config.moa.method,
+            "test_envs": sorted(parts.withheld),
+            "trial_seed": config.train.trial_seed,
+            "seed": config.train.seed,
+            "hparams_seed": 0,
+            "holdout_fraction": config.data.holdout_fraction,
+            "output_dir": str(folder),
+        },
+        "hparams": {
+            "lr": config.optim.lr,
+            "batch_size": config.train.batch_per_domain,
+            "weight_decay": config.optim.weight_decay,
+            "backbone": parts.info.base_model,
+        },
+    }
+
+
+def card_figures(row: Mapping[str, Any], which: str = "last") -> dict[str, float]:
+    """What of a row goes onto an adapter's card: step and accuracies, of an average if named."""
+    kind = re.compile("((?:moa/)?env.*_acc)" if which == "last" else rf"moa/{which}/(env.*_acc)")
+    found = {match[1]: row[key] for key in row if (match := kind.fullmatch(key))}
+    return {"step": row["step"]} | found

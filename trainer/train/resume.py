@@ -1,0 +1,174 @@
+"""Where a run starts: afresh, after its newest whole checkpoint, or not at all."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint import checkpoint
+from trainer.checkpoint.run_folder import RunFolder, read_rows
+from trainer.config.resume_rules import FIXED, FREE, LEAKING
+from trainer.config.run_config import RunConfig, flat
+from trainer.prepare.parts import Parts
+from trainer.process.errors import ConfigError, OutputError
+
+log = logging.getLogger(__name__)
+
+# What the data stream says of itself and a setting decides, where the names differ.
+DECIDED_BY = {"sources": ("data.held_out", "data.holdout_fraction")}
+
+
+@dataclass(frozen=True)
+class Start:
+    """The decision, small enough to broadcast.
+
+    Attributes:
+        checkpoint: folder to resume from; None starts afresh.
+        step: completed optimizer steps.
+        finished: whether nothing is left to do.
+        changes: settings that `--checkpoint.allow_changes` let differ from the checkpoint's, each
+            with `step`, `setting`, `old` and `new`.
+    """
+
+    checkpoint: Path | None = None
+    step: int = 0
+    finished: bool = False
+    changes: list[dict[str, Any]] = field(default_factory=list)
+
+
+def find_start(folder: RunFolder, parts: Parts) -> Start:
+    """Decides by what the run folder holds and by `--resume`; for the main rank.
+
+    Raises:
+        ConfigError: nothing to resume under `must`, or settings that change the result differ.
+        OutputError: the folder holds a run under `never`.
+        CheckpointError: checkpoints exist, none is whole.
+    """
+    checkpoint.clean_up(folder.checkpoints)
+    mode, newest = parts.config.resume, checkpoint.load_newest(folder.checkpoints)
+    if mode == "never" and (newest is not None or _has_rows(folder)):
+        raise OutputError(
+            f"output_dir: {folder.path} already holds a run; give another --output_dir, or "
+            "--resume auto to continue it"
+        )
+    if newest is None and folder.done.exists():
+        raise OutputError(
+            f"output_dir: {folder.path} holds a finished run without its checkpoints; going on "
+            "would delete its results: give another --output_dir, or remove that folder"
+        )
+    if newest is None:
+        if mode == "must":
+            raise ConfigError(
+                f"resume: must, but {folder.checkpoints} holds no checkpoint; check --output_dir, "
+                "or use --resume auto"
+            )
+        return Start()
+    allowed = parts.config.checkpoint.allow_changes
+    changes = check_agreement(newest.state, state_of(parts), folder.path, allowed)
+    step, steps = int(newest.state["step"]), parts.config.train.steps
+    if step > steps:
+        raise ConfigError(
+            f"train.steps: {steps}, but the run in {folder.path} has done {step} already; give "
+            f"{step} or more, or another --output_dir"
+        )
+    finished = folder.done.exists() and step == steps
+    if not finished:
+        for change in changes:
+            log.warning(
+                "%(setting)s: %(old)r -> %(new)r, as --checkpoint.allow_changes says", change
+            )
+        log.info("resumed after step %d from %s%s", step - 1, newest.folder, _lost(folder, step))
+    return Start(newest.folder, step, finished, [{"step": step, **change} for change in changes])
+
+
+def _has_rows(folder: RunFolder) -> bool:
+    return folder.results.exists() or folder.evaluations.exists()
+
+
+def _lost(folder: RunFolder, step: int) -> str:
+    """In words, how many steps on record come after the checkpoint."""
+    if not folder.metrics.exists():
+        return ""
+    lost = sum(row["step"] >= step for row in read_rows(folder.metrics, torn=True))
+    return f"; steps to repeat: {lost}" if lost else ""
+
+
+def state_of(parts: Parts) -> dict[str, Any]:
+    """What a checkpoint records so that a later start can be held against it."""
+    base = {"base_sha256": parts.info.base_sha256, "classes": list(parts.info.classes)}
+    config, data = flat(parts.config), parts.stream.fingerprint() | base
+    binding = {key: value for key, value in config.items() if key not in FREE}
+    text = json.dumps([binding, data], sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return {"config": config, "data": data, "config_sha256": digest}
+
+
+def check_agreement(
+    old: Mapping[str, Any], new: Mapping[str, Any], folder: Path, allowed: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """Refuses to go on with settings or data that would change the result.
+
+    Args:
+        old: the checkpoint's state.
+        new: `state_of` the run that would go on from it.
+        folder: the run folder, for messages.
+        allowed: settings that may differ; `data` stands for the data and the base weights.
+
+    Returns:
+        The differences let through, each with `setting`, `old` and `new`.
+
+    Raises:
+        ConfigError: names each other differing setting with its old and new value.
+    """
+    # What an earlier release had no setting for, it did as the default does now.
+    settings = _differences(flat(RunConfig()) | old["config"], new["config"])
+    changes = [change for change in settings if change["setting"] not in FREE]
+    refused = [change for change in changes if change["setting"] not in allowed]
+    if not refused:  # otherwise the data differ because a setting does
+        data = _differences(old["data"], new["data"])
+        if "data" not in allowed:
+            data = [c for c in data if not _follows(c["setting"], changes)]
+            refused = [{**c, "setting": f"data or base weights ({c['setting']})"} for c in data]
+        else:
+            changes += [{**c, "setting": f"data ({c['setting']})"} for c in data]
+    if refused:
+        raise ConfigError("\n".join(_refusal(change, folder) for change in refused))
+    return changes
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"setting": key, "old": old.get(key), "new": value}
+        for key, value in new.items()
+        if old.get(key) != value
+    ]
+
+
+def _follows(entry: str, changes: list[dict[str, Any]]) -> bool:
+    """Whether an entry of the data's description differs because of a setting let through."""
+    names = {change["setting"] for change in changes}
+    by_name = {name.rpartition(".")[2] for name in names}
+    return entry in by_name or bool(names & set(DECIDED_BY.get(entry, ())))
+
+
+def _refusal(change: Mapping[str, Any], folder: Path) -> str:
+    name = change["setting"]
+    key = "data" if name.startswith("data or") else name
+    start = f"{name}: the run in {folder} has {change['old']!r}, now {change['new']!r}; "
+    if key in LEAKING:
+        return (
+            f"{start}keep the old value, or start another run with another --output_dir: what this "
+            "one has trained on would be tested on"
+        )
+    if key in FIXED:
+        return (
+            f"{start}keep the old value, or start another run with another --output_dir: "
+            f"{FIXED[key]}"
+        )
+    return (
+        f"{start}keep the old value, start another run with another --output_dir, or go on "
+        f"regardless with --checkpoint.allow_changes='[{key}]'"
+    )

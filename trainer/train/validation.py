@@ -1,0 +1,176 @@
+"""`Validation`: what is evaluated when, which adapter is the best, and which rows tell of it."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+
+from moa.files.saving import save_adapter
+from trainer.checkpoint.run_folder import RunFolder, read_rows
+from trainer.engine.averaging import Averages, prefixed
+from trainer.engine.engine import Engine, from_main
+from trainer.evaluate.evaluator import SPLITS, Cell, Evaluator, accuracies
+from trainer.evaluate.selection import columns_of, training_domain_validation, validation_accuracy
+from trainer.monitor.insight import Insight
+from trainer.monitor.monitor import Monitor
+from trainer.prepare.parts import Parts
+from trainer.train.best import Best, Candidate, write_best
+from trainer.train.result_row import card_figures, result_row
+
+
+class Validation:
+    """Evaluates a run, keeps its best adapter by source validation, and writes the rows.
+
+    With `--eval.mode full` each evaluation leaves a complete row in `results.jsonl`. With
+    `selection` it leaves the sources' `out` accuracies in `evaluations.jsonl`, and at the end two
+    of these rows are completed in `results.jsonl`: the selected adapter's and the last one's. A
+    rule that looks at the sources' `out` splits selects the same step from either file.
+
+    Args:
+        parts: the run.
+        engine: holds the adapter in training.
+        evaluator: counts correct predictions.
+        folder: the run's files.
+        best: the best adapter so far.
+        averages: the averages of the run, evaluated beside the adapter in training.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        engine: Engine,
+        evaluator: Evaluator,
+        folder: RunFolder,
+        best: Best,
+        averages: Averages,
+    ) -> None:
+        self.parts, self.config = parts, parts.config
+        self.engine, self.evaluator, self.folder, self.best = engine, evaluator, folder, best
+        self.averages = averages
+        self.closes = self.config.eval.mode == "selection"
+        last = self.config.train.steps - 1
+        self.insight = Insight(evaluator, engine.module, parts.withheld, last)
+
+    def _cells(self) -> list[Cell]:
+        """What an evaluation looks at while the run trains."""
+        cells, withheld = self.evaluator.cells(), self.parts.withheld
+        if not self.closes:
+            return cells
+        return [(env, split) for env, split in cells if split == "out" and env not in withheld]
+
+    def evaluate(self, step: int, monitor: Monitor | None, columns: Mapping[str, float]) -> None:
+        """Evaluates after `step`, and keeps the adapter if it is the best; a collective.
+
+        Args:
+            step: the step just done.
+            monitor: on the main rank.
+            columns: what else the row shall tell.
+
+        Raises:
+            EvaluationBrokenOff: the ranks agreed to stop; nothing of it is kept.
+        """
+        if monitor is not None:
+            monitor.evaluating()
+        cells = self._cells()
+        with self.insight.watching(self.engine.ds, step) as seen:
+            counts, losses = seen.evaluator.with_losses(self.engine.ds, cells)
+        averages = self.averages.after(self._loss(losses), self._is_regular(step))
+        found = accuracies(counts) | self._of_averages(averages, cells)
+        self.averages = averages
+        row = result_row(self.parts, self.folder.path, step, {**found, **columns})
+        validation = validation_accuracy(row, self.parts.withheld)
+        if better := self.best.is_beaten_by(validation):
+            masters = self.engine.masters()
+            best = Candidate(step, validation, card_figures(row), masters if monitor else {})
+            self.best.put(best, self.config.train.eval_every)
+        if monitor is None:
+            return
+        self.folder.append(self.folder.evaluations if self.closes else self.folder.results, row)
+        self._show(step, found, monitor)
+        if better:
+            write_best(self.folder.adapter, self.parts.info, self.best)
+        monitor.pages(step, self.insight, seen, better)
+
+    def close(self, last: int, monitor: Monitor | None) -> None:
+        """Completes the rows of the selected and the last adapter where that is due; a collective.
+
+        What an earlier start has completed stays.
+
+        Raises:
+            EvaluationBrokenOff: the ranks agreed to stop; whole rows are kept.
+        """
+        selected, results = self.best.current, self.folder.results
+        if not self.closes or selected is None:
+            return
+        missing = dict.fromkeys((selected.step, last))
+        if monitor is not None and results.exists():
+            for complete in read_rows(results):
+                missing.pop(complete["step"], None)
+        cells = [cell for cell in self.evaluator.cells() if cell not in self._cells()]
+        for step in from_main(list(missing)):
+            own = step == last
+            held = nullcontext() if own else self.engine.holding(from_main(selected.tensors))
+            with held, self.insight.watching(self.engine.ds, step) as seen:
+                found = accuracies(seen.evaluator(self.engine.ds, cells))
+            if own:
+                found |= self._of_averages(self.averages, cells)
+            if monitor is not None:
+                rows = {row["step"]: row for row in read_rows(self.folder.evaluations)}
+                row = rows[step] | found
+                self.folder.append(results, row)
+                self._show(step, row, monitor)
+                monitor.pages(step, self.insight, seen, step == selected.step)
+        if monitor is not None:  # the model card learns of all accuracies
+            best = training_domain_validation(read_rows(results), self.parts.withheld)
+            card = Best(replace(selected, results=card_figures(best)))
+            write_best(self.folder.adapter, self.parts.info, card)
+
+    def save_last(self, is_main: bool) -> None:
+        """Writes the last adapter and the averages into folders of their own; a collective."""
+        found = {"last": self.engine.masters(), **self.averages.whole()}
+        if is_main:
+            row = read_rows(self.folder.results)[-1]
+            for name, values in found.items():
+                info = replace(self.parts.info, results=card_figures(row, name))
+                folder = self.folder.path / f"adapter-{name}"
+                save_adapter(self.engine.module, folder, info, values)
+
+    def _is_regular(self, step: int) -> bool:
+        return step % self.config.train.eval_every == 0
+
+    def _loss(self, losses: Mapping[Cell, float]) -> float:
+        """The unweighted mean loss of the sources' `out` splits; a collective."""
+        found = [
+            loss
+            for (env, split), loss in losses.items()
+            if split == "out" and env not in self.parts.withheld
+        ]
+        # From one rank: the others' sums may differ in the last bit, and a valley with it.
+        return from_main(sum(found) / len(found)) if found else 0.0
+
+    def _of_averages(self, averages: Averages, cells: Sequence[Cell]) -> dict[str, float]:
+        """Accuracies of each average, in the model's place for a while."""
+        found: dict[str, float] = {}
+        for name, values in averages.whole().items():
+            with self.engine.holding(values):
+                found |= prefixed(name, accuracies(self.evaluator(self.engine.ds, cells)))
+        return found
+
+    def _show(self, step: int, found: Mapping[str, float], monitor: Monitor) -> None:
+        withheld, results = self.parts.withheld, self.folder.results
+        rows = read_rows(results) if results.exists() else []  # cut back, it may be empty
+        selected = training_domain_validation(rows or read_rows(self.folder.evaluations), withheld)
+        target = selected.get(f"env{self.parts.held_out}_in_acc")
+        chosen = (validation_accuracy(selected, withheld), target)
+        averages = {
+            name: self._by_domain(columns_of(name, found)) for name in self.config.average.names
+        }
+        monitor.evaluation(step, self._by_domain(found), chosen, averages)
+
+    def _by_domain(self, found: Mapping[str, float]) -> dict[str, dict[str, float]]:
+        """Accuracies by the domain's name and split, as far as they were found."""
+        result = {}
+        for env, name in enumerate(self.parts.index.domains):
+            splits = {s: found[key] for s in SPLITS if (key := f"env{env}_{s}_acc") in found}
+            if splits:
+                result[name] = splits
+        return result
