@@ -115,7 +115,7 @@ def test_each_rank_keeps_its_experts_under_their_global_names() -> None:
         model = tiny_vit()
         inject(model, small_config("moa_kron"))
         parallel = ExpertParallel(model, 2, rank, 100)
-        assert parallel.ep_rank == rank % 2
+        assert parallel.members.rank == rank % 2
         own = {n: p for n, p in model.named_parameters() if ".experts." in n}
         assert all(p.allreduce is False and p.group_name == "ep_size_2" for p in own.values())
         others = [p for n, p in model.named_parameters() if n not in own]
@@ -136,6 +136,6 @@ def test_a_rank_without_experts_holds_one_number() -> None:
         inject(model, small_config("moa_lora", ranks=(1, 2), blocks=(0,)))
         parallel = ExpertParallel(model, 4, rank, 100)
         own = [p for p in model.parameters() if getattr(p, "allreduce", True) is False]
-        held.append((len(own), parallel.idle is not None))
+        held.append((len(own), parallel.members.idle is not None))
         assert all(isinstance(p, nn.Parameter) and p.requires_grad for p in own)
     assert sorted(held) == [(1, True), (1, True), (2, False), (2, False)]

@@ -16,10 +16,10 @@ import trainer.prepare.vit_embedded  # noqa: F401  (registers the embedded backb
 from moa import MoAConfig, MoALinear
 from moa.layers.layer import moa_layers
 from trainer.bench import __main__ as bench
+from trainer.bench import checkpoint as bench_checkpoint
 from trainer.bench import engine as bench_engine
 from trainer.bench import layer as bench_layer
 from trainer.bench import step as bench_step
-from trainer.bench import traffic as bench_traffic
 from trainer.bench.timing import interleaved
 
 
@@ -138,10 +138,10 @@ def test_what_is_there_is_shown_and_written_although_the_rest_fails(
         raise RuntimeError("later")
 
     monkeypatch.setattr(bench_layer, "measure", lambda *_: {"first": {"row": {"ms": 1.5}}})
-    monkeypatch.setattr(bench_traffic, "measure", broken)
+    monkeypatch.setattr(bench_checkpoint, "measure", broken)
     target = tmp_path / "figures.json"
     with pytest.raises(RuntimeError, match="later"):
-        bench.main(["--part", "layer", "traffic", "--json", str(target)])
+        bench.main(["--part", "layer", "checkpoint", "--json", str(target)])
     assert "first" in capsys.readouterr().out
     assert json.loads(target.read_text()) == {"first": {"row": {"ms": 1.5}}}
 
@@ -235,19 +235,8 @@ def test_buckets_of_the_engine_hold_all_that_trains() -> None:
     assert resolved["zero_optimization"]["reduce_bucket_size"] > trainable > 2**20
 
 
-def test_traffic_is_what_the_formula_says() -> None:
-    """Counted at the collectives against the byte count by which a transport is chosen."""
-    shape = bench_traffic.Shape("tiny", width=16, layers=2, tokens=500)
-    (rows,) = bench_traffic.measure(shape, (2,)).values()
-    (row,) = rows.values()
-    experts = 2 * 15 * (16 + 48) * 4  # bytes of both layers' factors, half of them leave
-    assert float(row["gather MiB"]) * 2**20 == pytest.approx(experts, rel=0.05)
-    tokens = 2 * 2 * 500 * (16 + 48) * 4 / 2
-    assert float(row["all_to_all MiB"]) * 2**20 == pytest.approx(tokens, rel=0.25)
-
-
 def test_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         bench.main(["--part", "everything"])
     assert caught.value.code == 2
-    assert "legal are layer, step, engine, traffic, checkpoint, data" in capsys.readouterr().err
+    assert "legal are layer, step, engine, checkpoint, data" in capsys.readouterr().err

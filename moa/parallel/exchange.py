@@ -5,19 +5,36 @@ expert that it chose.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from moa.layers.experts import KroneckerRule, kronecker_delta, lora_delta, lora_down
 from moa.layers.precision import full_precision, wide_product
 
 if TYPE_CHECKING:
     from moa.layers.layer import MoALinear
-    from moa.parallel.expert_parallel import ExpertParallel
+
+
+@dataclass
+class ExpertGroup:
+    """The ranks that share the experts, as this rank sees them.
+
+    Attributes:
+        size: G.
+        rank: this process within the group.
+        group: torch's process group, once there is one.
+        idle: the one number of a rank that owns no expert, which takes part without doing anything.
+    """
+
+    size: int
+    rank: int
+    group: Any = None
+    idle: nn.Parameter | None = None
 
 
 class TokenExchange:
@@ -27,19 +44,17 @@ class TokenExchange:
     tokens for them; experts that no token chose see none and get a gradient of zero.
 
     Args:
-        parallel: the group.
+        members: the ranks that share the experts.
         layer: the layer whose experts these are.
         owners: owner of each expert.
     """
 
-    def __init__(
-        self, parallel: "ExpertParallel", layer: "MoALinear", owners: Sequence[int]
-    ) -> None:
-        self.parallel, self.layer, self.owners = (parallel,), (layer,), list(owners)
+    def __init__(self, members: ExpertGroup, layer: "MoALinear", owners: Sequence[int]) -> None:
+        self.members, self.layer, self.owners = members, (layer,), list(owners)
         order = sorted(range(len(owners)), key=lambda e: (owners[e], e))
         self.rank_in_order = [order.index(e) for e in range(len(owners))]
         self.order = order
-        self.local = [e for e in order if owners[e] == parallel.ep_rank]
+        self.local = [e for e in order if owners[e] == members.rank]
 
     def __call__(self, tokens: Tensor, gates: Tensor, rule: Any) -> Tensor:
         """Sum over experts of gate_e * delta_e(x).
@@ -58,24 +73,21 @@ class TokenExchange:
         by_owner = place.argsort(stable=True)
         token, expert = token[by_owner], expert[by_owner]
         to_send, to_receive, blocks = self._sizes(expert)
-        (parallel,) = self.parallel
-        received = all_to_all(tokens[token], to_send, to_receive, parallel)
+        received = all_to_all(tokens[token], to_send, to_receive, self.members)
         done = self._evaluate(received, blocks, rule)
-        returned = all_to_all(done, to_receive, to_send, parallel)  # [K, O]
+        returned = all_to_all(done, to_receive, to_send, self.members)  # [K, O]
         weighted = returned * gates[token, expert].unsqueeze(1).to(returned.dtype)
         result = weighted.new_zeros(len(tokens), returned.shape[1])
         return result.index_add(0, token, weighted)
 
     def _sizes(self, expert: Tensor) -> tuple[list[int], list[int], list[int]]:
         """Rows to send to each rank, to receive from each, and per (rank, local expert)."""
-        (parallel,) = self.parallel
-        number, ranks = len(self.owners), parallel.ep_size
+        number, ranks = len(self.owners), self.members.size
         mine = expert.bincount(minlength=number)
         gathered = mine.new_empty(ranks * number)
-        dist.all_gather_into_tensor(gathered, mine, group=parallel.group)
-        parallel.count(mine.numel() * mine.element_size() * (ranks - 1))
+        dist.all_gather_into_tensor(gathered, mine, group=self.members.group)
         counts = gathered.view(ranks, number).tolist()
-        own = counts[parallel.ep_rank]
+        own = counts[self.members.rank]
         to_send = [0] * ranks
         for e, owner in enumerate(self.owners):
             to_send[owner] += own[e]
@@ -86,7 +98,7 @@ class TokenExchange:
 
     def _evaluate(self, received: Tensor, blocks: list[int], rule: Any) -> Tensor:
         """The local experts' updates [rows, O] of received tokens, in the order of arrival."""
-        (layer,), (parallel,) = self.layer, self.parallel
+        (layer,) = self.layer
         width = len(self.local)
         pieces = torch.split(received, blocks) if width else ()
         done: list[Tensor] = [received.new_zeros(0)] * len(blocks)
@@ -98,8 +110,8 @@ class TokenExchange:
         tie = received[:0].sum()
         if rule is not None:
             tie = tie + rule.left[:0].sum() + rule.right[:0].sum()
-        if parallel.idle is not None:
-            tie = tie + parallel.idle[:0].sum()
+        if self.members.idle is not None:
+            tie = tie + self.members.idle[:0].sum()
         result = torch.cat(done) if width else received.new_zeros(0, layer.out_features)
         return result + tie
 
@@ -137,11 +149,11 @@ class _Held(torch.autograd.Function):
 
 
 def all_to_all(
-    rows: Tensor, to_send: list[int], to_receive: list[int], parallel: "ExpertParallel"
+    rows: Tensor, to_send: list[int], to_receive: list[int], members: ExpertGroup
 ) -> Tensor:
     """Sends rows [sum(to_send), W] in pieces to the ranks; returns [sum(to_receive), W]."""
     anchor = torch.zeros((), device=rows.device, requires_grad=torch.is_grad_enabled())
-    result: Tensor = _AllToAll.apply(rows, anchor, to_send, to_receive, parallel)
+    result: Tensor = _AllToAll.apply(rows, anchor, to_send, to_receive, members)
     return result
 
 
@@ -159,22 +171,20 @@ class _AllToAll(torch.autograd.Function):
         anchor: Tensor,
         to_send: list[int],
         to_receive: list[int],
-        parallel: "ExpertParallel",
+        members: ExpertGroup,
     ) -> Tensor:
-        ctx.to_send, ctx.to_receive, ctx.parallel = to_send, to_receive, parallel
-        return _exchange(rows, to_send, to_receive, parallel)
+        ctx.to_send, ctx.to_receive, ctx.members = to_send, to_receive, members
+        return _exchange(rows, to_send, to_receive, members)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        back = _exchange(gradient, ctx.to_receive, ctx.to_send, ctx.parallel)
+        back = _exchange(gradient, ctx.to_receive, ctx.to_send, ctx.members)
         return back, None, None, None, None
 
 
 def _exchange(
-    rows: Tensor, to_send: list[int], to_receive: list[int], parallel: "ExpertParallel"
+    rows: Tensor, to_send: list[int], to_receive: list[int], members: ExpertGroup
 ) -> Tensor:
     received = rows.new_empty(sum(to_receive), rows.shape[1])
-    dist.all_to_all_single(received, rows.contiguous(), to_receive, to_send, group=parallel.group)
-    away = sum(to_send) - to_send[parallel.ep_rank]
-    parallel.count(away * rows.shape[1] * rows.element_size())
+    dist.all_to_all_single(received, rows.contiguous(), to_receive, to_send, group=members.group)
     return received

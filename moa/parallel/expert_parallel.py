@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from moa.errors import MoAConfigError
 from moa.layers.layer import AbsentExpert, moa_layers
-from moa.parallel.exchange import TokenExchange, hold_rule
+from moa.parallel.exchange import ExpertGroup, TokenExchange, hold_rule
 from moa.parallel.placement import place_experts, resolve_transport
 
 NAME = "expert_parallel"
@@ -59,7 +59,7 @@ class ExpertParallel(MoE):  # type: ignore[misc]
     Attributes:
         transport: `gather` or `all_to_all`.
         owners: per layer the owner of each expert.
-        bytes_sent: by this rank since the start, counted at the collectives.
+        members: the ranks of the group.
 
     Raises:
         MoAConfigError: nothing to distribute, or a transport that cannot work.
@@ -74,10 +74,9 @@ class ExpertParallel(MoE):  # type: ignore[misc]
                 "distribute; use multi_lora, moa_lora or moa_kron, or --moa.ep_size 1"
             )
         self.num_experts = len(layers[0].ranks)
-        self.ep_size, self.ep_rank = ep_size, rank % ep_size
+        self.ep_size = ep_size
+        self.members = ExpertGroup(size=ep_size, rank=rank % ep_size)
         self.expert_group_name = f"ep_size_{ep_size}"
-        self.group: Any = None
-        self.bytes_sent = 0
         self.transport = resolve_transport(layers, tokens)
         costs = [
             [sum(p.numel() for p in e.parameters()) for e in layer.experts] for layer in layers
@@ -85,7 +84,7 @@ class ExpertParallel(MoE):  # type: ignore[misc]
         self.owners = place_experts(costs, ep_size)
         self._layers = tuple(layers)  # a tuple hides them: they are the model's
         self._slots, self._sizes = self._lay_out()
-        self._idle = self._drop_others()
+        self._idle = self.members.idle = self._drop_others()
         self._flat: tuple[Tensor, Any, Tensor] | None = None
         self._gathered: list[list[SimpleNamespace]] | None = None
         if self.transport == "gather":
@@ -94,7 +93,7 @@ class ExpertParallel(MoE):  # type: ignore[misc]
             if self.transport == "gather":
                 layer.remote_experts = self._experts_of(number)
             else:
-                layer.exchange = TokenExchange(self, layer, self.owners[number])
+                layer.exchange = TokenExchange(self.members, layer, self.owners[number])
                 layer.hold_rule = hold_rule
         setattr(model, NAME, self)
 
@@ -104,11 +103,7 @@ class ExpertParallel(MoE):  # type: ignore[misc]
             groups._create_expert_and_data_parallel(
                 self.ep_size, use_data_before_expert_parallel_=use_data_before_expert_parallel_
             )
-        self.group = groups._get_expert_parallel_group(self.expert_group_name)
-
-    def count(self, sent: int) -> None:
-        """Adds to `bytes_sent`."""
-        self.bytes_sent += sent
+        self.members.group = groups._get_expert_parallel_group(self.expert_group_name)
 
     def _lay_out(self) -> tuple[list[list[_Slot]], list[int]]:
         """Per rank the slots of its factors, and the length of its flat buffer."""
@@ -130,7 +125,7 @@ class ExpertParallel(MoE):  # type: ignore[misc]
         kept: list[nn.Parameter] = []
         for layer, owners in zip(self._layers, self.owners, strict=True):
             for e, owner in enumerate(owners):
-                if owner != self.ep_rank:
+                if owner != self.members.rank:
                     layer.experts[e] = AbsentExpert()
                 kept += layer.experts[e].parameters()
         idle = None
@@ -149,7 +144,7 @@ class ExpertParallel(MoE):  # type: ignore[misc]
         like = self._layers[0].base.weight
         parts = [
             getattr(self._layers[s.layer].experts[s.expert], s.factor).reshape(-1)
-            for s in self._slots[self.ep_rank]
+            for s in self._slots[self.members.rank]
         ]
         length = sum(part.numel() for part in parts)
         if self._idle is not None:
@@ -166,8 +161,9 @@ class ExpertParallel(MoE):  # type: ignore[misc]
         """Sends this rank's factors; the first layer that needs any waits for the others'."""
         local = self._local()
         rows = local.new_empty(self.ep_size * self._row())
-        work = dist.all_gather_into_tensor(rows, local.detach(), group=self.group, async_op=True)
-        self.count(local.numel() * local.element_size() * (self.ep_size - 1))
+        work = dist.all_gather_into_tensor(
+            rows, local.detach(), group=self.members.group, async_op=True
+        )
         self._flat, self._gathered = (local, work, rows), None
 
     def _experts_of(self, number: int) -> Callable[[], list[SimpleNamespace]]:
@@ -177,7 +173,7 @@ class ExpertParallel(MoE):  # type: ignore[misc]
         """Per layer and expert its factors, by name."""
         if self._gathered is None:
             assert self._flat is not None, "the model's own forward starts the gathering"
-            rows = _Gathered.apply(*self._flat, self).view(self.ep_size, -1)
+            rows = _Gathered.apply(*self._flat, self.members).view(self.ep_size, -1)
             experts = [[SimpleNamespace() for _ in layer.experts] for layer in self._layers]
             for row, slots in zip(rows, self._slots, strict=True):
                 for s in slots:
@@ -186,25 +182,19 @@ class ExpertParallel(MoE):  # type: ignore[misc]
             self._flat, self._gathered = None, experts
         return self._gathered
 
-    @property
-    def idle(self) -> nn.Parameter | None:
-        """The one number of a rank that owns no expert."""
-        return self._idle
-
 
 class _Gathered(torch.autograd.Function):
     """Waits for an all-gather that has begun; backward sums the gradients at the owners."""
 
     @staticmethod
-    def forward(ctx: Any, local: Tensor, work: Any, rows: Tensor, owner: ExpertParallel) -> Tensor:
+    def forward(ctx: Any, local: Tensor, work: Any, rows: Tensor, members: ExpertGroup) -> Tensor:
         work.wait()
-        ctx.owner, ctx.length = owner, local.numel()
+        ctx.members, ctx.length = members, local.numel()
         return rows
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        owner: ExpertParallel = ctx.owner
+        members: ExpertGroup = ctx.members
         local = gradient.new_empty(ctx.length)
-        dist.reduce_scatter_tensor(local, gradient.contiguous(), group=owner.group)
-        owner.count(local.numel() * local.element_size() * (owner.ep_size - 1))
+        dist.reduce_scatter_tensor(local, gradient.contiguous(), group=members.group)
         return local, None, None, None

@@ -18,7 +18,7 @@ from trainer.train.session import conclude
 if TYPE_CHECKING:
     from trainer.bench.timing import Table
 
-PARTS = ("layer", "step", "engine", "traffic", "checkpoint", "data", "monitor")
+PARTS = ("layer", "step", "engine", "checkpoint", "data")
 LARGE = ("vit_large_patch14_clip_224", "vit_gigantic_patch14_clip_224")
 
 
@@ -151,18 +151,10 @@ def _measure(part: str, args: argparse.Namespace) -> "Iterator[dict[str, Table]]
             yield from bench_engine.measure(bench_engine.GPU_CASES, args.rounds)
         else:
             yield from bench_engine.measure()
-    elif part == "traffic":
-        from trainer.bench import traffic as bench_traffic
-
-        yield bench_traffic.measure()
     elif part == "checkpoint":
         from trainer.bench import checkpoint as bench_checkpoint
 
         yield bench_checkpoint.measure()
-    elif part == "monitor":
-        from trainer.bench import monitor as bench_monitor
-
-        yield bench_monitor.measure(args.rounds)
     elif part == "data":
         from trainer.bench import data as bench_data
 

@@ -1,4 +1,4 @@
-"""`python -m trainer.sweep.slurm_array`: held-out domains x seeds x methods as numbered runs; which are done.
+"""`python -m trainer.sweep.slurm_array`: runs of a sweep, numbered for a SLURM array.
 
 Prints the `sbatch --array=` line for the runs that are missing; with `--index` the settings of one
 run, a word a line, as `slurm/leave_one_out.sh` reads them. Other flags go to every run.
