@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from shards.config import DataConfig
-    from shards.datasets import open_shards
     from shards.embedded.digits import embedded_shards
     from shards.errors import DamagedDataError, DataConfigError, OutputError
+    from shards.opening import open_shards
     from shards.pixels.decoding import Decoder, decode_image
     from shards.pixels.transforms import eval_transform, loader_transform, train_transform
     from shards.read.index import ShardIndex

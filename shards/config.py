@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from shards.addresses import is_remote, without_secrets
 from shards.datasets import DATASETS, dataset_spec
 from shards.errors import DataConfigError, make_command
-from shards.read.download import is_remote, without_secrets
 
 Augment = Literal["auto", "domainbed", "no_flip", "none"]
 ResolvedAugment = Literal["domainbed", "no_flip", "none"]

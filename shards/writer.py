@@ -10,16 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from shards.datasets import DATASETS, DatasetSpec, check_dataset, dataset_spec, nearest
+from shards.datasets import DATASETS, DatasetSpec, dataset_spec, nearest
 from shards.errors import DamagedDataError, DataConfigError, OutputError
+from shards.opening import check_dataset
 from shards.read.index import ShardIndex
+from shards.read.subset import read_list
 from shards.write.conversion import (
     DEFAULT_SHARD_BYTES,
     DEFAULT_SHARD_SIZE,
     check_at_least_one,
     write_shards,
 )
-from shards.write.exclusion import read_list
 from shards.write.verify import verify_shards
 from shards.write.worker_pool import default_jobs
 

@@ -9,8 +9,9 @@ import pytest
 from shards_fixtures import FOLDER, damage, domain_folders, folder_bytes, image_bytes, make_folder
 
 from shards.config import DataConfig
-from shards.datasets import DATASETS, open_shards
+from shards.datasets import DATASETS
 from shards.errors import make_command, verify_command
+from shards.opening import open_shards
 from shards.writer import _byte_count, main, parser, write_shards
 
 REPOSITORY = Path(__file__).resolve().parents[1]

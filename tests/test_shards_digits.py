@@ -10,11 +10,12 @@ import pytest
 from PIL import Image
 
 from shards.config import DataConfig
-from shards.datasets import open_shards
 from shards.embedded.digits import default_cache, draw_digits, embedded_shards, encode_png, scans
 from shards.embedded.drawing import STYLES, draw
 from shards.errors import DataConfigError
+from shards.opening import open_shards
 from shards.read.index import ShardIndex
+from shards.write.verify import verify_shards
 from shards.writer import main
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -40,7 +41,7 @@ def test_domains_classes_and_counts(index: ShardIndex) -> None:
     assert [index.num_samples(env) for env in range(6)] == [300, 300, 300, 299, 299, 299]
     for env in range(6):
         assert np.bincount(index.labels(env), minlength=10).min() >= 20
-    assert index.verify(deep=True) == []
+    assert verify_shards(index, deep=True).problems == []
 
 
 def test_golden_pixels() -> None:

@@ -9,7 +9,8 @@ from torchvision.datasets import ImageFolder
 
 from shards.datasets import DATASETS, DatasetSpec
 from shards.errors import DataConfigError
-from shards.write.exclusion import check_sizes, is_duplicates_list, read_list, report_exclusion
+from shards.read.subset import read_list
+from shards.write.exclusion import check_sizes, is_duplicates_list, report_exclusion
 from shards.write.image_folder import Listing, list_images, report_passed_over
 
 FIVE = [name for name in DATASETS if name not in ("digits", "folder")]

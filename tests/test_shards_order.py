@@ -6,14 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shards.stream.order
-from shards.stream.order import (
-    DomainOrder,
-    hash64,
-    permutation,
-    random_words,
-    splitmix64,
-    substitute_index,
-)
+from shards.randomness import hash64, permutation, random_words, splitmix64
+from shards.stream.order import DomainOrder, substitute_index
 
 LAST = 2**63 - 1  # position that a stream can have
 MASK = 2**64 - 1

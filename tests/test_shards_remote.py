@@ -25,6 +25,7 @@ from shards.read.index import ShardIndex
 from shards.read.node_cache import NodeCache
 from shards.read.remote import RemoteShards, StorageOptions
 from shards.read.retry import FetchPolicy, fetch
+from shards.write.verify import verify_shards
 
 SHARD = "folder-art-000001.tar"
 WINDOW = {"mode": "window", "window": 1}
@@ -503,4 +504,4 @@ def test_index_that_is_none(local: ShardIndex, tmp_path: Path, text: str) -> Non
 def test_only_the_original_can_be_verified(local: ShardIndex, tmp_path: Path) -> None:
     index = ShardIndex.load(local.root.as_uri(), options(tmp_path))
     with pytest.raises(DataConfigError, match="verify it where it is stored"):
-        index.verify()
+        verify_shards(index, deep=False)

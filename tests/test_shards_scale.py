@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from shards_fixtures import pixels_only
 
+from shards.randomness import permutation
 from shards.read.index import ShardIndex
 from shards.read.layout import (
     FORMAT_VERSION,
@@ -25,7 +26,6 @@ from shards.read.layout import (
     ShardInfo,
     file_sha256,
 )
-from shards.stream.order import permutation
 from shards.stream.split import split_indices
 from shards.stream.stream import DomainStream
 

@@ -16,6 +16,7 @@ from torchvision.datasets import ImageFolder
 from webdataset.writer import TarWriter
 
 from shards.read.index import ShardIndex
+from shards.write.verify import verify_shards
 from shards.writer import write_shards
 
 
@@ -132,4 +133,4 @@ def test_awkward_names_come_out_whole(tmp_path: Path) -> None:
             assert sample["label"] == label
             assert sample["class_name"] == reference.classes[label]
             assert index.read(env, rank) == (sample["key"], sample["image"], label)
-    assert index.verify(deep=True) == []
+    assert verify_shards(index, deep=True).problems == []

@@ -14,7 +14,7 @@ from PIL import Image
 from report_fixtures import evaluation, write_run
 from shards_fixtures import FOLDER, make_folder, make_set
 
-from shards.read.subset import Subset
+from shards.read.index import Subset
 from shards.writer import write_shards
 from trainer.identity import data_hash, split_hash
 from trainer.report.__main__ import main

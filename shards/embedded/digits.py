@@ -19,10 +19,10 @@ import numpy.typing as npt
 from shards.datasets import dataset_spec
 from shards.embedded.drawing import DRAWING_VERSION, draw
 from shards.errors import DataConfigError, OutputError
+from shards.randomness import Int64Array
 from shards.read.index import ShardIndex
 from shards.read.layout import FORMAT_VERSION, INDEX_NAME
-from shards.stream.order import Int64Array
-from shards.writer import write_shards
+from shards.write.conversion import write_shards
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from shards.stream.order import Int64Array, hash64, random_words
+from shards.randomness import Int64Array, hash64, random_words
 
 DRAWING_VERSION = 2
 SIZE = 32

@@ -15,14 +15,12 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Generator, Iterable
-from pathlib import Path
-from typing import TypeGuard
 from urllib.parse import urlsplit, urlunsplit
 
+from shards.addresses import _COMMAND, without_secrets
 from shards.errors import DamagedDataError, DataConfigError
 
 _CHUNK = 1 << 20
-_COMMAND = "pipe:"
 _SERVERS = ("http", "https", "file")  # what Python's own client speaks
 _PASSING_STATUS = {408, 425, 429}  # of the 4xx answers, those that may change by waiting
 
@@ -32,31 +30,6 @@ Chunks = Generator[bytes, None, None]
 
 class FinalAnswerError(OSError):
     """An answer that asking again will not change."""
-
-
-def is_remote(root: str | Path) -> TypeGuard[str]:
-    """Tell whether a shard set is somewhere else than in a folder.
-
-    Args:
-        root: What was given as `data.root`.
-
-    Returns:
-        Whether it is a URL or a command.
-    """
-    return isinstance(root, str) and (root.startswith(_COMMAND) or "://" in root)
-
-
-def without_secrets(text: str) -> str:
-    """Take out of a message what may give access: user names, passwords and queries in URLs.
-
-    Args:
-        text: A URL, a command, or a message that holds some.
-
-    Returns:
-        The text, with `?...` for a query.
-    """
-    text = re.sub(r"(://[^\s'\"?]*\?)[^\s'\"]*[^\s'\":;,.)]", r"\1...", text)
-    return re.sub(r"://[^\s'\"/]*@", "://", text)
 
 
 def check_remote(root: str) -> None:

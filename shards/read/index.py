@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from shards.addresses import is_remote
 from shards.datasets import nearest
 from shards.errors import DamagedDataError, DamagedSampleError, DataConfigError
-from shards.read.download import is_remote
+from shards.randomness import Int64Array
 from shards.read.layout import (
     INDEX_NAME,
     REMEDY,
@@ -29,8 +30,6 @@ from shards.read.layout import (
 )
 from shards.read.remote import DEFAULT_STORAGE, RemoteShards, StorageOptions, fetch_index
 from shards.read.shard_reader import LocalShards, ShardReader, ShardStore
-from shards.read.subset import Subset
-from shards.stream.order import Int64Array
 
 
 class Sample(NamedTuple):
@@ -39,6 +38,18 @@ class Sample(NamedTuple):
     key: str
     image: bytes
     label: int
+
+
+class Subset(NamedTuple):
+    """The samples that are kept.
+
+    Attributes:
+        kept: For every domain a bool array [num_samples], by ImageFolder rank.
+        fingerprint: Hash of which samples are kept, 16 hexadecimal digits.
+    """
+
+    kept: tuple[npt.NDArray[np.bool_], ...]
+    fingerprint: str
 
 
 class ShardIndex:
@@ -88,7 +99,7 @@ class ShardIndex:
         """Open a shard set and check that it is whole.
 
         Checks that every shard exists with the size recorded and that the sample tables are
-        unaltered; the shards' own bytes are checked at every read, or all at once by `verify`.
+        unaltered; the shards' own bytes are checked at every read, or at once by `verify_shards`.
 
         Args:
             root: Folder of the set, or the URL or command of a remote one.
@@ -237,23 +248,6 @@ class ShardIndex:
                 f"{found} found); {REMEDY}"
             )
         return Sample(self.key(env, rank), image, int(row["label"]))
-
-    def verify(self, deep: bool = False) -> list[str]:
-        """Compare everything stored with the index.
-
-        Args:
-            deep: Also decode every image.
-
-        Returns:
-            One line per problem; empty when the set is sound.
-        """
-        from shards.write.verify import verify_shards
-
-        if self.remote:
-            raise DataConfigError(
-                f"{self.root}: only the cache of a remote set; verify it where it is stored"
-            )
-        return verify_shards(self, deep=deep).problems
 
     def close(self) -> None:
         """Close the shard files; the next read opens them again."""

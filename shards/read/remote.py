@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shards.addresses import without_secrets
 from shards.config import DataConfig, cache_dir_missing
 from shards.errors import DamagedDataError, DataConfigError, OutputError, StorageError
-from shards.read.download import check_names, check_remote, file_url, without_secrets
+from shards.read.download import check_names, check_remote, file_url
 from shards.read.layout import INDEX_NAME, ShardInfo
 from shards.read.node_cache import NodeCache
 from shards.read.retry import FetchPolicy, fetch
-from shards.stream.order import Windows
+from shards.read.shard_reader import Windows
 
 log = logging.getLogger(__name__)
 

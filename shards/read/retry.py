@@ -9,8 +9,9 @@ from http.client import HTTPException
 from pathlib import Path
 from subprocess import TimeoutExpired
 
+from shards.addresses import without_secrets
 from shards.errors import DamagedDataError, OutputError, StorageError
-from shards.read.download import FinalAnswerError, chunks, without_secrets
+from shards.read.download import FinalAnswerError, chunks
 from shards.read.node_cache import cannot_write
 
 log = logging.getLogger(__name__)

@@ -5,14 +5,20 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from shards.errors import StorageError
 from shards.read.layout import ShardInfo
 from shards.read.retry import DEFAULT_POLICY, FetchPolicy
-from shards.stream.order import Windows
 
 _MAX_OPEN_SHARDS = 128  # far below the usual limit of 1,024 open files
+
+
+class Windows(NamedTuple):
+    """The shards that a stretch of a stream reads, and those that come next."""
+
+    live: list[int]
+    following: list[int]
 
 
 class ShardStore(Protocol):

@@ -12,30 +12,18 @@ import json
 import logging
 import tarfile
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from shards.errors import DamagedDataError, DataConfigError, verify_command
-from shards.write.exclusion import read_list
+from shards.read.index import Subset
 
 if TYPE_CHECKING:
     from shards.read.index import ShardIndex
 
 log = logging.getLogger(__name__)
-
-
-class Subset(NamedTuple):
-    """The samples that are kept.
-
-    Attributes:
-        kept: For every domain a bool array [num_samples], by ImageFolder rank.
-        fingerprint: Hash of which samples are kept, 16 hexadecimal digits.
-    """
-
-    kept: tuple[npt.NDArray[np.bool_], ...]
-    fingerprint: str
 
 
 def read_subset(
@@ -127,3 +115,28 @@ def _mark_paths(
                 f"check the set with {verify_command(index.root, deep=False)}"
             ) from error
     return rest
+
+
+def read_list(setting: str, path: Path) -> list[str]:
+    """Read a list of images or samples, one per line.
+
+    Args:
+        setting: What the user set, for the error message.
+        path: Text file of paths with forward slashes, or keys. Names of files need not be UTF-8.
+
+    Returns:
+        The lines without blank ones, spaces around them, and `./` before them.
+
+    Raises:
+        DataConfigError: If the file cannot be read, or is no text.
+    """
+    try:
+        data = path.expanduser().read_bytes()
+    except OSError as error:
+        raise DataConfigError(f"{setting}: cannot be read ({error.strerror})") from error
+    if b"\0" in data:
+        raise DataConfigError(
+            f"{setting}: cannot be read (not plain text); save it as UTF-8, one entry a line"
+        )
+    lines = data.decode("utf-8-sig", "surrogateescape").split("\n")
+    return [line.strip().removeprefix("./") for line in lines if line.strip()]

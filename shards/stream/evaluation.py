@@ -7,10 +7,10 @@ import numpy as np
 from shards.errors import DataConfigError
 from shards.pixels.decoding import Decoder, undecodable_placeholder
 from shards.pixels.transforms import ImageTransform
+from shards.randomness import Int64Array, hash64
 from shards.read.index import ShardIndex
 from shards.stream.batches import Batch, BatchLoader, LoadedImage, rank_range, seeded, stack
 from shards.stream.one_image import open_image
-from shards.stream.order import Int64Array, hash64
 from shards.stream.split import split_indices
 
 Split: TypeAlias = Literal["in", "out", "all", "left_out"]

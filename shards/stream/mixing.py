@@ -13,8 +13,10 @@ import numpy as np
 
 from shards.config import SamplingMode, mode_problems
 from shards.errors import DataConfigError
+from shards.randomness import Int64Array, UInt32Array
 from shards.read.index import ShardIndex
-from shards.stream.order import ORDER_ID, DomainOrder, Int64Array, UInt32Array, Windows
+from shards.read.shard_reader import Windows
+from shards.stream.order import ORDER_ID, DomainOrder
 from shards.stream.split import split_indices
 
 FINGERPRINT_VERSION = 1

@@ -5,95 +5,28 @@ the order of a run cannot change with a version, a world size or a number of wor
 names the algorithm; it changes whenever any function here would return another number.
 """
 
-import functools
-import hashlib
 from collections import OrderedDict
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from shards.config import SamplingMode
+from shards.randomness import (
+    Int64Array,
+    UInt32Array,
+    _counters,
+    _sorting_order,
+    hash64,
+    permutation,
+    random_words,
+)
+from shards.read.shard_reader import Windows
 
 ORDER_ID = "splitmix64-1"
 
-Int64Array: TypeAlias = npt.NDArray[np.int64]
-UInt32Array: TypeAlias = npt.NDArray[np.uint32]
-UInt64Array: TypeAlias = npt.NDArray[np.uint64]
 
 _CACHED_ELEMENTS = 500_000  # of one domain's epochs, of which two are kept whatever their size
-
-
-def hash64(*parts: str | int) -> int:
-    """Hash strings and integers to one number in [0, 2**64).
-
-    Args:
-        *parts: What identifies the random decision, for example `(seed, "aug", domain, k)`. They
-            are joined by a zero byte, which no file name can hold.
-
-    Returns:
-        The 64-bit BLAKE2b digest, read as a little-endian integer.
-    """
-    text = "\0".join(str(part) for part in parts)
-    data = text.encode("utf-8", "surrogateescape")
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-
-
-def splitmix64(x: UInt64Array) -> UInt64Array:
-    """Mix 64-bit integers, element by element (the output function of Steele's SplitMix64).
-
-    Args:
-        x: uint64 array of any shape.
-
-    Returns:
-        uint64 array of the same shape; a bijection of [0, 2**64).
-    """
-    z = x + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-def random_words(key: int, counters: UInt64Array) -> UInt64Array:
-    """Give the random 64-bit word at each counter of the stream named by `key`.
-
-    Args:
-        key: Name of the stream, as from `hash64`.
-        counters: uint64 array of any shape.
-
-    Returns:
-        uint64 array of the same shape.
-    """
-    salt = splitmix64(np.array([key], dtype=np.uint64))
-    return splitmix64(counters ^ salt).reshape(counters.shape)
-
-
-@functools.lru_cache(maxsize=64)
-def permutation(key: int, n: int) -> Int64Array:
-    """Shuffle 0..n-1 by sorting random words.
-
-    Args:
-        key: Name of the permutation, as from `hash64`.
-        n: How many numbers.
-
-    Returns:
-        int64 array [n], read-only since it is cached.
-    """
-    order = _sorting_order(random_words(key, np.arange(n, dtype=np.uint64)))
-    order.setflags(write=False)
-    return order
-
-
-def _sorting_order(words: UInt64Array) -> Int64Array:
-    """Give the stable sorting order of `words`.
-
-    The unstable sort is five times faster, and the same unless two words are equal.
-    """
-    order = np.argsort(words)
-    ordered = words[order]
-    if (ordered[1:] == ordered[:-1]).any():
-        order = np.argsort(words, kind="stable")
-    return order.astype(np.int64, copy=False)
 
 
 class Epoch(NamedTuple):
@@ -106,13 +39,6 @@ class Epoch(NamedTuple):
 
     order: UInt32Array
     starts: Int64Array
-
-
-class Windows(NamedTuple):
-    """The shards that a stretch of a stream reads, and those that come next."""
-
-    live: list[int]
-    following: list[int]
 
 
 class DomainOrder:
@@ -238,11 +164,6 @@ class DomainOrder:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_epochs": OrderedDict()}
-
-
-def _counters(n: int) -> UInt64Array:
-    """Give 0..n-1 as uint64."""
-    return np.arange(n, dtype=np.uint64)
 
 
 def substitute_index(seed: int, domain: str, n: int, k: int, attempt: int) -> int:

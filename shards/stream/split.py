@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 
 from shards.errors import DataConfigError
-from shards.stream.order import Int64Array
+from shards.randomness import Int64Array
 
 
 def seed_hash(*parts: object) -> int:

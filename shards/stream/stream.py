@@ -11,6 +11,7 @@ from shards.config import SamplingMode
 from shards.errors import DamagedDataError, DataConfigError, verify_command
 from shards.pixels.decoding import Decoder
 from shards.pixels.transforms import LoaderTransform
+from shards.randomness import hash64
 from shards.read.index import ShardIndex
 from shards.stream.bad_samples import BadSample
 from shards.stream.batches import (
@@ -24,7 +25,7 @@ from shards.stream.batches import (
 )
 from shards.stream.mixing import DomainMix
 from shards.stream.one_image import open_image
-from shards.stream.order import hash64, substitute_index
+from shards.stream.order import substitute_index
 
 _MAX_SUBSTITUTES = 16
 

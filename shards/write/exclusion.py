@@ -3,38 +3,12 @@
 import logging
 from collections import Counter
 from collections.abc import Collection
-from pathlib import Path
 
 from shards.datasets import DatasetSpec
 from shards.errors import DataConfigError
 from shards.write.image_folder import Listing
 
 log = logging.getLogger(__name__)
-
-
-def read_list(setting: str, path: Path) -> list[str]:
-    """Read a list of images or samples, one per line.
-
-    Args:
-        setting: What the user set, for the error message.
-        path: Text file of paths with forward slashes, or keys. Names of files need not be UTF-8.
-
-    Returns:
-        The lines without blank ones, spaces around them, and `./` before them.
-
-    Raises:
-        DataConfigError: If the file cannot be read, or is no text.
-    """
-    try:
-        data = path.expanduser().read_bytes()
-    except OSError as error:
-        raise DataConfigError(f"{setting}: cannot be read ({error.strerror})") from error
-    if b"\0" in data:
-        raise DataConfigError(
-            f"{setting}: cannot be read (not plain text); save it as UTF-8, one entry a line"
-        )
-    lines = data.decode("utf-8-sig", "surrogateescape").split("\n")
-    return [line.strip().removeprefix("./") for line in lines if line.strip()]
 
 
 def report_exclusion(listing: Listing, exclude: Collection[str]) -> None:

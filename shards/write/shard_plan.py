@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from shards.errors import DamagedDataError
+from shards.randomness import Int64Array, hash64, permutation
 from shards.read.layout import FORMAT_VERSION, INDEX_NAME, INFO_NAME, TABLE_DTYPE, key_prefixes
-from shards.stream.order import Int64Array, hash64, permutation
 from shards.write.image_folder import DomainListing, Listing
 
 BLOCK = 512  # tar's unit

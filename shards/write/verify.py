@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from shards.errors import DataConfigError
 from shards.read.index import ShardIndex
 from shards.read.layout import INFO_NAME, ShardInfo, file_sha256, sample_key, stock_info
 from shards.write.progress import progress
@@ -89,8 +90,13 @@ def verify_shards(index: ShardIndex, *, deep: bool, jobs: int = 1) -> VerifyRepo
         The problems, and how many images they concern.
 
     Raises:
+        DataConfigError: If the set is remote.
         OutputError: If a process is killed from outside.
     """
+    if index.remote:
+        raise DataConfigError(
+            f"{index.root}: only the cache of a remote set; verify it where it is stored"
+        )
     problems = list(_check_folder(index))
     shards: dict[int, _ShardReport] = {}
     total = sum(index.num_samples(env) for env in range(len(index.domains)))

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shards import Batch, Decoder, ShardIndex, eval_transform, evaluation_loader
+from shards.randomness import Int64Array
 from shards.stream.bad_samples import check_unusable
 from shards.stream.evaluation import split_ranks
-from shards.stream.order import Int64Array
 from trainer.process.stopping import shielded
 from trainer.process.world import World
 

@@ -1,7 +1,7 @@
 """What models say to every sample of a split, each sample once whatever the world size.
 
-The counts of `trainer.evaluate.evaluator` are enough for accuracies; this keeps the scores themselves, for
-confusion matrices, calibration, ensembles and pictures of the features.
+The counts of `trainer.evaluate.evaluator` are enough for accuracies; this keeps the scores
+themselves, for confusion matrices, calibration, ensembles and pictures of the features.
 
 Letters: S samples of the split, C classes, D width of the features, n samples of this rank.
 """

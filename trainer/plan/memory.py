@@ -153,7 +153,7 @@ class Sharding:
 
 
 def read_sharding(content: dict[str, Any], world_size: int) -> Sharding:
-    """What a resolved JSON (`trainer.config.deepspeed_json.resolve`) says, with DeepSpeed's defaults."""
+    """What a resolved DeepSpeed JSON says, with DeepSpeed's defaults."""
     zero, bf16 = content["zero_optimization"], bool(content["bf16"]["enabled"])
     stage = int(zero["stage"])
     named = content.get("data_types", {}).get("grad_accum_dtype")
