@@ -23,7 +23,7 @@ from moa import MoAConfig  # noqa: E402
 from shards import finish_images  # noqa: E402
 from trainer.checkpoint.run_folder import RunFolder  # noqa: E402
 from trainer.config.run_config import ROOT, ModelConfig, OptimConfig, RunConfig, TrainConfig  # noqa: E402
-from trainer.engine import engine, zero_state  # noqa: E402
+from trainer.engine import collectives, zero_state  # noqa: E402
 from trainer.engine.engine import Engine  # noqa: E402
 from trainer.prepare.parts import Parts, build  # noqa: E402
 from trainer.process.world import world_from_environment  # noqa: E402
@@ -182,7 +182,7 @@ def under_faults(config: RunConfig, folder: Path) -> dict[str, Any]:
         trainer.train_step(batches)
         trainer.step = step + 1
         states.append(ready.masters() | ready.moments())
-        skipped.append(engine.sum_numbers([trainer.nonfinite.skipped], ready.device)[0])
+        skipped.append(collectives.sum_numbers([trainer.nonfinite.skipped], ready.device)[0])
     F.cross_entropy = loss
     same = [all(torch.equal(a[name], b[name]) for name in a) for a, b in pairwise(states)]
     finite = all(bool(tensor.isfinite().all()) for tensor in states[-1].values())
@@ -204,7 +204,7 @@ def main(target: Path, cases: list[dict[str, Any]]) -> None:
     world = world_from_environment()
     results = {}
     if world.size > 1 or not all(case.get("reference") for case in cases):
-        engine.start(world)
+        collectives.start(world)
     for case in cases:
         config = run_config(**case["config"])
         if case.get("reference"):
@@ -217,7 +217,7 @@ def main(target: Path, cases: list[dict[str, Any]]) -> None:
         results[case["name"]] = under_engine(config)
     if world.is_main:
         torch.save(results, target)
-    engine.stop()
+    collectives.stop()
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.checkpoint.folder_lock import identity
+from trainer.config.command_line import parse_without_data
 from trainer.config.run_config import as_plain
-from trainer.plan.__main__ import parse_without_data
 from trainer.process.errors import ConfigError
 from trainer.sweep.cells import Cell, Grid, array_expression, progress
 from trainer.sweep.slurm_array import Note, keep_note, main, progress_lines, read_note

@@ -35,8 +35,6 @@ from trainer.plan.file_sizes import TEXT_BYTES, adapter_file_bytes, checkpoint_b
 from trainer.plan.memory import (
     CONTEXT_BYTES,
     Sharding,
-    Weights,
-    batch_arithmetic,
     gpu_bytes,
     kept_terms,
     memory_terms,
@@ -45,7 +43,9 @@ from trainer.plan.memory import (
 )
 from trainer.plan.planning import Plan, make_plan
 from trainer.plan.scaling import FLOPS as RATES
-from trainer.prepare.footprint import FLOPS, Footprint, measure, outline, roles, weights_of
+from trainer.prepare.backbone import outline
+from trainer.prepare.batches import batch_arithmetic
+from trainer.prepare.footprint import FLOPS, Footprint, Weights, measure, roles, weights_of
 from trainer.prepare.parts import build
 from trainer.prepare.tokens import tokens_per_image
 from trainer.process.world import World

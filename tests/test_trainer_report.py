@@ -16,7 +16,7 @@ from shards_fixtures import FOLDER, make_folder, make_set
 
 from shards.read.index import Subset
 from shards.writer import write_shards
-from trainer.identity import data_hash, split_hash
+from trainer.prepare.provenance import data_hash, split_hash
 from trainer.report.__main__ import main
 from trainer.report.plots import _bars
 from trainer.report.significance import holm, sign_flip_p

@@ -20,6 +20,7 @@ from trainer_fixtures import DEEPSPEED, ROOT, RUN, arguments, environment, launc
 from shards import DataConfig, DomainStream, open_shards
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.run_config import TrainConfig
+from trainer.process.ending import conclude
 from trainer.process.errors import (
     DAMAGED_DATA,
     FAILED,
@@ -33,7 +34,6 @@ from trainer.process.errors import (
 from trainer.process.stopping import EvaluationBrokenOff, Stopping, seconds_of, shielded
 from trainer.process.watchdog import COMPUTING, LOADING, Watchdog
 from trainer.process.world import World
-from trainer.train.session import conclude
 
 WORKER = str(ROOT / "tests" / "stopping_worker.py")
 LONG = {"train__steps": "25", "train__eval_every": "24", "train__batch_per_domain": "2"}

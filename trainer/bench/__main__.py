@@ -11,9 +11,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from trainer.process.ending import conclude
 from trainer.process.errors import ConfigError, OutputError
 from trainer.process.world import ALONE
-from trainer.train.session import conclude
 
 if TYPE_CHECKING:
     from trainer.bench.timing import Table

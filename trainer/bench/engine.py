@@ -93,12 +93,13 @@ def build(case: Case, device: torch.device) -> tuple[RunConfig, Backbone, dict[s
 
 def _steps(case: Case, rounds: int) -> dict[str, float | str]:
     """Builds and steps; the engine raises if a trainable tensor got no gradient."""
-    from trainer.engine import engine
+    from trainer.engine import collectives
+    from trainer.engine.engine import Engine
 
     started = time.perf_counter()
-    engine.start(ALONE)
-    config, backbone, resolved = build(case, engine.device_of(ALONE))
-    ready = engine.Engine(backbone.model, config.optim, resolved, ALONE, config.moa)
+    collectives.start(ALONE)
+    config, backbone, resolved = build(case, collectives.device_of(ALONE))
+    ready = Engine(backbone.model, config.optim, resolved, ALONE, config.moa)
     before = ready.masters()
     moa.set_routing_position(ready.module, moa.RoutingPosition(0, 0, 0))
     images = torch.randn(case.batch, *backbone.data_config["input_size"])
@@ -108,7 +109,7 @@ def _steps(case: Case, rounds: int) -> dict[str, float | str]:
 
     def step() -> float:
         loss = F.cross_entropy(ready(images).float(), labels)
-        loss = loss + moa.aux_loss(ready.module, engine.differentiable_sum)
+        loss = loss + moa.aux_loss(ready.module, collectives.differentiable_sum)
         ready.backward(loss)
         ready.step()
         return float(loss.detach())
@@ -126,7 +127,7 @@ def _steps(case: Case, rounds: int) -> dict[str, float | str]:
     if rounds:
         milliseconds = interleaved({"": step}, rounds, ready.device)[""]["ms"]
         row |= {"ms": milliseconds, "img/s": case.batch / float(milliseconds) * 1000}
-    engine.stop()
+    collectives.stop()
     return row | _peaks(ready.device)
 
 

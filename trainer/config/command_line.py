@@ -4,7 +4,7 @@ import argparse
 import difflib
 import types
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
@@ -163,3 +163,18 @@ def describe_type(kind: Any) -> str:
     if get_origin(kind) is tuple:
         return f"a list [a, b, ...] of which each is {describe_type(get_args(kind)[0])}"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
+
+
+def parse_without_data(argv: Sequence[str]) -> RunConfig:
+    """Like `parse`, but the folder of the data may be missing."""
+    try:
+        return parse(argv)
+    except ConfigError:
+        # With some folder given, everything else that is wrong shows up again.
+        config = parse(["--data.root=none needed", *argv])
+    return replace(config, data=replace(config.data, root=None))
+
+
+def words(text: str) -> list[str]:
+    """The parts of a list with commas, each once."""
+    return list(dict.fromkeys(name for name in text.split(",") if name))

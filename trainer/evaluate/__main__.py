@@ -13,8 +13,8 @@ from pathlib import Path
 from shards.config import DataConfig
 from trainer.config.command_line import LAUNCHER_FLAGS
 from trainer.evaluate.flags import add_shared_flags
+from trainer.process.ending import conclude
 from trainer.process.world import World, world_from_environment
-from trainer.train.session import conclude
 
 COMBINATIONS = ("each", "ensemble", "soup")
 
@@ -64,13 +64,13 @@ def run(args: argparse.Namespace, world: World) -> None:
     if world.size == 1:
         report(evaluate(job, world, lambda value: value), args)
         return
-    from trainer.engine import engine  # imports deepspeed, which takes seconds
+    from trainer.engine import collectives  # imports deepspeed, which takes seconds
 
-    engine.start(world)
-    found = evaluate(job, world, engine.sum_over_ranks)
+    collectives.start(world)
+    found = evaluate(job, world, collectives.sum_over_ranks)
     if world.is_main:
         report(found, args)
-    engine.stop()
+    collectives.stop()
 
 
 def main(argv: Sequence[str]) -> int:

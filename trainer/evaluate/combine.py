@@ -6,15 +6,19 @@ adapters: the models are trees of small modules around the same frozen tensors.
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, replace
 from itertools import chain
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from moa.files.origin import Origin
 from moa.files.reading import AdapterInfo
 from moa.files.saving import attach
+from trainer.evaluate.members import Member
 from trainer.evaluate.predictions import Predictions
+from trainer.process.errors import ConfigError
 
 Average = Literal["probabilities", "logits"]
 
@@ -76,3 +80,93 @@ def average(members: Sequence[Predictions], kind: Average) -> Predictions:
     if kind == "probabilities":
         mean = mean.clamp_min(torch.finfo(torch.float64).tiny).log()
     return Predictions(mean, members[0].labels, members[0].unusable)
+
+
+# Settings that count in training only, or for speed.
+FREE = {
+    "ep_size", "transport", "kron_impl", "gate_noise", "aux_weight", "expert_dropout",
+}  # fmt: skip
+
+
+def soup(members: Sequence[Member], command: str) -> tuple[AdapterInfo, dict[str, Tensor]]:
+    """The mean of some adapters, tensor by tensor, in fp32.
+
+    Sums are taken in float64 and rounded once, so the order of the adapters does not count. Whole
+    numbers (the balance of `balance = bias`) are rounded to the nearest.
+
+    Args:
+        members: two or more adapters of the same shape.
+        command: what makes the average, for its card.
+
+    Raises:
+        ConfigError: they cannot be averaged; every reason, one a line.
+    """
+    if len(members) < 2:
+        raise ConfigError("--combine soup: needs two adapters or more; give --adapter A B")
+    if problems := incompatibilities(members):
+        raise ConfigError("\n".join(problems))
+    mean = {}
+    for name, tensor in members[0].tensors.items():
+        total = torch.zeros(tensor.shape, dtype=torch.float64)
+        for member in members:
+            total += member.tensors[name].double()
+        value = total / len(members)
+        whole = not tensor.is_floating_point()
+        mean[name] = value.round().to(tensor.dtype) if whole else value.float()
+    first = members[0].info
+    return replace(first, results={}, origin=_origin(members, command)), mean
+
+
+def incompatibilities(members: Sequence[Member]) -> list[str]:
+    """Why adapters cannot be averaged, one line each; their base and classes are equal already."""
+    found, first = [], members[0]
+    for member in members[1:]:
+        start = f"--combine soup: {member.source} and {first.source}"
+        mine, other = _settings(member), _settings(first)
+        differ = [f"moa.{k}: {mine[k]!r} and {other[k]!r}" for k in mine if mine[k] != other[k]]
+        shapes, others = _shapes(member.tensors), _shapes(first.tensors)
+        if differ:
+            found.append(f"{start} differ in {'; '.join(differ)}")
+        elif shapes != others:
+            name = sorted(shapes.items() ^ others.items())[0][0]
+            found.append(f"{start} differ in the tensor {name}")
+    if found:
+        found.append(
+            "only adapters of the same shape have a mean; --combine ensemble averages what any "
+            "adapters of one base predict"
+        )
+    return found
+
+
+def _settings(member: Member) -> dict[str, Any]:
+    return {k: v for k, v in asdict(member.info.moa.resolved()).items() if k not in FREE}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _origin(members: Sequence[Member], command: str) -> Origin | None:
+    """What the adapters have in common; None if not all saw the same data in the same split."""
+    origins = [member.info.origin for member in members]
+    first = origins[0]
+    if first is None:
+        return None
+    made = {  # one base may lie in several files
+        "seed": first.seed, "command": command, "processes": 1, "weights": first.weights,
+        "averaged": tuple(member.label for member in members),
+    }  # fmt: skip
+    common = {origin and replace(origin, **made) for origin in origins}  # type: ignore[arg-type]
+    return common.pop() if len(common) == 1 else None
+
+
+def start_warning(members: Sequence[Member]) -> list[str]:
+    """A line for the user if the adapters did not start from the same values."""
+    seeds = {m.info.origin.seed for m in members if m.info.origin is not None}
+    if len(seeds) < 2:
+        return []
+    return [
+        f"soup: the adapters started from different seeds ({', '.join(map(str, sorted(seeds)))}); "
+        "the mean of factors that never lay close together is rarely a good adapter, an ensemble "
+        "is safe"
+    ]

@@ -8,7 +8,7 @@ from typing import Any
 from moa.files.origin import Origin
 from shards import DataConfig, Decoder, ShardIndex, open_shards
 from trainer.evaluate.members import Member, check_classes
-from trainer.identity import data_hash, split_hash
+from trainer.prepare.provenance import data_hash, split_hash
 from trainer.process.errors import ConfigError
 
 RECORDED = ("dataset", "holdout_fraction", "decode", "truncated")

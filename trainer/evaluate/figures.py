@@ -1,13 +1,33 @@
-"""The figures of one model on one split, from its predictions."""
+"""The figures of one model on one split, from its predictions; calibration among them.
+
+Letters: S samples, C classes, B bins of equal width over the confidence in [0, 1].
+"""
 
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch.nn import functional as F
 
-from trainer.calibration import Reliability, expected_calibration_error, reliability
 from trainer.evaluate.predictions import Counts, Predictions, confusion_matrix, per_class_accuracy
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Confidence against accuracy; a bin without samples has zeros.
+
+    Attributes:
+        samples: int64 [B].
+        confidence: float64 [B], mean probability of the chosen class.
+        accuracy: float64 [B], share of right choices.
+    """
+
+    samples: npt.NDArray[np.int64]
+    confidence: Floats
+    accuracy: Floats
 
 
 @dataclass(frozen=True)
@@ -102,3 +122,28 @@ def total(parts: list[Figures]) -> Figures:
         sum(p.nll * p.samples for p in parts) / number,
         sum(p.unusable for p in parts),
     )
+
+
+BINS = 15
+"""As in Guo et al., "On calibration of modern neural networks" (arXiv 1706.04599)."""
+
+
+def reliability(predictions: Predictions, bins: int = BINS) -> Reliability:
+    """Sorts samples into bins (low, high] by the softmax probability of the chosen class."""
+    best, chosen = predictions.logits.double().softmax(1).max(1)
+    right = (chosen == predictions.labels).numpy().astype(np.float64)
+    confidence = best.numpy()
+    place = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+    samples = np.bincount(place, minlength=bins)
+    divisor = np.maximum(samples, 1)
+    return Reliability(
+        samples,
+        np.bincount(place, weights=confidence, minlength=bins) / divisor,
+        np.bincount(place, weights=right, minlength=bins) / divisor,
+    )
+
+
+def expected_calibration_error(found: Reliability) -> float:
+    """Mean over samples of their bin's |accuracy - confidence|, in [0, 1]; 0 without samples."""
+    weights = found.samples / max(1, found.samples.sum())
+    return float(np.sum(weights * np.abs(found.accuracy - found.confidence)))

@@ -11,18 +11,24 @@ import torch
 from torch import Tensor
 
 from moa.files.reading import AdapterInfo
-from trainer.evaluate.combine import Average, average, models_on, tensor_bytes
+from trainer.evaluate.combine import Average, average, models_on, soup, start_warning, tensor_bytes
 from trainer.evaluate.data import AdapterData, open_data
 from trainer.evaluate.evaluator import LEFT_OUT, SPLITS, Evaluator
 from trainer.evaluate.figures import Figures, figures_of
-from trainer.evaluate.members import ENSEMBLE, SOUP, Member, base_of, held_out_by, read_members
+from trainer.evaluate.members import (
+    ENSEMBLE,
+    SOUP,
+    Member,
+    base_of,
+    check_target,
+    held_out_by,
+    read_members,
+)
 from trainer.evaluate.predictions import collect
-from trainer.export.sharing import check_target
 from trainer.prepare.backbone import Backbone
 from trainer.prepare.provenance import shown_command
 from trainer.process.errors import ConfigError
 from trainer.process.world import World
-from trainer.soup import soup, start_warning
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,15 @@ from pathlib import Path
 
 from torch import Tensor
 
+from moa.files.atomic_folder import holds_current
 from moa.files.hub import HUB_PREFIX, adapter_folder
 from moa.files.reading import AdapterInfo, read_adapter
+from moa.files.saving import check_replaceable
 from shards import ShardIndex
 from trainer.checkpoint.checkpoint import MANIFEST_FILE, verify
 from trainer.config.run_config import ModelConfig
 from trainer.prepare.backbone import Backbone, create_backbone
-from trainer.process.errors import ConfigError
+from trainer.process.errors import ConfigError, OutputError
 
 ENSEMBLE, SOUP = "ensemble", "soup"
 """Names of what is made of several adapters; none of these may bear one as its label."""
@@ -185,3 +187,16 @@ def held_out_by(members: Sequence[Member], domain: str) -> list[str]:
     return [
         m.label for m in members if m.info.origin is not None and domain in m.info.origin.withheld
     ]
+
+
+def check_target(flag: str, folder: Path) -> None:
+    """Raises `OutputError` if `folder` holds something that is no adapter and would be replaced."""
+    try:
+        check_replaceable(folder)
+    except FileExistsError as error:
+        raise OutputError(f"{flag}: {error}") from error
+    if holds_current(folder):
+        raise OutputError(
+            f"{flag}: {folder} is the current folder, or holds it, and cannot be replaced; give "
+            "another folder"
+        )

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.evaluate.flags import add_weights_flag
+from trainer.process.ending import conclude
 from trainer.process.world import ALONE
-from trainer.train.session import conclude
 
 if TYPE_CHECKING:
     from trainer.evaluate.members import Member
@@ -47,8 +47,8 @@ def export(args: argparse.Namespace) -> None:
         AdapterError, CheckpointError: the adapter is damaged.
         OutputError: a folder cannot be written.
     """
-    from trainer.evaluate.members import read_members
-    from trainer.export.sharing import check_repository, check_target, push, write_folder
+    from trainer.evaluate.members import check_target, read_members
+    from trainer.export.sharing import check_repository, push, write_folder
     from trainer.process.errors import ConfigError
 
     if not (args.out or args.peft or args.push):

@@ -7,23 +7,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from moa.files.atomic_folder import holds_current, replaced_folder
-from moa.files.saving import check_replaceable, write_adapter
+from moa.files.atomic_folder import replaced_folder
+from moa.files.saving import write_adapter
 from trainer.evaluate.members import Member
 from trainer.process.errors import ConfigError, OutputError, cannot_write
-
-
-def check_target(flag: str, folder: Path) -> None:
-    """Raises `OutputError` if `folder` holds something that is no adapter and would be replaced."""
-    try:
-        check_replaceable(folder)
-    except FileExistsError as error:
-        raise OutputError(f"{flag}: {error}") from error
-    if holds_current(folder):
-        raise OutputError(
-            f"{flag}: {folder} is the current folder, or holds it, and cannot be replaced; give "
-            "another folder"
-        )
 
 
 def check_repository(name: str) -> None:

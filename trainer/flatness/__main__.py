@@ -19,9 +19,9 @@ from rich.table import Column, Table
 
 from trainer.checkpoint.atomic_text import replace_text
 from trainer.evaluate.flags import add_shared_flags
+from trainer.process.ending import conclude
 from trainer.process.errors import ConfigError, cannot_write
 from trainer.process.world import ALONE
-from trainer.train.session import conclude
 
 if TYPE_CHECKING:
     from trainer.evaluate.fixed_images import FixedImages

@@ -7,6 +7,7 @@ import torch
 
 from trainer.config.run_config import RunConfig
 from trainer.prepare import footprint
+from trainer.prepare.backbone import outline
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def image_utilisation(
     if peak is None:
         return None
     try:
-        model, _ = footprint.outline(config.model, config.moa, num_classes)
+        model, _ = outline(config.model, config.moa, num_classes)
         step = footprint.measure(model, 1, 1)
     except Exception as error:
         log.warning("no perf/mfu: FLOPs of %s cannot be counted (%s)", config.model.backbone, error)

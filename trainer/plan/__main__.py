@@ -6,26 +6,14 @@ Takes the flags of `trainer/run.py` and a few of its own; needs no GPU, no weigh
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
-from trainer.config.command_line import OwnFlags, build_parser, parse
+from trainer.config.command_line import OwnFlags, build_parser, parse_without_data
 from trainer.config.run_config import RunConfig
+from trainer.plan.data import Request
+from trainer.process.ending import conclude
 from trainer.process.errors import ConfigError
 from trainer.process.world import ALONE
-from trainer.train.session import conclude
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What the command line asks beyond the run itself; None: from the dataset, or not asked."""
-
-    world_size: int = 1
-    gpu_memory: float | None = None
-    """GiB"""
-    num_classes: int | None = None
-    domains: int | None = None
-    json: bool = False
 
 
 def _add_own(parser: argparse.ArgumentParser) -> None:
@@ -79,16 +67,6 @@ def _number(text: str | None, flag: str, kind: type, least: int, problems: list[
     bound = f">= {least}" if least else "> 0"
     problems.append(f"{flag} = {text!r}: legal is {what} {bound}")
     return None
-
-
-def parse_without_data(argv: Sequence[str]) -> RunConfig:
-    """Like `parse`, but the folder of the data may be missing."""
-    try:
-        return parse(argv)
-    except ConfigError:
-        # With some folder given, everything else that is wrong shows up again.
-        config = parse(["--data.root=none needed", *argv])
-    return replace(config, data=replace(config.data, root=None))
 
 
 def plan_command(argv: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """What a plan knows of the data: from its flags, a shard set at hand, or the registry."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,7 +9,18 @@ from trainer.process.errors import ConfigError
 
 if TYPE_CHECKING:
     from shards import ShardIndex
-    from trainer.plan.__main__ import Request
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the command line asks beyond the run itself; None: from the dataset, or not asked."""
+
+    world_size: int = 1
+    gpu_memory: float | None = None
+    """GiB"""
+    num_classes: int | None = None
+    domains: int | None = None
+    json: bool = False
 
 
 def index_at_hand(config: RunConfig) -> "ShardIndex | None":
@@ -29,7 +41,7 @@ def domain_names(config: RunConfig) -> tuple[str, ...] | None:
     return DATASETS[config.data.dataset].domains if index is None else index.domains
 
 
-def known_data(config: RunConfig, request: "Request") -> tuple[int, int, int, dict[str, int]]:
+def known_data(config: RunConfig, request: Request) -> tuple[int, int, int, dict[str, int]]:
     """Domains, classes and sizes: from the flags, the shard set if it is at hand, the registry.
 
     Returns:

@@ -5,13 +5,12 @@ accumulation. What is said of buffers follows DeepSpeed 0.19; alignment (a few n
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from shards.stream.mixing import DomainMix
 from trainer.config.averages import AverageConfig
-from trainer.config.run_config import RunConfig
+from trainer.prepare.footprint import Weights
 
 if TYPE_CHECKING:
     from trainer.prepare.footprint import Footprint
@@ -25,68 +24,6 @@ CONTEXT_BYTES = GIB
 _ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # DeepSpeed's defaults where the JSON is silent.
 _REDUCE_BUCKET, _MAX_LIVE = 500_000_000, 1_000_000_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batches:
-    """Images and steps; `epochs` by source domain is empty where sizes are not known."""
-
-    domains: int
-    source_domains: int
-    batch_per_domain: int
-    global_batch: int
-    per_process: int
-    accumulation: int
-    micro_batch: int
-    legal_world_sizes: list[int]
-    steps: int
-    images_seen: int
-    epochs: dict[str, float]
-    evaluations: int
-    checkpoints: int
-
-
-class _Cut(DomainMix):
-    """The cutting of a global batch alone, without a shard set."""
-
-    def __init__(self, domains: int, batch_per_domain: int) -> None:
-        self.sources, self.batch_per_domain = tuple(range(domains)), batch_per_domain
-
-
-def batch_arithmetic(
-    config: RunConfig, world_size: int, domains: int, sources: int, sizes: Mapping[str, int]
-) -> Batches:
-    """Batches, steps and what follows from them.
-
-    Args:
-        config: the run.
-        world_size: number of processes.
-        domains: number of all domains.
-        sources: how many of them are trained on.
-        sizes: training images of each source domain; empty if not known.
-
-    Raises:
-        DataConfigError: the global batch cannot be cut for the processes and micro-batches.
-    """
-    train, cut = config.train, _Cut(sources, config.train.batch_per_domain)
-    cut.check_world_size(world_size, train.accumulation)
-    per_process, last = cut.global_batch // world_size, train.steps - 1
-    seen = train.steps * train.batch_per_domain
-    return Batches(
-        domains=domains,
-        source_domains=sources,
-        batch_per_domain=train.batch_per_domain,
-        global_batch=cut.global_batch,
-        per_process=per_process,
-        accumulation=train.accumulation,
-        micro_batch=per_process // train.accumulation,
-        legal_world_sizes=cut.legal_world_sizes(),
-        steps=train.steps,
-        images_seen=train.steps * cut.global_batch,
-        epochs={domain: seen / size for domain, size in sizes.items()},
-        evaluations=last // train.eval_every + 1 + (last % train.eval_every > 0),
-        checkpoints=math.ceil(train.steps / config.checkpoint.every),
-    )
 
 
 @dataclass(frozen=True)
@@ -104,21 +41,6 @@ class Term:
     bytes: int
     place: Literal["gpu", "host"]
     formula: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Weights:
-    """The numbers of a model.
-
-    Attributes:
-        trainable: numbers that train.
-        frozen: numbers that do not, buffers that follow the precision included.
-        buffer_bytes: bytes of whole-number buffers.
-    """
-
-    trainable: int
-    frozen: int
-    buffer_bytes: int
 
 
 @dataclass(frozen=True)

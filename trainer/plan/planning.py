@@ -12,15 +12,25 @@ from moa.parallel.placement import traffic
 from trainer.config import deepspeed_json
 from trainer.config.run_config import RunConfig
 from trainer.plan import file_sizes
-from trainer.plan import memory as estimates
 from trainer.plan.data import domain_names, known_data
+from trainer.plan.memory import (
+    Sharding,
+    Term,
+    gpu_bytes,
+    kept_terms,
+    memory_terms,
+    memory_warnings,
+    read_sharding,
+)
 from trainer.plan.scaling import FLOPS, WORLDS, Load, Prediction, Rates, load_of, predict
-from trainer.prepare.footprint import Footprint, measure, outline, roles, weights_of
+from trainer.prepare.backbone import outline
+from trainer.prepare.batches import Batches, batch_arithmetic
+from trainer.prepare.footprint import Footprint, measure, roles, weights_of
 from trainer.prepare.parts import check_expert_parallel
 from trainer.prepare.tokens import tokens_per_image
 
 if TYPE_CHECKING:
-    from trainer.plan.__main__ import Request
+    from trainer.plan.data import Request
 
 SHARING = 8
 """Processes that share the experts, for the traffic of both transports beside each other."""
@@ -53,10 +63,10 @@ class Plan:
     total: int
     adapter_bytes: int
     checkpoint_bytes: int
-    memory: tuple[estimates.Term, ...]
+    memory: tuple[Term, ...]
     gpu_bytes: int
     footprint: Footprint
-    batches: estimates.Batches
+    batches: Batches
     warnings: tuple[str, ...]
     load: Load
     traffic: dict[Literal["gather", "all_to_all"], float]
@@ -79,14 +89,14 @@ def make_plan(config: RunConfig, request: "Request") -> Plan:
     domains, sources, classes, sizes = known_data(config, request)
     world = request.world_size
     model, report = outline(config.model, config.moa, classes)
-    batches = estimates.batch_arithmetic(config, world, domains, sources, sizes)
+    batches = batch_arithmetic(config, world, domains, sources, sizes)
     sharding = _sharding(config, world, batches.global_batch, report.trainable)
     tensors = adapter_state_dict(model)
     moved = [name for name, p in model.named_parameters() if p.requires_grad]
     model.to(torch.bfloat16 if sharding.bf16 else torch.float32)
     footprint = measure(model, batches.micro_batch, config.train.eval_batch)
     memory = _memory(config, model, sharding, footprint)
-    used = estimates.gpu_bytes(memory)
+    used = gpu_bytes(memory)
     tokens, rates = tokens_per_image(model), Rates(flops=FLOPS[sharding.precision])
     load = load_of(model, footprint, batches, sharding, tokens)
     return Plan(
@@ -99,9 +109,7 @@ def make_plan(config: RunConfig, request: "Request") -> Plan:
         gpu_bytes=used,
         footprint=footprint,
         batches=batches,
-        warnings=tuple(
-            estimates.memory_warnings(used, request.gpu_memory, report.trainable, sharding)
-        ),
+        warnings=tuple(memory_warnings(used, request.gpu_memory, report.trainable, sharding)),
         load=load,
         traffic=_traffic(model, tokens, batches, sharding.working_bytes),
         rates=rates,
@@ -110,29 +118,25 @@ def make_plan(config: RunConfig, request: "Request") -> Plan:
     )
 
 
-def _sharding(
-    config: RunConfig, world: int, global_batch: int, trainable: int
-) -> estimates.Sharding:
+def _sharding(config: RunConfig, world: int, global_batch: int, trainable: int) -> Sharding:
     """What the DeepSpeed JSON makes of the run, once it has proved legal."""
     bf16 = config.train.precision != "fp32"  # "auto" is bf16 on a GPU
     content = deepspeed_json.resolve(config, world, global_batch, bf16, trainable)
     deepspeed_json.check_buckets(content, trainable)
-    sharding = estimates.read_sharding(content, world)
+    sharding = read_sharding(content, world)
     check_expert_parallel(config.moa, world, sharding.stage == 3)
     return sharding
 
 
 def _memory(
-    config: RunConfig, model: nn.Module, sharding: estimates.Sharding, footprint: Footprint
-) -> tuple[estimates.Term, ...]:
+    config: RunConfig, model: nn.Module, sharding: Sharding, footprint: Footprint
+) -> tuple[Term, ...]:
     weights = weights_of(model)
-    kept = estimates.kept_terms(weights, sharding, config.average)
-    return (*estimates.memory_terms(weights, sharding, footprint), *kept)
+    kept = kept_terms(weights, sharding, config.average)
+    return (*memory_terms(weights, sharding, footprint), *kept)
 
 
-def _settings(
-    config: RunConfig, sharding: estimates.Sharding, layers: int, classes: int
-) -> dict[str, Any]:
+def _settings(config: RunConfig, sharding: Sharding, layers: int, classes: int) -> dict[str, Any]:
     """Those that decide about the rest."""
     return {
         "backbone": config.model.backbone,
@@ -148,7 +152,7 @@ def _settings(
 
 
 def _traffic(
-    model: nn.Module, tokens: int, batches: estimates.Batches, width: int
+    model: nn.Module, tokens: int, batches: Batches, width: int
 ) -> dict[Literal["gather", "all_to_all"], float]:
     layers = [layer for _, layer in moa_layers(model)]
     seen = tokens * batches.per_process

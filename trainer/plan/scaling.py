@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from torch import nn
 
-    from trainer.plan.memory import Batches, Sharding
+    from trainer.plan.memory import Sharding
+    from trainer.prepare.batches import Batches
     from trainer.prepare.footprint import Footprint
 
 WORLDS = (8, 16, 32, 64, 128, 256, 512)

@@ -9,12 +9,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from trainer.plan.memory import GIB, Batches
+from trainer.plan.memory import GIB
 from trainer.plan.planning import SHARING, Plan
 from trainer.plan.scaling import Prediction
+from trainer.prepare.batches import Batches
 
 if TYPE_CHECKING:
-    from trainer.plan.__main__ import Request
+    from trainer.plan.data import Request
 
 Rows = list[tuple[str, str, str]]
 """What, how much, and how it comes about."""

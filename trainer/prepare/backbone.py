@@ -1,7 +1,7 @@
 """The model of a run: a timm backbone with its weights, adapters injected, a fresh head."""
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -146,3 +146,22 @@ def _no_weights(config: ModelConfig, name: str, reason: str) -> str:
             "the hub's cache and set HF_HOME; --model.weights random trains from scratch"
         )
     return f"model.weights: {config.weights!r} does not fit {name} ({reason})"
+
+
+def outline(
+    config: ModelConfig, settings: moa.MoAConfig, num_classes: int
+) -> tuple[nn.Module, moa.InjectReport]:
+    """The model of a run on the meta device, adapters injected, fp32, in training mode.
+
+    Raises:
+        ConfigError, MoAConfigError: as when the run itself is built.
+    """
+    # Weights are not needed here, and may lie on another machine.
+    check_backbone(replace(config, weights="random"))
+    with torch.device("meta"):
+        model: nn.Module = timm.create_model(
+            config.backbone, pretrained=False, num_classes=num_classes
+        )
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    return model.train(), moa.inject(model, settings)

@@ -8,7 +8,7 @@ so that bytes and FLOPs are counted and not guessed. Not seen is what a GPU kern
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import timm
@@ -22,9 +22,6 @@ from torch.utils.flop_counter import flop_registry
 import moa
 from moa.layers.layer import MoALinear
 from moa.model.injection import classifier
-from trainer.config.run_config import ModelConfig
-from trainer.plan.memory import Weights
-from trainer.prepare.backbone import check_backbone
 
 _PARTS = (
     ("experts", ".experts."),
@@ -33,6 +30,21 @@ _PARTS = (
     ("rule", ".kron_rule."),
 )
 """Role of an adapter's tensor -> what its name holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The numbers of a model.
+
+    Attributes:
+        trainable: numbers that train.
+        frozen: numbers that do not, buffers that follow the precision included.
+        buffer_bytes: bytes of whole-number buffers.
+    """
+
+    trainable: int
+    frozen: int
+    buffer_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,25 +69,6 @@ class Footprint:
     forward: int
     backward: int
     recomputed: int
-
-
-def outline(
-    config: ModelConfig, settings: moa.MoAConfig, num_classes: int
-) -> tuple[nn.Module, moa.InjectReport]:
-    """The model of a run on the meta device, adapters injected, fp32, in training mode.
-
-    Raises:
-        ConfigError, MoAConfigError: as when the run itself is built.
-    """
-    # Weights are not needed here, and may lie on another machine.
-    check_backbone(replace(config, weights="random"))
-    with torch.device("meta"):
-        model: nn.Module = timm.create_model(
-            config.backbone, pretrained=False, num_classes=num_classes
-        )
-    if config.grad_checkpointing:
-        model.set_grad_checkpointing(True)  # type: ignore[operator]
-    return model.train(), moa.inject(model, settings)
 
 
 def roles(model: nn.Module) -> dict[str, int]:

@@ -24,9 +24,8 @@ from shards.datasets import held_out_names
 from shards.stream.evaluation import Split, split_ranks
 from trainer.config import deepspeed_json
 from trainer.config.run_config import RunConfig
-from trainer.plan.memory import batch_arithmetic
-from trainer.prepare.backbone import check_backbone, create_backbone, outline_backbone
-from trainer.prepare.footprint import outline
+from trainer.prepare.backbone import check_backbone, create_backbone, outline, outline_backbone
+from trainer.prepare.batches import batch_arithmetic
 from trainer.prepare.provenance import origin_of
 from trainer.prepare.text_head import use_text_head
 from trainer.prepare.tokens import tokens_per_image

@@ -1,15 +1,18 @@
 """What a run tells in its adapters about where they come from."""
 
+import hashlib
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from moa.files.origin import Origin
 from shards import ShardIndex
+from shards.stream.evaluation import split_ranks
 from trainer.config.command_line import LAUNCHER_FLAGS
 from trainer.config.run_config import ROOT, RunConfig
-from trainer.identity import data_hash, split_hash
 from trainer.process.world import World
 
 
@@ -58,3 +61,35 @@ def shown_command(argv: Sequence[str]) -> str:
     script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script
     start = ["python", str(script)] if script.suffix == ".py" else [str(script)]
     return shlex.join([*start, *kept])
+
+
+DIGITS = 16
+
+
+def data_hash(index: ShardIndex) -> str:
+    """Hash of domains, classes, and every image's label, size and checksum in order.
+
+    How the images are packed into shards does not matter.
+    """
+    digest = hashlib.sha256(repr((index.domains, index.classes)).encode())
+    for env in range(len(index.domains)):
+        table = index.table(env)
+        for column in ("label", "size", "crc32"):
+            digest.update(np.ascontiguousarray(table[column]).tobytes())
+    return digest.hexdigest()[:DIGITS]
+
+
+def split_hash(index: ShardIndex, trial_seed: int, holdout_fraction: float) -> str:
+    """Hash of which samples of each domain are `in` and `out`; what a list leaves out is neither.
+
+    The same for every held-out domain of one trial seed.
+    """
+    digest = hashlib.sha256()
+    for env in range(len(index.domains)):
+        for split in ("in", "out"):
+            ranks = split_ranks(
+                index, env, split, trial_seed=trial_seed, holdout_fraction=holdout_fraction
+            )
+            digest.update(f"{env} {split} ".encode())
+            digest.update(np.sort(ranks).astype("<i8").tobytes())
+    return digest.hexdigest()[:DIGITS]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from trainer.config.command_line import words
 from trainer.evaluate.selection import LEAVE_ONE_DOMAIN_OUT, RULES
 from trainer.process.errors import CheckpointError, ConfigError, OutputError, exit_code
 from trainer.report.comparability import check_comparable, mixed_rows
@@ -31,7 +32,6 @@ from trainer.report.runs import Run, find_folders, read_run
 from trainer.report.scores import LAST, Score, scores
 from trainer.report.significance import Comparison, compare
 from trainer.report.tables import ResultTable, averages_table, dataset_table
-from trainer.sweep.cells import words
 from trainer.sweep.slurm_array import progress_lines
 
 COMPANIONS = {

@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.progress import track
 
 from shards.datasets import held_out_names
-from trainer.config.command_line import parse
+from trainer.config.command_line import parse, words
 from trainer.config.run_config import ROOT, RunConfig
+from trainer.process.ending import conclude
 from trainer.process.errors import ConfigError
 from trainer.process.world import ALONE
 from trainer.sweep.cells import (
@@ -31,9 +32,7 @@ from trainer.sweep.cells import (
     is_finished,
     misplaced,
     with_pairs,
-    words,
 )
-from trainer.train.session import conclude
 
 
 def parser() -> argparse.ArgumentParser:

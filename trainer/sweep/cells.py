@@ -76,11 +76,6 @@ class Grid:
         return self.cells()[: len(other.cells())] == other.cells()
 
 
-def words(text: str) -> list[str]:
-    """The parts of a list with commas, each once."""
-    return list(dict.fromkeys(name for name in text.split(",") if name))
-
-
 def misplaced(settings: Sequence[str], defaults: Collection[str] = ()) -> list[str]:
     """One line for each setting given for all runs in which the runs of a grid differ.
 

@@ -7,15 +7,15 @@ run, a word a line, as `slurm/leave_one_out.sh` reads them. Other flags go to ev
 import argparse
 import json
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from trainer.checkpoint.atomic_text import replace_text
-from trainer.config.command_line import OwnFlags
+from trainer.config.command_line import OwnFlags, words
 from trainer.process.errors import ConfigError
-from trainer.slurm_queue import queued_indices
 from trainer.sweep.cells import (
     PAIRS,
     TRIAL_SEED,
@@ -26,7 +26,6 @@ from trainer.sweep.cells import (
     misplaced,
     progress,
     with_pairs,
-    words,
 )
 
 NOTE = "grid.json"
@@ -161,7 +160,7 @@ def read_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, Path, No
         ConfigError: a setting that cannot work, or domains that nothing tells.
     """
     from shards.datasets import held_out_names
-    from trainer.plan.__main__ import parse_without_data
+    from trainer.config.command_line import parse_without_data
     from trainer.plan.data import domain_names
 
     own, rest = parser().parse_known_args(argv)
@@ -195,7 +194,7 @@ def read_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, Path, No
 
 def check_finished(root: Path, grid: Grid, shared: Sequence[str]) -> None:
     """Raises `ConfigError` if the first finished run of a grid was made with other settings."""
-    from trainer.plan.__main__ import parse_without_data
+    from trainer.config.command_line import parse_without_data
 
     for cell in grid.cells():
         if is_finished(root / cell.name):
@@ -231,10 +230,27 @@ def main(argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(argv):
         parser().print_help()
         return 0
+    from trainer.process.ending import conclude
     from trainer.process.world import ALONE
-    from trainer.train.session import conclude
 
     return conclude(lambda: command(argv), ALONE)
+
+
+def queued_indices(jobs: Iterable[str]) -> set[int]:
+    """Array indices that run or wait to; empty without SLURM, and for jobs it has forgotten.
+
+    Args:
+        jobs: numbers of array jobs.
+    """
+    found: set[int] = set()
+    for job in jobs:
+        command = ["squeue", "--noheader", "--array", f"--job={job}", "--format=%K"]
+        try:
+            shown = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            return set()
+        found |= {int(word) for word in shown.stdout.split() if word.isdecimal()}
+    return found
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from rich.console import Console
 from trainer.checkpoint import checkpoint
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.engine.averaging import Averages
-from trainer.engine.engine import Engine, restore_weights, sum_over_ranks
+from trainer.engine.collectives import sum_over_ranks
+from trainer.engine.engine import Engine, restore_weights
 from trainer.evaluate.evaluator import Evaluator
 from trainer.monitor.monitor import Monitor
 from trainer.prepare.parts import Parts, decoder

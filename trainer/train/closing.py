@@ -1,11 +1,15 @@
 """The table a run closes with: all accuracies at the selected step, and facts of the run."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from trainer.checkpoint.run_folder import RunFolder
 from trainer.evaluate.selection import Row, training_domain_validation, validation_accuracy
+from trainer.prepare.parts import Parts
 
 
 def closing_table(
@@ -39,3 +43,33 @@ def closing_table(
 
 def _percent(row: Row, withheld: Sequence[int]) -> str:
     return f"{100 * validation_accuracy(row, withheld):.1f}"
+
+
+def show_result(parts: "Parts", folder: "RunFolder", console: "Console") -> None:
+    """Prints the closing table of a finished run, and where to look further."""
+    from moa.files.saving import WEIGHTS_FILE
+    from trainer.checkpoint.run_folder import SPEED, read_rows
+    from trainer.train.closing import closing_table
+
+    rows, report = read_rows(folder.results), parts.report
+    file, speed = folder.adapter / WEIGHTS_FILE, rows[-1].get(SPEED)
+    size = f"{file.stat().st_size / 2**20:.2f} MiB" if file.exists() else "was removed"
+    facts = {
+        "method": parts.config.moa.method,
+        "trainable / total parameters": f"{report.trainable:,} / {report.total:,}",
+        "of which head": f"{report.head:,}",
+        "adapter file": size,
+        "training speed": f"{speed:.0f} images/s" if speed else "not measured",
+    }
+    for average in folder.averages:  # no part of the selection, so below the table
+        name = average.name.removeprefix("adapter-")
+        accuracy = rows[-1].get(f"moa/{name}/env{parts.held_out}_in_acc")
+        if accuracy is not None:
+            facts[f"held-out accuracy, {average.name}"] = f"{100 * accuracy:.1f}"
+    console.print(closing_table(rows, parts.index.domains, parts.withheld, facts))
+    for line in (
+        f"run folder: {folder.path}",
+        *([f"routing map: {folder.routing}"] if folder.routing.exists() else []),
+        f"curves: tensorboard --logdir {shlex.quote(str(folder.tensorboard))}",
+    ):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)

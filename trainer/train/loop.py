@@ -15,7 +15,8 @@ from trainer.checkpoint import checkpoint
 from trainer.checkpoint.run_folder import SPEED, RunFolder
 from trainer.checkpoint.save_queue import SaveQueue
 from trainer.engine.averaging import Averages
-from trainer.engine.engine import Engine, differentiable_sum, from_main, sum_numbers, sum_over_ranks
+from trainer.engine.collectives import differentiable_sum, from_main, sum_numbers, sum_over_ranks
+from trainer.engine.engine import Engine
 from trainer.evaluate.evaluator import Evaluator
 from trainer.monitor.monitor import Monitor
 from trainer.prepare.parts import Parts

@@ -7,7 +7,8 @@ from dataclasses import replace
 from moa.files.saving import save_adapter
 from trainer.checkpoint.run_folder import RunFolder, read_rows
 from trainer.engine.averaging import Averages, prefixed
-from trainer.engine.engine import Engine, from_main
+from trainer.engine.collectives import from_main
+from trainer.engine.engine import Engine
 from trainer.evaluate.evaluator import SPLITS, Cell, Evaluator, accuracies
 from trainer.evaluate.selection import columns_of, training_domain_validation, validation_accuracy
 from trainer.monitor.insight import Insight

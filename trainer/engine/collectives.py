@@ -1,0 +1,124 @@
+"""The processes' group: joined, left, and the sums and broadcasts over it."""
+
+import gc
+import importlib
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime import compiler
+from torch import Tensor
+
+from trainer.engine import operators
+from trainer.process.world import World, export_world
+
+T = TypeVar("T")
+
+
+def device_of(world: World) -> torch.device:
+    """The device this process computes on."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", world.local_rank % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def start(world: World) -> None:
+    """Joins the process group: NCCL on GPUs, gloo on CPUs.
+
+    On CPUs the cores are shared out among the processes of the host, unless OMP_NUM_THREADS says
+    otherwise: processes that each take every core only get into each other's way.
+    """
+    device = device_of(world)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif world.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // world.local_size))
+    operators.prepare(device.type == "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # torch 2.14 renamed collectives that DeepSpeed, and we for older releases, call at every step.
+    warnings.filterwarnings(
+        "ignore", r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
+    )
+    _import_muon()
+    export_world(world)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if world.size == 1:  # alone it needs no port, which another program may take first
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def _import_muon() -> None:
+    """Imports DeepSpeed's Muon optimizer without compiling its kernels.
+
+    Every ZeRO engine imports it, if only to see that the optimizer is another, and its kernels load
+    torch's compiler: more than a second of every process's start.
+    """
+    real = compiler.compile
+    compiler.compile = lambda: lambda kernel: kernel
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    except ImportError:
+        pass  # releases before Muon
+    finally:
+        compiler.compile = real
+
+
+def stop() -> None:
+    """Leaves the process group, after what is left of models has gone.
+
+    A GPU's pinned memory that only the interpreter's end frees can end the process with an abort.
+    """
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """The sum of `value` over all ranks, without gradient."""
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def sum_numbers(numbers: Sequence[float], device: torch.device) -> list[float]:
+    """The sum of each of some numbers over all ranks."""
+    total: list[float] = sum_over_ranks(torch.tensor(numbers, device=device)).tolist()
+    return total
+
+
+def differentiable_sum(value: Tensor) -> Tensor:
+    """The sum over all ranks; in backward every rank receives the sum of all ranks' gradients.
+
+    A loss f(sum) computed alike on R ranks thus gives each rank R times the gradient of its part,
+    which the engine's division by R turns into the gradient of f for the global batch.
+    """
+    if dist.get_world_size() == 1:
+        return value
+    result: Tensor = _SumOverRanks.apply(value)
+    return result
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """all_reduce(SUM) whose backward is the same sum over the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return sum_over_ranks(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return sum_over_ranks(gradients[0])
+
+
+def from_main(value: T) -> T:
+    """The main rank's `value` (any picklable object), on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
