@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("moa", "shards", "trainer")
 FORBIDDEN = {"moa": {"trainer", "shards"}, "shards": {"trainer", "moa"}, "trainer": set()}
 MAY_IMPORT = {

@@ -4,7 +4,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from trainer_fixtures import ROOT
+from tests.support.trainer_fixtures import ROOT
 
 HALF_WAY = """#!/bin/sh
 if [ "$2" = venv ]; then mkdir -p "$3/bin" && touch "$3/bin/python" && exit 1; fi

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from moa.errors import AdapterError, MoAConfigError
 from moa.files.atomic_folder import replaced_folder
 from moa.files.card import creation, model_card
-from moa.files.hub import CARD_FILE as CARD_FILE
-from moa.files.hub import CONFIG_FILE as CONFIG_FILE
-from moa.files.hub import WEIGHTS_FILE as WEIGHTS_FILE
+from moa.files.hub import (
+    CARD_FILE as CARD_FILE,
+    CONFIG_FILE as CONFIG_FILE,
+    WEIGHTS_FILE as WEIGHTS_FILE,
+)
 from moa.files.reading import FORMAT_VERSION, AdapterInfo, read_adapter
 from moa.model.injection import check_fresh, classifier, inject
 

@@ -3,8 +3,12 @@
 from pathlib import Path
 
 from moa.errors import AdapterError, MissingAdapterError, MoAConfigError
-from shards.errors import DamagedDataError, DataConfigError, StorageError
-from shards.errors import OutputError as ShardOutputError
+from shards.errors import (
+    DamagedDataError,
+    DataConfigError,
+    OutputError as ShardOutputError,
+    StorageError,
+)
 
 FINISHED = 0
 FAILED = 1

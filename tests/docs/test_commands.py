@@ -1,0 +1,131 @@
+"""Every command of the documentation is one that exists, and runs unless it says why not."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.docs_blocks import PAGES, ROOT, Block, blocks
+from tests.support.image_folders import make_own_images
+from tests.support.trainer_fixtures import launch
+from trainer import reference
+from trainer.config.command_line import parse
+from trainer.plan.__main__ import read_command_line
+from trainer.sweep import slurm_array
+
+ALL = [block for page in PAGES for block in blocks(page)]
+RUNNING = sorted({block.page for block in ALL if not block.needs})
+SHELL = set(
+    "git cd source tensorboard pip cat less ls rm srun squeue scancel scontrol sacct tail cp "
+    "torchrun export apptainer bash jq for done kill".split()
+)
+ASSIGNMENT = re.compile(r"[A-Z_]+=")
+
+
+def where(block: Block) -> str:
+    return f"{block.page}:{block.line}"
+
+
+def check_command(words: list[str]) -> None:
+    """Raises if a command of ours has a flag or value that is not legal."""
+    while words and ASSIGNMENT.match(words[0]):
+        words = words[1:]
+    if "trainer/run.py" in words:
+        parse(words[words.index("trainer/run.py") + 1 :])
+    elif words[0] == "make":
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        assert re.search(rf"^{re.escape(words[1])}:", makefile, re.M), words
+    elif words[0] == "sbatch":
+        scripts = [word for word in words if word.endswith(".sh")]
+        assert len(scripts) == 1, words
+        assert (ROOT / scripts[0]).is_file(), words
+    elif words[:3] == ["python", "-m", "trainer.plan"]:
+        read_command_line(words[3:])
+    elif words[:3] == ["python", "-m", "trainer.sweep.slurm_array"]:
+        slurm_array.read_command_line(words[3:])
+    elif words[:2] == ["python", "-m"] and words[2].partition(".")[0] in ("trainer", "shards"):
+        module = reference.command_module(words[2])
+        if hasattr(module, "parser"):
+            module.parser().parse_args(words[3:])
+    elif words[:2] != ["python", "-c"]:
+        assert words[0] in SHELL, f"what is {words[0]}?"
+
+
+@pytest.mark.parametrize("block", ALL, ids=where)
+def test_commands_have_legal_flags(block: Block) -> None:
+    for words in block.commands():
+        check_command(words)
+
+
+def test_the_recipe_shown_is_legal(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/recipes.md").read_text(), re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(text)
+    assert parse([f"--recipe={tmp_path / 'mine.yaml'}"]).moa.ranks == (1, 4, 16)
+
+
+def test_wrong_commands_are_found() -> None:
+    for command in (
+        "python trainer/run.py --moa.rnks 1",
+        "make nothing",
+        "sbatch slurm/no.sh",
+        "foo",
+    ):
+        with pytest.raises((ValueError, AssertionError)):
+            check_command(command.split())
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a short `make demo` leaves behind."""
+    folder = tmp_path_factory.mktemp("docs") / "demo"
+    result = launch(f"--output_dir={folder}", "--train.steps=3", "--train.eval_every=2")
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.mark.parametrize("page", RUNNING)
+def test_commands_run(page: str, demo: Path, tmp_path: Path) -> None:
+    for top in ("trainer", "moa", "shards", "ds_configs", "slurm", "Makefile", "docs", "tests"):
+        if (ROOT / top).exists():
+            (tmp_path / top).symlink_to(ROOT / top)
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    todo = [block for block in ALL if block.page == page and not block.needs]
+    if any("my_images" in block.text for block in todo):
+        make_own_images(tmp_path / "my_images")
+    if any("outputs/demo" in block.text for block in todo):
+        shutil.copytree(demo, tmp_path / "outputs" / "demo")
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "120",
+    }
+    for block in todo:
+        result = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", block.script()],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        told = f"{where(block)}\n{block.script()}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+        assert result.returncode == 0, told
+
+
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [("reference.md", reference.flags_page), ("modules.md", reference.modules_page)],
+)
+def test_page_is_what_the_code_says(name: str, made: Callable[[], str]) -> None:
+    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == made(), "run `make reference`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+        if not target.startswith(("http://", "https://", "mailto:")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -1,0 +1,219 @@
+"""EMA and SWAD against brute force over the weights of every step."""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from moa.files.reading import read_adapter
+from shards import DataConfig, open_shards
+from tests.support.trainer_fixtures import arguments, kill_after_step, launch, rows
+from trainer.config.averages import AverageConfig
+from trainer.engine.averaging import Ema
+from trainer.engine.swad import Swad
+
+AVERAGING = {
+    "average__ema": "true", "average__ema_decay": "0.7", "average__swad": "true",
+    "average__swad_n_converge": "2", "average__swad_n_tolerance": "2",
+    "train__eval_every": "2", "eval__mode": "selection",
+    "checkpoint__every": "1", "checkpoint__keep": "20",
+}  # fmt: skip
+
+
+def valley(losses: Sequence[float], ns: int, ne: int, ratio: float) -> tuple[int, int]:
+    """First and last segment of the average, straight from the paper's Algorithm 1."""
+    start, end, level = 0, len(losses) - 1, None
+    for i in range(len(losses)):
+        if level is None:
+            if i >= ns - 1 and losses[i - ns + 1] == min(losses[i - ns + 1 : i + 1]):
+                start = i - ns + 1
+                level = ratio * sum(losses[i - ns + 1 : i + 1]) / ns
+        elif i >= ne - 1 and level < min(losses[i - ne + 1 : i + 1]):
+            end = i - ne
+            break
+    return start, end
+
+
+def ema_of(weights: Sequence[Tensor], decay: float) -> Tensor:
+    average = weights[0].double()
+    for step, weight in enumerate(weights[1:], start=1):
+        now = min(decay, 1 - (1 + step) ** (-2 / 3))
+        average = now * average + (1 - now) * weight.double()
+    return average
+
+
+def after(losses: Sequence[float], **settings: Any) -> tuple[Swad, list[list[float]]]:
+    """The average over numbers 1, 2, ... in segments of unequal length, and those segments."""
+    swad, segments, number = Swad(**settings), [], 0
+    for i, loss in enumerate(losses):
+        segments.append([])
+        for _ in range(1 + i % 3):
+            number += 1
+            segments[-1].append(float(number))
+            swad.add([torch.tensor([float(number)], dtype=torch.float64)])
+        swad = swad.closed(loss)
+    return swad, segments
+
+
+def mean_of(swad: Swad) -> float:
+    values = swad.mean().values
+    assert values is not None
+    return float(values[0])
+
+
+@pytest.mark.parametrize(
+    ("losses", "start", "end"),
+    [
+        # Falls until evaluation 3, is flat, and leaves the level 1.3 * 1.05 at evaluation 7.
+        ([3, 2, 1.5, 1, 1.05, 1.1, 1.2, 2, 2, 2, 2, 2, 2, 0.1], 3, 6),
+        # Comes back within the level before the sixth in a row: the valley goes on to the end.
+        ([3, 2, 1.5, 1, 1.05, 1.1, 2, 2, 2, 2, 2, 1.2, 2, 2], 3, None),
+        ([5, 4, 3, 2, 1], None, None),  # never settles
+        ([2, 2, 2], 0, None),  # equal losses are a valley
+    ],
+)
+def test_valleys_made_by_hand(losses: list[float], start: int | None, end: int | None) -> None:
+    swad, segments = after(losses)
+    assert (swad.start, swad.end) == (start, end)
+    inside = segments[start or 0 : None if end is None else end + 1]
+    numbers = [number for segment in inside for number in segment]
+    assert mean_of(swad) == pytest.approx(sum(numbers) / len(numbers), rel=1e-12)
+
+
+def test_any_curve_gives_what_the_algorithm_says() -> None:
+    source = random.Random(5)
+    ended = 0
+    for _ in range(400):
+        ns = source.randint(1, 4)
+        ne, ratio = ns + source.randint(0, 3), source.choice([1.0, 1.1, 1.3])
+        losses = [source.choice([0.5, 0.8, 1.0, 1.3, 2.0]) for _ in range(source.randint(1, 20))]
+        swad, segments = after(losses, n_converge=ns, n_tolerance=ne, tolerance_ratio=ratio)
+        start, end = valley(losses, ns, ne, ratio)
+        numbers = [number for segment in segments[start : end + 1] for number in segment]
+        assert mean_of(swad) == pytest.approx(sum(numbers) / len(numbers), rel=1e-12), losses
+        assert len(swad.waiting) <= max(ns, ne), "memory does not grow with the run"
+        ended += swad.end is not None
+        again = Swad(ns, ne, ratio).restored(
+            swad.facts(), {n: m.values for n, m in swad.means().items() if m.values}
+        )
+        assert again.facts() == swad.facts()
+        assert mean_of(again) == mean_of(swad)
+    assert 50 < ended < 350
+
+
+def test_an_evaluation_leaves_the_average_before_as_it_was() -> None:
+    swad, _ = after([1.0, 1.0, 1.0, 1.0])
+    swad.add([torch.tensor([100.0], dtype=torch.float64)])
+    before = mean_of(swad), swad.facts()
+    swad.closed(1.0)
+    swad.closed(9.0).add([torch.zeros(1, dtype=torch.float64)])
+    assert (mean_of(swad), swad.facts()) == before
+
+
+def test_ema_equals_its_formula() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(2, 50, generator=generator) for _ in range(30)]
+    ema = Ema(list(weights[0]), AverageConfig(ema=True, ema_decay=0.8))
+    for weight in weights:
+        ema.update(list(weight))
+    expected = ema_of(weights, 0.8).float()
+    torch.testing.assert_close(torch.stack(ema.values), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ema_decay": 1.0}, "average.ema_decay: 1.0; must be a number >= 0 and < 1"),
+        ({"swad_n_converge": 0}, "average.swad_n_converge: 0"),
+        ({"swad_n_tolerance": 2}, "average.swad_n_tolerance: 2; must be a whole number >="),
+        ({"swad_tolerance_ratio": 0.9}, "average.swad_tolerance_ratio: 0.9"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
+    (problem,) = AverageConfig(ema=True, swad=True, **settings).problems()
+    assert message in problem
+
+
+def test_settings_of_an_average_that_is_not_kept() -> None:
+    problems = AverageConfig(ema_decay=0.9, swad_n_converge=2, swad=False).problems()
+    assert [problem.partition(";")[0] for problem in problems] == [
+        "average.ema_decay: has no effect without --average.ema true",
+        "average.swad_n_converge: has no effect without --average.swad true",
+    ]
+    assert AverageConfig(ema=True, ema_decay=0.9).problems() == []
+
+
+def masters_by_step(output: Path) -> list[dict[str, Tensor]]:
+    folders = sorted((output / "checkpoints").glob("step-*"))
+    return [load_file(folder / "adapter_model.safetensors") for folder in folders]
+
+
+@pytest.mark.timeout(900)
+def test_averages_across_topologies_equal_those_of_all_checkpoints(
+    tmp_path: Path,
+) -> None:
+    output = tmp_path / "run"
+    for steps, processes, settings in (
+        ("3", 2, {"moa__ep_size": "2"}),
+        ("6", 2, {"ds_config": "ds_configs/zero3.json"}),
+        ("9", 0, {}),
+    ):
+        command = arguments(output, train__steps=steps, **AVERAGING, **settings)
+        result = launch(*command, processes=processes)
+        assert result.returncode == 0, result.stderr
+    every = masters_by_step(output)
+    assert len(every) == 9
+    state = (output / "checkpoints" / "step-00000009" / "state.json").read_text()
+    facts = json.loads(state)["averages"]
+    losses = facts["swad"]["losses"]
+    assert len(losses) == 5, "the closing evaluation at step 5 is no longer one"
+    start, end = valley(losses, 2, 2, 1.3)
+    steps = [step for step in range(9) if start <= (step + 1) // 2 <= end]
+    for name in every[0]:
+        weights = [tensors[name] for tensors in every]
+        averaged = torch.stack([weights[step] for step in steps]).double().mean(0)
+        for kind, expected in (("ema", ema_of(weights, 0.7)), ("swad", averaged)):
+            found = load_file(output / f"adapter-{kind}" / "adapter_model.safetensors")[name]
+            torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-6)
+    row = rows(output / "results.jsonl")[-1]
+    for kind in ("ema", "swad"):
+        columns = {k: row[f"moa/{kind}/{k}"] for k in row if k.startswith("env")}
+        assert len(columns) == 12
+        assert read_adapter(output / f"adapter-{kind}")[0].results == {"step": 8} | columns
+    assert_curves_show(output, row)
+
+
+def assert_curves_show(output: Path, row: dict[str, Any]) -> None:
+    """TensorBoard's last points of the averages are the row's numbers."""
+    events = EventAccumulator(str(output / "tensorboard")).Reload()
+    for kind in ("ema", "swad"):
+        for env, domain in enumerate(open_shards(DataConfig()).domains):
+            point = events.Scalars(f"average/{kind}/{domain}/out_acc")[-1]
+            assert point.step == row["step"]
+            assert point.value == pytest.approx(row[f"moa/{kind}/env{env}_out_acc"], abs=1e-7)
+
+
+@pytest.mark.timeout(900)
+def test_killed_and_resumed_averages_are_those_of_one_run(tmp_path: Path) -> None:
+    whole, output = tmp_path / "whole", tmp_path / "run"
+    settings = {**AVERAGING, "train__steps": "8"}
+    result = launch(*arguments(whole, **settings))
+    assert result.returncode == 0, result.stderr
+    kill_after_step(arguments(output, **settings), output / "metrics.jsonl", 4)
+    result = launch(*arguments(output, **settings))
+    assert result.returncode == 0, result.stderr
+    for name in ("adapter-ema", "adapter-swad", "adapter-last"):
+        file = Path(name) / "adapter_model.safetensors"
+        assert (output / file).read_bytes() == (whole / file).read_bytes(), name
+    kept = [[{k: v for k, v in row.items() if k.endswith("_acc")} for row in rows(f)]
+            for f in (output / "results.jsonl", whole / "results.jsonl")]  # fmt: skip
+    assert kept[0] == kept[1]
+    assert "moa/swad/env5_in_acc" in kept[0][-1]
+    assert (whole / "adapter-ema" / file.name).read_bytes() != (whole / file).read_bytes()
