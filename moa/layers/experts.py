@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moa.layers.own_backward import OwnBackward
+
 ALIGNMENT = 8
 """Several experts fill their ranks up to a multiple of this by zeros: a skinny product of 15
 columns takes a CPU up to 2.7 times as long as one of 16, and a GPU's matrix units want rows of
@@ -152,21 +154,15 @@ def _filled(factors: Sequence[Tensor], dim: int) -> Tensor:
     return torch.cat([*factors, zeros], dim=dim)
 
 
-class _Spread(torch.autograd.Function):
+class _Spread(OwnBackward):
     """y[:, b, :] = sum_p v_p[b] Y[p]: from Y [P, N, K] and v [P, P] to [N, P, K].
 
     Autograd's own backward of the product per token would keep a [P, P] for each of them.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(small: Tensor, v: Tensor) -> Tensor:
         return _spread_by_token(small, v) if small.is_cpu else _spread_at_once(small, v)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,10 +187,8 @@ def _regrouped(x: Tensor) -> Tensor:
     return turned if turned.is_contiguous() else _Regrouped.apply(x)
 
 
-class _Regrouped(torch.autograd.Function):
+class _Regrouped(OwnBackward):
     """The copy. Rows of K numbers move in words as wide as fit them: a GPU moves word by word."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:

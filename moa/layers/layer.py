@@ -84,6 +84,7 @@ class MoALinear(nn.Module):
         self._chosen: Tensor | None = None  # [E] tokens, summed until the balance takes it
         self._shared_rule: tuple[KroneckerRule, ...] = ()  # a tuple hides it from the module tree
         self.register_buffer("noise_key", None, persistent=False)
+        self._kept = config.experts_kept
         self._random = config.expert_dropout > 0 or (config.routed and config.gate_noise > 0)
         self.bias: nn.Parameter | None = None
         if config.kronecker:
@@ -176,7 +177,7 @@ class MoALinear(nn.Module):
             draw = draw or partial(normal, key)
             noise = scale * draw(*images_and_tokens(x, self.num_images), len(self.ranks))
         bias = None if steps is None else self.config.balance_rate * steps
-        return choose(logits, noise, self.config.experts_kept, bias)
+        return choose(logits, noise, self._kept, bias)
 
     def _delta(
         self,

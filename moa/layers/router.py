@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moa.config import MoAConfig
+from moa.layers.own_backward import OwnBackward
 from moa.layers.precision import wide_dtype
 
 MAX_LOG_SCALE = math.log(100.0)
@@ -112,14 +113,12 @@ class CosineRouter(TokenRouter):
         return logits
 
 
-class _ScaledCosine(torch.autograd.Function):
+class _ScaledCosine(OwnBackward):
     """Cosines of z [N, M] and embed [M, E], times exp(min(temperature, ln 100)): [N, E].
 
     One node instead of a dozen, since a GPU waits for the launches of small operations. Backward
     starts from inputs and output alone, so that it can itself be differentiated.
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(z: Tensor, embed: Tensor, temperature: Tensor) -> Tensor:
