@@ -24,14 +24,7 @@ whole 16 bytes."""
 
 
 class LoRAExpert(nn.Module):
-    """Low-rank update `delta(x) = up down x`, zero at the start.
-
-    Args:
-        dim_in: D.
-        dim_out: O.
-        rank: r, at least 1.
-        like: tensor whose dtype and device the parameters take.
-    """
+    """Low-rank update `delta(x) = up down x`, zero at the start; in dtype and device of `like`."""
 
     def __init__(self, dim_in: int, dim_out: int, rank: int, like: Tensor) -> None:
         super().__init__()
@@ -55,14 +48,8 @@ class KroneckerExpert(nn.Module):
     """Fast weights of one KAdaptation expert: H = sum_p A_p kron (left[p] right[p]).
 
     `left` [P, D/P, r] and `right` [P, r, O/P] start from Xavier uniform with gain sqrt 2, with the
-    fan of the P small matrices. The update is tiny but not zero at the start, since A_p is.
-
-    Args:
-        dim_in: D, a multiple of `kron_dim`.
-        dim_out: O, a multiple of `kron_dim`.
-        rank: r, at least 1.
-        kron_dim: P.
-        like: tensor whose dtype and device the parameters take.
+    fan of the P small matrices. The update is tiny but not zero at the start, since A_p is. P must
+    divide D and O; dtype and device are those of `like`.
     """
 
     def __init__(self, dim_in: int, dim_out: int, rank: int, kron_dim: int, like: Tensor) -> None:
@@ -122,7 +109,7 @@ def kronecker_delta(
     Args:
         x: tokens [N, D].
         experts: E experts of any ranks.
-        columns: weight [N, R] or [1, R] of each token's rank columns, or None for a weight of one.
+        columns: as in `lora_delta`.
         rule: the shared slow weights.
 
     Returns:
@@ -228,15 +215,12 @@ def kronecker_matrix(expert: KroneckerExpert, rule: KroneckerRule) -> Tensor:
 
 
 def dense_delta(x: Tensor, matrices: Sequence[Tensor], gates: Tensor | None) -> Tensor:
-    """Sum over experts of `gate_e * x H_e` from the matrices H_e [D, O]: slow and obvious.
+    """Sum over experts of `gate_e * x H_e`, [N, O], slow and obvious.
 
     Args:
         x: tokens [N, D].
-        matrices: E of them.
-        gates: weights [N, E], or None for a weight of one.
-
-    Returns:
-        [N, O], dtype of `x`.
+        matrices: the H_e [D, O].
+        gates: [N, E], or None for a weight of one.
     """
     total = torch.zeros((), dtype=x.dtype, device=x.device)
     for e, matrix in enumerate(matrices):

@@ -78,23 +78,12 @@ class TokenRouter(nn.Module):
 class CosineRouter(TokenRouter):
     """Routes by the cosine between a projected token and one embedding per expert.
 
-    logits = exp(min(temperature, ln 100)) * cos(proj(x), embed_e). The scale starts at 2.
-
-    Args:
-        dim: D.
-        num_experts: E.
-        router_dim: M.
-        like: tensor whose dtype and device the parameters take.
-        steps: `balance_steps`.
+    logits = exp(min(temperature, ln 100)) * cos(proj(x), embed_e). The scale starts at 2. The
+    parameters take dtype and device of `like`; `steps` are the `balance_steps`.
     """
 
     def __init__(
-        self,
-        dim: int,
-        num_experts: int,
-        router_dim: int,
-        like: Tensor,
-        steps: Tensor | None = None,
+        self, dim: int, num_experts: int, router_dim: int, like: Tensor, steps: Tensor | None = None
     ) -> None:
         super().__init__(steps)
         self.proj = nn.Linear(dim, router_dim, device=like.device, dtype=like.dtype)
