@@ -64,8 +64,8 @@ def resolve_transport(layers: Sequence[MoALinear], tokens: int) -> Literal["gath
         MoAConfigError: tokens would have to carry a dropout mask.
     """
     config = layers[0].config
-    if problems := config.transport_problems():
-        raise MoAConfigError("\n".join(problems))
+    for problem in config.transport_problems():
+        raise MoAConfigError(problem)
     if config.transport != "auto":
         return config.transport
     sent = traffic(layers, tokens, 2, 1)
