@@ -30,7 +30,13 @@ from moa.files.saving import (
 )
 from moa.layers.experts import LoRAExpert
 from moa.layers.layer import MoALinear
-from moa.model.injection import InjectReport, check_fresh, classifier, matching_layers
+from moa.model.injection import (
+    IN_BLOCK,
+    InjectReport,
+    check_fresh,
+    classifier,
+    matching_layers,
+)
 from moa.model.merging import fixed_layers, lora_factors
 
 PREFIX = "base_model.model."  # of every tensor name
@@ -38,7 +44,6 @@ PREFIX = "base_model.model."  # of every tensor name
 # What the library and the checks below raise at settings that make no sense.
 _REFUSALS = (TypeError, ValueError, ArithmeticError, AttributeError, KeyError, re.error)
 
-_PLACE = re.compile(r"(?:.*\.)?blocks\.(\d+)\.(.+)")
 _FACTOR = re.compile(re.escape(PREFIX) + r"(.+)\.lora_[AB]\.weight")
 
 # Settings that PEFT is asked about, and settings without an effect on what a trained adapter
@@ -240,7 +245,7 @@ def _config(model: nn.Module, adapted: Mapping[str, int]) -> MoAConfig:
     if len(ranks) > 1:
         named = "; ".join(f"{rank} at {', '.join(paths)}" for rank, paths in ranks.items())
         raise ValueError(f"rank_pattern: gives several ranks ({named}); legal is one for all")
-    places = [match for path in adapted if (match := _PLACE.fullmatch(path))]
+    places = [match for path in adapted if (match := IN_BLOCK.match(path))]
     targets = tuple(dict.fromkeys(place[2] for place in places))
     blocks = tuple(dict.fromkeys(int(place[1]) for place in places))
     config = MoAConfig(method="lora", ranks=tuple(ranks), targets=targets, blocks=blocks)

@@ -8,17 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from moa.layers.experts import KroneckerRule, kronecker_delta, lora_delta, lora_down
+from moa.layers.layer import MoALinear
 from moa.layers.precision import full_precision, wide_product
-
-if TYPE_CHECKING:
-    from moa.layers.layer import MoALinear
 
 
 @dataclass
@@ -45,7 +43,7 @@ class TokenExchange:
     tokens for them; experts that no token chose see none and get a gradient of zero.
     """
 
-    def __init__(self, members: ExpertGroup, layer: "MoALinear", owners: Sequence[int]) -> None:
+    def __init__(self, members: ExpertGroup, layer: MoALinear, owners: Sequence[int]) -> None:
         self.members, self.layer, self.owners = members, layer, list(owners)
         self.local = [e for e, owner in enumerate(owners) if owner == members.ep_rank]
         # By owner, then by number: the order in which tokens travel.
