@@ -53,12 +53,7 @@ def inject(model: nn.Module, config: MoAConfig) -> InjectReport:
     check_fresh(model)
     paths = matching_layers(model, config) if config.adapts else []
     unfrozen = matching_parameters(model, config) if config.unfreezes else []
-    bases = {path: model.get_submodule(path) for path in paths}
-    if config.kronecker:
-        for path, base in bases.items():
-            assert isinstance(base, nn.Linear)
-            check_kron_dim(base, config.kron_dim, path)
-    rule, layers = _adapters(model, config, bases)
+    rule, layers = _adapters(model, config, paths)
     model.requires_grad_(config.method == "full")
     for name in unfrozen:
         model.get_parameter(name).requires_grad_(True)
@@ -83,16 +78,18 @@ def check_fresh(model: nn.Module) -> None:
 
 
 def _adapters(
-    model: nn.Module, config: MoAConfig, bases: dict[str, nn.Module]
+    model: nn.Module, config: MoAConfig, paths: list[str]
 ) -> tuple[KroneckerRule | None, dict[str, MoALinear]]:
-    """The model's rule, and a layer for each of `bases`; the model is as it was."""
+    """The model's rule, and a layer for each of `paths`; the model is as it was."""
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     rule, layers = None, {}
     try:
-        for path, base in bases.items():
+        for path in paths:
+            base = model.get_submodule(path)
             assert isinstance(base, nn.Linear)
-            if config.kronecker and rule is None:
-                rule = KroneckerRule(config.kron_dim, base.weight)
+            if config.kronecker:
+                check_kron_dim(base, config.kron_dim, path)
+                rule = rule or KroneckerRule(config.kron_dim, base.weight)
             layers[path] = MoALinear(base, config, rule)
     finally:  # also if there is no memory for all of them
         for parameter, flag in flags.items():
