@@ -77,8 +77,8 @@ class MoAConfig:
     """dropout of the experts in training: on the matrix elements of dense Kronecker experts, as in
     the paper, else on each token's rank columns"""
     ep_size: int = 1
-    """ranks that share the experts of a mixture (expert parallelism); divides the number of
-    processes, does not change the result"""
+    """processes that share the experts of a mixture (expert parallelism); divides the number of
+    all processes, does not change the result"""
     transport: Literal["auto", "gather", "all_to_all"] = "auto"
     """how expert parallelism brings experts and tokens together: gather (weights travel),
     all_to_all (tokens travel) or auto (whichever sends fewer bytes)"""

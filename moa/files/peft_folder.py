@@ -24,8 +24,8 @@ from moa.files.saving import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     check_fit,
+    fit_and_inject,
     outline,
-    prepare,
     replaced_adapter,
 )
 from moa.layers.experts import LoRAExpert
@@ -157,7 +157,7 @@ def import_peft(model: nn.Module, folder: str | Path) -> InjectReport:
         saved = tensors.get(f"{PREFIX}{head}.{first}")
         num_classes = None if saved is None else next(iter(saved.shape), None)
         empty = outline(model)
-        prepare(empty, config, num_classes)
+        fit_and_inject(empty, config, num_classes)
     except ImportError as error:
         raise AdapterError(
             f"{folder}: reading it needs peft; pip install 'moa-trainer[peft]'"
@@ -165,7 +165,7 @@ def import_peft(model: nn.Module, folder: str | Path) -> InjectReport:
     except _REFUSALS as error:
         raise AdapterError(f"{folder}: cannot be imported: {error}") from error
     check_fit(str(folder), _places(empty, adapted, head), tensors)
-    report = prepare(model, config, num_classes)
+    report = fit_and_inject(model, config, num_classes)
     scales = {_factor_names(path)[1]: layer.scaling["default"] for path, layer in adapted.items()}
     with torch.no_grad():
         for name, place in _places(model, adapted, head).items():

@@ -168,11 +168,11 @@ def attach(
     """
     empty = outline(model)
     try:
-        prepare(empty, info.moa, len(info.classes))
+        fit_and_inject(empty, info.moa, len(info.classes))
     except MoAConfigError as error:
         raise AdapterError(f"{name}: its moa_config does not fit the model: {error}") from error
     check_fit(name, adapter_state_dict(empty), tensors)
-    prepare(model, info.moa, len(info.classes))
+    fit_and_inject(model, info.moa, len(info.classes))
     for key, place in adapter_state_dict(model).items():
         place.copy_(tensors[key])
 
@@ -187,7 +187,7 @@ def outline(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def prepare(model: nn.Module, config: MoAConfig, num_classes: int | None) -> InjectReport:
+def fit_and_inject(model: nn.Module, config: MoAConfig, num_classes: int | None) -> InjectReport:
     """Injects; before that fits the classifier to a number of classes, if there is one."""
     head = next(classifier(model).parameters())
     if num_classes and head.shape[0] != num_classes:

@@ -195,7 +195,7 @@ def choose(logits: Tensor, noise: Tensor | None, kept: int, bias: Tensor | None 
     Args:
         logits: [N, E].
         noise: [N, E] to add to the logits before choosing, or None.
-        kept: experts kept per token.
+        kept: 1 to E.
         bias: [E] added to the probabilities when comparing them, not to the weights.
     """
     chosen = (logits if noise is None else logits + noise.to(logits)).softmax(-1)
@@ -211,7 +211,7 @@ def balance_counts(routings: Sequence[Routing]) -> Tensor:
     """Importance and smooth load of each expert of L layers, summed over tokens, as [L, 2, E].
 
     importance_e = sum of the noise-free softmax; load_e = sum of Phi((p_e - p_max) * E), with p
-    noise-free and p_max the chosen maximum. Sums add up over ranks, so the loss can be global.
+    noise-free and p_max the chosen maximum. Sums add up over processes: the loss can be global.
     """
     if len({routing.logits.shape for routing in routings}) > 1:
         return torch.cat([balance_counts([routing]) for routing in routings])

@@ -47,7 +47,7 @@ def fixed_layers(model: nn.Module, done: str) -> dict[str, MoALinear]:
     """The adapted layers by path, if all their experts' weights are alike for all tokens.
 
     Args:
-        model: any model.
+        model: with or without adapters.
         done: what shall be done with the layers, as in "cannot be merged".
 
     Raises:

@@ -57,7 +57,6 @@ class ExpertParallel(MoE):  # type: ignore[misc]
     Attributes:
         transport: `gather` or `all_to_all`.
         owners: per layer the owner of each expert, 0 to G - 1.
-        members: the processes of the group.
 
     Raises:
         MoAConfigError: nothing to distribute, or a transport that cannot work.
