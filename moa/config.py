@@ -1,7 +1,8 @@
 """`MoAConfig`: what is adapted and how. Imports nothing heavy, so `--help` stays fast."""
 
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Literal, get_args, get_origin
 
 from moa.blocks import BLOCKS
 from moa.errors import MoAConfigError
@@ -76,8 +77,8 @@ class MoAConfig:
     """dropout of the experts in training: on the matrix elements of dense Kronecker experts, as in
     the paper, else on each token's rank columns"""
     ep_size: int = 1
-    """ranks that share the experts of a mixture (expert parallelism); divides the number of
-    processes, does not change the result"""
+    """processes that share the experts of a mixture (expert parallelism); divides the number of
+    all processes, does not change the result"""
     transport: Literal["auto", "gather", "all_to_all"] = "auto"
     """how expert parallelism brings experts and tokens together: gather (weights travel),
     all_to_all (tokens travel) or auto (whichever sends fewer bytes)"""
@@ -144,18 +145,13 @@ class MoAConfig:
 
     def problems(self) -> list[str]:
         """Every range problem of this configuration, one line each, empty if it is legal."""
-        found = self._wrong_types()
-        if found:  # the other checks compare these values
-            return found
-        found = [*self._wrong_choices(), *self._wrong_places(), *self._wrong_numbers()]
-        if self.ep_size < 1 or (self.ep_size > 1 and not self.mixes):
-            found.append(
-                f"moa.ep_size: {self.ep_size} with {self.method}; must be >= 1, and above 1 only "
-                "with multi_lora, moa_lora or moa_kron, which have experts to distribute"
-            )
-        if self.adapts:
-            found += [*self._wrong_experts(), *self._wrong_routing()]
-        return found
+        return list(self._wrong_types()) or [  # the other checks compare these values
+            *self._wrong_choices(),
+            *self._wrong_places(),
+            *self._wrong_numbers(),
+            *(self._wrong_experts() if self.adapts else ()),
+            *(self._wrong_routing() if self.mixes else ()),
+        ]
 
     def unused(self) -> list[str]:
         """Names of settings that were given, although the method does not use them.
@@ -174,122 +170,111 @@ class MoAConfig:
             if not is_used and all(getattr(self, name) != getattr(each, name) for each in usual)
         ]
 
-    def _wrong_types(self) -> list[str]:
+    def _wrong_types(self) -> Iterator[str]:
         """Values of another kind than their setting takes; a command line cannot give them."""
         kinds: dict[str, tuple[type, str]] = {"ranks": (int, "whole numbers >= 1")}
         kinds["targets"] = (str, "module paths such as attn.qkv")
         if not isinstance(self.blocks, str):
             kinds["blocks"] = (int, "block numbers")
-        found = []
         for name, (kind, legal) in kinds.items():
             value = getattr(self, name)
             whole = isinstance(value, tuple) and all(type(item) is kind for item in value)
             if value is not None and not whole:
-                found.append(f"moa.{name}: {value!r}; give a list of {legal}")
-        for name in ("router_dim", "top_k", "shared_rank", "kron_dim", "ep_size"):
-            if type(getattr(self, name)) is not int:
-                found.append(f"moa.{name}: {getattr(self, name)!r}; must be a whole number")
-        for name in ("gate_noise", "aux_weight", "balance_rate", "expert_dropout"):
-            if type(getattr(self, name)) not in (int, float):
-                found.append(f"moa.{name}: {getattr(self, name)!r}; must be a number")
-        return found
+                yield f"moa.{name}: {value!r}; give a list of {legal}"
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and type(value) is not int:
+                yield f"moa.{field.name}: {value!r}; must be a whole number"
+            if field.type is float and type(value) not in (int, float):
+                yield f"moa.{field.name}: {value!r}; must be a number"
 
-    def _wrong_choices(self) -> list[str]:
-        legal = {
-            "method": get_args(Method),
-            "router": (None, *get_args(Router)),
-            "balance": ("loss", "bias"),
-            "kron_impl": ("factored", "dense"),
-            "transport": ("auto", "gather", "all_to_all"),
-        }
-        return [
-            f"moa.{name}: {getattr(self, name)!r}; legal are {', '.join(filter(None, values))}"
-            for name, values in legal.items()
-            if getattr(self, name) not in values
-        ]
+    def _wrong_choices(self) -> Iterator[str]:
+        legal = {f.name: get_args(f.type) for f in fields(self) if get_origin(f.type) is Literal}
+        for name, values in (legal | {"router": get_args(Router)}).items():
+            value = getattr(self, name)
+            if value not in values and (name, value) != ("router", None):
+                yield f"moa.{name}: {value!r}; legal are {', '.join(values)}"
 
-    def _wrong_places(self) -> list[str]:
-        found = []
+    def _wrong_places(self) -> Iterator[str]:
         if self.targets == () and (self.adapts or self.unfreezes):
-            found.append("moa.targets: []; name at least one linear layer, such as [attn.qkv]")
+            yield "moa.targets: []; name at least one linear layer, such as [attn.qkv]"
         if isinstance(self.blocks, str) and not BLOCKS.fullmatch(self.blocks):
-            found.append(
+            yield (
                 f"moa.blocks: {self.blocks!r}; legal are all, every_K, last_K (K >= 1), or a list "
                 "of block numbers"
             )
-        return found
 
-    def _wrong_numbers(self) -> list[str]:
+    def _wrong_numbers(self) -> Iterator[str]:
         """What is out of range for every method."""
-        found = []
         if (self.ranks == () and self.adapts) or any(rank < 1 for rank in self.ranks or ()):
-            found.append(
-                f"moa.ranks: {list(self.ranks or ())}; give one or more whole numbers >= 1"
-            )
+            yield f"moa.ranks: {list(self.ranks or ())}; give one or more whole numbers >= 1"
         for name in ("kron_dim", "router_dim", *(() if self.mixes else ("top_k",))):
             if getattr(self, name) < 1:
-                found.append(f"moa.{name}: {getattr(self, name)}; must be >= 1")
+                yield f"moa.{name}: {getattr(self, name)}; must be >= 1"
         if not 0 <= self.expert_dropout < 1:
-            found.append(f"moa.expert_dropout: {self.expert_dropout}; must be >= 0 and below 1")
+            yield f"moa.expert_dropout: {self.expert_dropout}; must be >= 0 and below 1"
         for name in ("gate_noise", "aux_weight", "balance_rate"):
             if not 0 <= getattr(self, name) < float("inf"):
-                found.append(f"moa.{name}: {getattr(self, name)}; must be a finite number >= 0")
-        return found
+                yield f"moa.{name}: {getattr(self, name)}; must be a finite number >= 0"
+        if self.ep_size < 1 or (self.ep_size > 1 and not self.mixes):
+            yield (
+                f"moa.ep_size: {self.ep_size} with {self.method}; must be >= 1, and above 1 only "
+                "with multi_lora, moa_lora or moa_kron, which have experts to distribute"
+            )
 
-    def _wrong_experts(self) -> list[str]:
-        ranks, kind, found = self.resolved().ranks or (), self.method, []
+    def _wrong_experts(self) -> Iterator[str]:
+        ranks, kind = self.resolved().ranks or (), self.method
         if self.mixes and len(ranks) == 1:
-            found.append(
+            yield (
                 f"moa.ranks: {list(ranks)} gives {kind} one expert; give two or more, or "
                 f"use --moa.method {'kadaptation' if self.kronecker else 'lora'}"
             )
         if not self.mixes and len(ranks) > 1:
-            found.append(
+            yield (
                 f"moa.ranks: {list(ranks)} has {len(ranks)} experts, {kind} takes one; give "
                 f"one rank, or use --moa.method {'moa_kron' if self.kronecker else 'moa_lora'}"
             )
         if self.shared_rank < 0 or (self.shared_rank and not self.mixes):
-            found.append(
+            yield (
                 f"moa.shared_rank: {self.shared_rank} with {kind}; must be >= 0, and above 0 only "
                 "with multi_lora, moa_lora or moa_kron"
             )
         if self.kron_impl == "dense" and not self.kronecker:
-            found.append(
+            yield (
                 f"moa.kron_impl: 'dense' with {kind}, which has no Kronecker experts; leave it at "
                 "factored, or use --moa.method moa_kron or kadaptation"
             )
-        return found + (self.transport_problems() if self.ep_size > 1 else [])
+        if self.ep_size > 1:
+            yield from self.transport_problems()
 
-    def transport_problems(self) -> list[str]:
+    def transport_problems(self) -> Iterator[str]:
         """What forbids the transport where experts are shared, a line or none."""
-        if not (self.masked and self.transport == "all_to_all"):
-            return []
-        return [
-            "moa.transport: 'all_to_all' with moa.expert_dropout or moa.kron_impl dense, whose "
-            "masks stay with the tokens; use --moa.transport gather"
-        ]
+        if self.masked and self.transport == "all_to_all":
+            yield (
+                "moa.transport: 'all_to_all' with moa.expert_dropout or moa.kron_impl dense, whose "
+                "masks stay with the tokens; use --moa.transport gather"
+            )
 
-    def _wrong_routing(self) -> list[str]:
-        whole, found = self.resolved(), []
-        if self.method == "multi_lora" and whole.router != "uniform":
-            found.append(
+    def _wrong_routing(self) -> Iterator[str]:
+        router, number = self.resolved().router, len(self.resolved().ranks or ())
+        if self.method == "multi_lora" and router != "uniform":
+            yield (
                 f"moa.router: {self.router!r} with multi_lora, which is the uniform mixture; use "
                 "--moa.method moa_lora with it"
             )
-        number, keeps_all = len(whole.ranks or ()), whole.router in ("soft", "uniform")
-        if self.mixes and number and not 1 <= self.top_k <= number:
-            found.append(f"moa.top_k: {self.top_k}; legal is 1 to the number of experts, {number}")
-        elif self.mixes and keeps_all and self.top_k != 1:
-            found.append(
-                f"moa.top_k: {self.top_k} with router {whole.router!r}, which keeps every expert; "
-                "leave it at 1, or use --moa.router cosine or linear"
+        keeps_all, remedy = router in ("soft", "uniform"), "use --moa.router cosine or linear"
+        if number and not 1 <= self.top_k <= number:
+            yield f"moa.top_k: {self.top_k}; legal is 1 to the number of experts, {number}"
+        elif keeps_all and self.top_k != 1:
+            yield (
+                f"moa.top_k: {self.top_k} with router {router!r}, which keeps every expert; "
+                f"leave it at 1, or {remedy}"
             )
-        if self.balance == "bias" and self.mixes and keeps_all:
-            found.append(
-                f"moa.balance: 'bias' with router {whole.router!r}, which chooses nothing; leave "
-                "it at loss, or use --moa.router cosine or linear"
+        if self.balance == "bias" and keeps_all:
+            yield (
+                f"moa.balance: 'bias' with router {router!r}, which chooses nothing; leave it at "
+                f"loss, or {remedy}"
             )
-        return found
 
     def check(self) -> None:
         """Raises `MoAConfigError` with every problem, one a line."""

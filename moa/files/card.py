@@ -2,21 +2,18 @@
 
 import json
 import re
-from typing import TYPE_CHECKING
 
 import timm
 from huggingface_hub import EvalResult, ModelCardData
 
 from moa.files.origin import Origin
-
-if TYPE_CHECKING:
-    from moa.files.reading import AdapterInfo
+from moa.files.reading import AdapterInfo
 
 SPLITS = ("in", "out", "all", "left_out")
 _FIGURE = re.compile(r"(?:moa/)?env(\d+)_(in|out|all|left_out)_acc")
 
 
-def model_card(info: "AdapterInfo") -> str:
+def model_card(info: AdapterInfo) -> str:
     """Markdown card of an adapter, with the front matter that model hubs read.
 
     The front matter's `model-index` holds the accuracy on the held-out domain, the one number that
@@ -44,12 +41,12 @@ moa.load_adapter(model, "path/to/this/folder")  # or "hf-hub:organisation/name"
 {"" if info.origin is None else _training(info.origin)}"""
 
 
-def _title(info: "AdapterInfo") -> str:
+def _title(info: AdapterInfo) -> str:
     held_out = "" if info.origin is None else f", {' and '.join(info.origin.withheld)} held out"
     return f"{info.moa.method} adapter for {info.base_model}{held_out}"
 
 
-def creation(info: "AdapterInfo") -> list[str]:
+def creation(info: AdapterInfo) -> list[str]:
     """Lines of Python that make the fresh base of an adapter as `model`."""
     weights = "" if info.origin is None else info.origin.weights
     if info.origin is not None and weights == "random":
@@ -78,7 +75,7 @@ def hub_name(base_model: str) -> str:
     return base_model if embedded else f"timm/{base_model}"
 
 
-def _front_matter(info: "AdapterInfo") -> ModelCardData:
+def _front_matter(info: AdapterInfo) -> ModelCardData:
     origin = info.origin
     return ModelCardData(
         library_name="moa-trainer",
@@ -91,7 +88,7 @@ def _front_matter(info: "AdapterInfo") -> ModelCardData:
     )
 
 
-def _held_out_results(info: "AdapterInfo", origin: Origin) -> list[EvalResult]:
+def _held_out_results(info: AdapterInfo, origin: Origin) -> list[EvalResult]:
     """The held-out domain's accuracies, in per cent."""
     found = []
     for name, value in info.results.items():
@@ -124,43 +121,35 @@ def _domain(origin: Origin, number: int) -> str:
     return origin.domains[number] if number < len(origin.domains) else f"env{number}"
 
 
-def _results(info: "AdapterInfo") -> str:
+def _results(info: AdapterInfo) -> str:
     """Tables of accuracies by domain, where the domains are known, and of all other figures."""
-    cells: dict[int, dict[str, float]] = {}
-    rest = dict(info.results)
-    if info.origin is not None:
-        for name in list(rest):
-            if match := _FIGURE.fullmatch(name):
-                cells.setdefault(int(match[1]), {})[match[2]] = rest.pop(name)
-    tables = []
-    if info.origin is not None and cells:
-        splits = [s for s in SPLITS if any(s in c for c in cells.values())]
+    rows: dict[int, dict[str, float]] = {}
+    rest, tables = [], []
+    for name, value in info.results.items():
+        match = None if info.origin is None else _FIGURE.fullmatch(name)
+        if match is None:
+            rest.append(f"| {name} | {value if isinstance(value, int) else f'{value:.4f}'} |")
+        else:
+            rows.setdefault(int(match[1]), {})[match[2]] = value
+    if info.origin is not None and rows:
+        splits = [s for s in SPLITS if any(s in row for row in rows.values())]
         lines = [["domain", *(f"{s.replace('_', ' ')} accuracy %" for s in splits)]]
         lines.append(["---"] * len(lines[0]))
-        for number, row in sorted(cells.items()):
+        for number, row in sorted(rows.items()):
             domain = _domain(info.origin, number)
             name = f"**{domain}** (held out)" if domain in info.origin.withheld else domain
             shown = (f"{100 * row[s]:.1f}" if s in row else "-" for s in splits)
             lines.append([name, *shown])
         tables.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
     if rest:
-        figures = (f"| {name} | {_figure(value)} |" for name, value in rest.items())
-        tables.append("\n".join(["| result | value |", "|---|---|", *figures]))
+        tables.append("\n".join(["| result | value |", "|---|---|", *rest]))
     return "\n\n".join(tables) or "None on record."
-
-
-def _figure(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.4f}"
 
 
 def _training(origin: Origin) -> str:
     """How it came about."""
-    mean = ""
-    if origin.averaged:
-        mean = "The mean of these adapters, tensor by tensor: " + ", ".join(
-            f"`{name}`" for name in origin.averaged
-        )
-        mean += ".\n\n"
+    averaged = ", ".join(f"`{name}`" for name in origin.averaged)
+    mean = f"The mean of these adapters, tensor by tensor: {averaged}.\n\n" if averaged else ""
     withheld = "` and `".join(origin.withheld)
     return f"""
 ## Training

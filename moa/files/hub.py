@@ -16,11 +16,9 @@ from huggingface_hub.errors import (
 from moa.errors import MissingAdapterError
 
 HUB_PREFIX = "hf-hub:"
-CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "README.md",
-)
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+CARD_FILE = "README.md"
 _FILES = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]
 _NAME = re.compile(r"([^@]+)(?:@(.+))?")
 
@@ -38,14 +36,13 @@ def adapter_folder(source: str | Path) -> Path:
     if text.startswith(HUB_PREFIX):
         return _fetched(text)
     folder = Path(source)
+    if (folder / CONFIG_FILE).exists():
+        return folder
     if folder.is_dir():
-        if (folder / CONFIG_FILE).exists():
-            return folder
-        best = folder / "adapter"
-        hint = f"its best adapter is {best}" if (best / CONFIG_FILE).exists() else ""
-        raise MissingAdapterError(
-            f"{text}: no {CONFIG_FILE}; {hint or 'give the folder of a saved adapter'}"
-        )
+        best, remedy = folder / "adapter", "give the folder of a saved adapter"
+        if (best / CONFIG_FILE).exists():
+            remedy = f"its best adapter is {best}"
+        raise MissingAdapterError(f"{text}: no {CONFIG_FILE}; {remedy}")
     what = "a file" if folder.exists() else "no such folder"
     raise MissingAdapterError(
         f"{text}: {what}; give the folder of a saved adapter, or hf-hub:organisation/name"

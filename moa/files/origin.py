@@ -1,8 +1,14 @@
 """Where an adapter comes from: the run that trained it, as its folder tells later readers."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+_KINDS: dict[Any, tuple[Any, str]] = {
+    str: (str, "a text"),
+    int: (int, "a whole number"),
+    float: (int | float, "a number"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -10,7 +16,6 @@ class Origin:
     """What a reader must know to repeat, compare or evaluate an adapter.
 
     Attributes:
-        dataset: name of the dataset.
         domains: its domains in order; figures named `env{i}_...` speak of the i-th.
         held_out: the domain that was not trained on, to be tested on.
         trial_seed: seed of the split of every domain.
@@ -18,7 +23,6 @@ class Origin:
         seed: of initialisation, order, augmentation and noise.
         data_hash: hash of all images and their classes.
         split_hash: hash of which of them are in which split.
-        command: the command line that trained it.
         processes: how many processes trained it together.
         averaged: the adapters it is a mean of; empty for one that was trained.
         also_held_out: further domains that were not trained on, for cross-validation.
@@ -60,18 +64,14 @@ def origin_from(content: Mapping[str, Any]) -> Origin:
     Raises:
         ValueError: a field is missing, unknown or of another type.
     """
+    lists = ("domains", "averaged", "also_held_out")
     try:
-        origin = Origin(**content)
-        numbers = {name: getattr(origin, name) for name in ("trial_seed", "seed", "processes")}
-        if any(isinstance(n, bool) or not isinstance(n, int) for n in numbers.values()):
-            raise ValueError(f"origin: {numbers} must be whole numbers")
-        if not isinstance(origin.holdout_fraction, float | int):
-            raise ValueError(f"origin: holdout_fraction {origin.holdout_fraction!r} is no number")
-        texts = {name: getattr(origin, name) for name in ("weights", "decode", "truncated")}
-        if any(not isinstance(text, str) for text in texts.values()):
-            raise ValueError(f"origin: {texts} must be texts")
-        names = ("domains", "averaged", "also_held_out")
-        lists = {name: tuple(map(str, getattr(origin, name))) for name in names}
-        return Origin(**{**content, **lists})
+        texts = {name: tuple(map(str, content[name])) for name in lists if name in content}
+        origin = Origin(**{**content, **texts})
     except TypeError as error:
         raise ValueError(f"origin: {error}") from error
+    for field in fields(Origin):
+        value, (kind, legal) = getattr(origin, field.name), _KINDS.get(field.type, (object, ""))
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"origin: {field.name} {value!r}; must be {legal}")
+    return origin

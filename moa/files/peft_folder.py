@@ -1,7 +1,7 @@
 """LoRA adapters in the files of Hugging Face PEFT: `export_peft` writes them, `import_peft` reads.
 
-PEFT computes `scale * lora_B lora_A x` with scale alpha / r, or alpha / sqrt(r) with rsLoRA; here a
-LoRA expert is `up down x`. Only its files are used, not the library.
+PEFT computes `scale * lora_B lora_A x`; here a LoRA expert is `up down x`. The library itself says
+which layers a folder adapts, and with which rank and scale; writing one needs its files alone.
 
 Letters: D in, O out, R sum of the ranks.
 """
@@ -9,7 +9,7 @@ Letters: D in, O out, R sum of the ranks.
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +20,43 @@ from torch import Tensor, nn
 
 from moa.config import MoAConfig
 from moa.errors import AdapterError, MoAConfigError
-from moa.files.saving import CONFIG_FILE, WEIGHTS_FILE, _check_fit, _outline, replaced_adapter
+from moa.files.saving import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    check_fit,
+    fit_and_inject,
+    outline,
+    replaced_adapter,
+)
 from moa.layers.experts import LoRAExpert
 from moa.layers.layer import MoALinear
-from moa.model.injection import InjectReport, check_fresh, classifier, inject, matching_layers
+from moa.model.injection import (
+    IN_BLOCK,
+    InjectReport,
+    check_fresh,
+    classifier,
+    matching_layers,
+)
 from moa.model.merging import fixed_layers, lora_factors
 
 PREFIX = "base_model.model."  # of every tensor name
 
-_PLACE = re.compile(r"(?:.*\.)?blocks\.(\d+)\.(.+)")
+# What the library and the checks below raise at settings that make no sense.
+_REFUSALS = (TypeError, ValueError, ArithmeticError, AttributeError, KeyError, re.error)
+
 _FACTOR = re.compile(re.escape(PREFIX) + r"(.+)\.lora_[AB]\.weight")
 
-# Settings that are read, and settings without an effect on what a trained adapter computes. All
-# others must be off, so that an extension of LoRA by a later PEFT is refused rather than ignored.
+# Settings that PEFT is asked about, and settings without an effect on what a trained adapter
+# computes. All others must be off, so that an extension of LoRA by a later PEFT is refused rather
+# than ignored.
+_READ = """
+    r lora_alpha use_rslora rank_pattern alpha_pattern target_modules exclude_modules
+    layers_to_transform layers_pattern modules_to_save
+""".split()
 _KNOWN = """
-    peft_type r lora_alpha use_rslora rank_pattern alpha_pattern target_modules exclude_modules
-    layers_to_transform layers_pattern modules_to_save init_lora_weights
-    task_type auto_mapping peft_version base_model_name_or_path revision inference_mode
-    lora_dropout megatron_core runtime_config eva_config qalora_group_size ensure_weight_tying
+    peft_type init_lora_weights task_type auto_mapping peft_version base_model_name_or_path revision
+    inference_mode lora_dropout megatron_core runtime_config eva_config qalora_group_size
+    ensure_weight_tying
 """.split()
 _REMEDIES = {
     "bias": "biases of the base stay frozen; train it with bias='none'",
@@ -122,24 +141,34 @@ def import_peft(model: nn.Module, folder: str | Path) -> InjectReport:
         folder: holds `adapter_config.json` and `adapter_model.safetensors`.
 
     Raises:
-        AdapterError: the folder is damaged, does not fit the model, or holds what `lora` is not.
+        AdapterError: the folder is damaged, does not fit the model, or holds what `lora` is not; or
+            the library is not installed.
     """
     folder = Path(folder)
     settings, tensors = _read(folder)
     try:
         _check_settings(settings)
+        check_fresh(model)
         head = _saved_head(model, settings)
-        layers = _layers(model, settings, tensors)
-        config, scales = _config(model, settings, layers)
+        adapted = _adapted(model, settings)
+        _check_places(model, set(adapted), {m[1] for m in map(_FACTOR.fullmatch, tensors) if m})
+        config = _config(model, {path: layer.r["default"] for path, layer in adapted.items()})
         first, _ = next(classifier(model).named_parameters())
-        outline, saved = _outline(model), tensors.get(f"{PREFIX}{head}.{first}")
-        _prepare(outline, config, saved)
-    except (TypeError, ValueError, ArithmeticError, re.error) as error:
+        saved = tensors.get(f"{PREFIX}{head}.{first}")
+        num_classes = None if saved is None else next(iter(saved.shape), None)
+        empty = outline(model)
+        fit_and_inject(empty, config, num_classes)
+    except ImportError as error:
+        raise AdapterError(
+            f"{folder}: reading it needs peft; pip install 'moa-trainer[peft]'"
+        ) from error
+    except _REFUSALS as error:
         raise AdapterError(f"{folder}: cannot be imported: {error}") from error
-    _check_fit(str(folder), _places(outline, layers, head), tensors)
-    report = _prepare(model, config, saved)
+    check_fit(str(folder), _places(empty, adapted, head), tensors)
+    report = fit_and_inject(model, config, num_classes)
+    scales = {_factor_names(path)[1]: layer.scaling["default"] for path, layer in adapted.items()}
     with torch.no_grad():
-        for name, place in _places(model, layers, head).items():
+        for name, place in _places(model, adapted, head).items():
             place.copy_(tensors[name].double() * scales.get(name, 1.0))
     return report
 
@@ -169,9 +198,16 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
             f"init_lora_weights: {start!r} changes the base weights; save it from PEFT with "
             "path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
         )
-    for name in sorted(n for n, v in settings.items() if v and v != "none" and n not in _KNOWN):
+    known = {*_READ, *_KNOWN}
+    for name in sorted(n for n, v in settings.items() if v and v != "none" and n not in known):
         why = _REMEDIES.get(name, "not part of plain LoRA, which is all that `lora` can be")
         raise ValueError(f"{name}: {settings[name]!r}; {why}")
+    for rank in (settings.get("r"), *(settings.get("rank_pattern") or {}).values()):
+        if type(rank) is not int or rank < 1:
+            raise ValueError(f"r: {rank}; legal is a whole number >= 1")
+    for alpha in (settings.get("lora_alpha"), *(settings.get("alpha_pattern") or {}).values()):
+        if not (isinstance(alpha, int | float) and math.isfinite(alpha)):
+            raise ValueError(f"lora_alpha: {alpha!r}; legal is a finite number")
 
 
 def _saved_head(model: nn.Module, settings: Mapping[str, Any]) -> str | None:
@@ -190,103 +226,57 @@ def _head_path(model: nn.Module) -> str:
     return str(next(path for path, module in model.named_modules() if module is head))
 
 
-def _layers(
-    model: nn.Module, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> list[str]:
-    """Paths of the adapted layers, in the model's order: by the settings and the tensors alike."""
-    check_fresh(model)
-    kinds = {path: type(module).__name__ for path, module in model.named_modules() if path}
-    stored = {match[1] for match in map(_FACTOR.fullmatch, tensors) if match}
-    targeted = {path for path in kinds if _targeted(settings, path)}
+def _adapted(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """PEFT's own LoRA layers, without values, by the path at which it puts them."""
+    import peft
+    from peft.tuners.lora import LoraLayer
+
+    given = {name: settings[name] for name in _READ if settings.get(name) is not None}
+    config = peft.LoraConfig(**given, init_lora_weights=False)
+    empty = peft.inject_adapter_in_model(config, outline(model), low_cpu_mem_usage=True)
+    return {path: layer for path, layer in empty.named_modules() if isinstance(layer, LoraLayer)}
+
+
+def _config(model: nn.Module, adapted: Mapping[str, int]) -> MoAConfig:
+    """The `lora` configuration of just the adapted layers, given the rank of each."""
+    ranks: dict[int, list[str]] = {}
+    for path, rank in adapted.items():
+        ranks.setdefault(rank, []).append(path)
+    if len(ranks) > 1:
+        named = "; ".join(f"{rank} at {', '.join(paths)}" for rank, paths in ranks.items())
+        raise ValueError(f"rank_pattern: gives several ranks ({named}); legal is one for all")
+    places = [match for path in adapted if (match := IN_BLOCK.match(path))]
+    targets = tuple(dict.fromkeys(place[2] for place in places))
+    blocks = tuple(dict.fromkeys(int(place[1]) for place in places))
+    config = MoAConfig(method="lora", ranks=tuple(ranks), targets=targets, blocks=blocks)
+    if absent := [path for path in matching_layers(model, config) if path not in adapted]:
+        raise ValueError(
+            f"target_modules: not alike in all adapted blocks, {', '.join(absent)} would be "
+            "missing; legal are the same layers in each of them"
+        )
+    return config
+
+
+def _check_places(model: nn.Module, adapted: set[str], stored: set[str]) -> None:
+    """Refuses layers that cannot be adapted here, and settings that differ from the tensors."""
+    kinds = {path: type(module).__name__ for path, module in model.named_modules()}
     usable = matching_layers(model, MoAConfig(method="lora", targets=("*",), blocks="all"))
-    for path in sorted((stored | targeted) - set(usable)):
+    for path in sorted((stored | adapted) - set(usable)):
         what = f"a {kinds[path]}" if path in kinds else "not in the model"
         raise ValueError(
             f"target_modules: it adapts {path}, which is {what}; legal are the linear layers "
             r"inside `blocks.N`; name whole paths in training, as in 'blocks\.\d+\.attn\.qkv'"
         )
-    if differ := sorted(stored ^ targeted):
-        has = "are no tensors" if differ[0] in targeted else "are tensors, but no target_modules"
+    if differ := sorted(stored ^ adapted):
+        has = "are no tensors" if differ[0] in adapted else "are tensors, but no target_modules"
         raise ValueError(f"for {differ[0]} there {has}; take another copy")
-    if not stored:
-        raise ValueError(f"target_modules: {settings.get('target_modules')!r} matches no layer")
-    return [path for path in usable if path in stored]
-
-
-def _targeted(settings: Mapping[str, Any], path: str) -> bool:
-    """Whether PEFT adapts the module at `path` by these settings."""
-    targets, blocks = settings.get("target_modules") or [], settings.get("layers_to_transform")
-    saved, excluded = settings.get("modules_to_save") or [], settings.get("exclude_modules") or []
-    if _named(excluded, path) or any(re.match(rf"(.*\.)?{m}(\.|$)", path) for m in saved):
-        return False
-    if isinstance(targets, str) or blocks in (None, []) or path in targets:
-        return _named(targets, path)
-    named = settings.get("layers_pattern") or []
-    named = [rf"(?:.*?\.)?{n}" for n in ([named] if isinstance(named, str) else named)]
-    found = [m for n in named or [r".*?\.[^.]*"] if (m := re.match(rf"{n}\.(\d+)\.", path))]
-    numbers = blocks if isinstance(blocks, list) else [blocks]
-    return bool(found) and int(found[0][1]) in numbers and _named(targets, path)
-
-
-def _named(names: str | list[str], path: str) -> bool:
-    """Whether an expression matches the whole path, or an entry of a list is its end."""
-    if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
-    return any(path == name or path.endswith(f".{name}") for name in names)
-
-
-def _config(
-    model: nn.Module, settings: Mapping[str, Any], layers: list[str]
-) -> tuple[MoAConfig, dict[str, float]]:
-    """The `lora` configuration of just these layers, and the factor of each `lora_B` by name."""
-    ranks: dict[int, list[str]] = {}
-    scales = {}
-    for path in layers:
-        rank = _number(settings, "r", "rank_pattern", path)
-        if not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"r: {rank} at {path}; legal is a whole number >= 1")
-        alpha = _number(settings, "lora_alpha", "alpha_pattern", path)
-        ranks.setdefault(rank, []).append(path)
-        divisor = math.sqrt(rank) if settings.get("use_rslora") else rank
-        scales[_factor_names(path)[1]] = alpha / divisor
-    if len(ranks) > 1:
-        named = "; ".join(f"{rank} at {', '.join(paths)}" for rank, paths in ranks.items())
-        raise ValueError(f"rank_pattern: gives several ranks ({named}); legal is one for all")
-    places = [match for path in layers if (match := _PLACE.fullmatch(path))]
-    targets = tuple(dict.fromkeys(place[2] for place in places))
-    blocks = tuple(dict.fromkeys(int(place[1]) for place in places))
-    config = MoAConfig(method="lora", ranks=tuple(ranks), targets=targets, blocks=blocks)
-    if absent := [path for path in matching_layers(model, config) if path not in layers]:
-        raise ValueError(
-            f"target_modules: not alike in all adapted blocks, {', '.join(absent)} would be "
-            "missing; legal are the same layers in each of them"
-        )
-    return config, scales
-
-
-def _number(settings: Mapping[str, Any], name: str, patterns: str, path: str) -> int | float:
-    """A layer's own value of a setting: by the first pattern that matches the end of its path."""
-    own = dict(settings.get(patterns) or {})
-    value = next((own[p] for p in own if re.match(rf"(.*\.)?({p})$", path)), settings.get(name))
-    if not (isinstance(value, int | float) and math.isfinite(value)):
-        raise ValueError(f"{name}: {value!r} at {path}; legal is a finite number")
-    return value
-
-
-def _prepare(model: nn.Module, config: MoAConfig, saved: Tensor | None) -> InjectReport:
-    """Injects; before that fits the classifier to a saved tensor of it, if there is one."""
-    own = next(classifier(model).parameters())
-    if saved is not None and saved.dim() == own.dim() and own.shape[0] != saved.shape[0] > 0:
-        model.reset_classifier(saved.shape[0])  # type: ignore[operator]
-        classifier(model).to(device=own.device, dtype=own.dtype)
-    return inject(model, config)
 
 
 def _factor_names(path: str) -> tuple[str, str]:
     return f"{PREFIX}{path}.lora_A.weight", f"{PREFIX}{path}.lora_B.weight"
 
 
-def _places(model: nn.Module, layers: list[str], head: str | None) -> dict[str, Tensor]:
+def _places(model: nn.Module, layers: Iterable[str], head: str | None) -> dict[str, Tensor]:
     """Where each tensor of a folder belongs in the injected model, by the name it has there."""
     places: dict[str, Tensor] = {}
     for path in layers:

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from moa.config import MoAConfig
 from moa.errors import AdapterError, MoAConfigError
 from moa.files.atomic_folder import replaced_folder
 from moa.files.card import creation, model_card
@@ -27,7 +28,7 @@ from moa.files.hub import (
     WEIGHTS_FILE as WEIGHTS_FILE,
 )
 from moa.files.reading import FORMAT_VERSION, AdapterInfo, read_adapter
-from moa.model.injection import check_fresh, classifier, inject
+from moa.model.injection import InjectReport, check_fresh, classifier, inject
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -165,18 +166,18 @@ def attach(
     Raises:
         AdapterError: names or shapes do not fit exactly; the model is as it was.
     """
-    outline = _outline(model)
+    empty = outline(model)
     try:
-        _prepare(outline, info)
+        fit_and_inject(empty, info.moa, len(info.classes))
     except MoAConfigError as error:
         raise AdapterError(f"{name}: its moa_config does not fit the model: {error}") from error
-    _check_fit(name, adapter_state_dict(outline), tensors)
-    _prepare(model, info)
+    check_fit(name, adapter_state_dict(empty), tensors)
+    fit_and_inject(model, info.moa, len(info.classes))
     for key, place in adapter_state_dict(model).items():
         place.copy_(tensors[key])
 
 
-def _outline(model: nn.Module) -> nn.Module:
+def outline(model: nn.Module) -> nn.Module:
     """A copy of `model` on the meta device; no tensor is copied."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
@@ -186,15 +187,17 @@ def _outline(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _prepare(model: nn.Module, info: AdapterInfo) -> None:
+def fit_and_inject(model: nn.Module, config: MoAConfig, num_classes: int | None) -> InjectReport:
+    """Injects; before that fits the classifier to a number of classes, if there is one."""
     head = next(classifier(model).parameters())
-    if head.shape[0] != len(info.classes):
-        model.reset_classifier(len(info.classes))  # type: ignore[operator]
+    if num_classes and head.shape[0] != num_classes:
+        model.reset_classifier(num_classes)  # type: ignore[operator]
         classifier(model).to(device=head.device, dtype=head.dtype)
-    inject(model, info.moa)
+    return inject(model, config)
 
 
-def _check_fit(folder: str, wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+def check_fit(folder: str, wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Raises `AdapterError` unless names, shapes and kinds of tensors are alike."""
     problems = [f"missing {name}" for name in wanted if name not in given]
     problems += [f"unexpected {name}" for name in given if name not in wanted]
     for name in (name for name in wanted if name in given):

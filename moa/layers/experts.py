@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moa.layers.own_backward import OwnBackward
+
 ALIGNMENT = 8
 """Several experts fill their ranks up to a multiple of this by zeros: a skinny product of 15
 columns takes a CPU up to 2.7 times as long as one of 16, and a GPU's matrix units want rows of
@@ -22,14 +24,7 @@ whole 16 bytes."""
 
 
 class LoRAExpert(nn.Module):
-    """Low-rank update `delta(x) = up down x`, zero at the start.
-
-    Args:
-        dim_in: D.
-        dim_out: O.
-        rank: r, at least 1.
-        like: tensor whose dtype and device the parameters take.
-    """
+    """Low-rank update `delta(x) = up down x`, zero at the start; in dtype and device of `like`."""
 
     def __init__(self, dim_in: int, dim_out: int, rank: int, like: Tensor) -> None:
         super().__init__()
@@ -53,14 +48,8 @@ class KroneckerExpert(nn.Module):
     """Fast weights of one KAdaptation expert: H = sum_p A_p kron (left[p] right[p]).
 
     `left` [P, D/P, r] and `right` [P, r, O/P] start from Xavier uniform with gain sqrt 2, with the
-    fan of the P small matrices. The update is tiny but not zero at the start, since A_p is.
-
-    Args:
-        dim_in: D, a multiple of `kron_dim`.
-        dim_out: O, a multiple of `kron_dim`.
-        rank: r, at least 1.
-        kron_dim: P.
-        like: tensor whose dtype and device the parameters take.
+    fan of the P small matrices. The update is tiny but not zero at the start, since A_p is. P must
+    divide D and O; dtype and device are those of `like`.
     """
 
     def __init__(self, dim_in: int, dim_out: int, rank: int, kron_dim: int, like: Tensor) -> None:
@@ -120,7 +109,7 @@ def kronecker_delta(
     Args:
         x: tokens [N, D].
         experts: E experts of any ranks.
-        columns: weight [N, R] or [1, R] of each token's rank columns, or None for a weight of one.
+        columns: as in `lora_delta`.
         rule: the shared slow weights.
 
     Returns:
@@ -152,21 +141,15 @@ def _filled(factors: Sequence[Tensor], dim: int) -> Tensor:
     return torch.cat([*factors, zeros], dim=dim)
 
 
-class _Spread(torch.autograd.Function):
+class _Spread(OwnBackward):
     """y[:, b, :] = sum_p v_p[b] Y[p]: from Y [P, N, K] and v [P, P] to [N, P, K].
 
     Autograd's own backward of the product per token would keep a [P, P] for each of them.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(small: Tensor, v: Tensor) -> Tensor:
         return _spread_by_token(small, v) if small.is_cpu else _spread_at_once(small, v)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,10 +174,8 @@ def _regrouped(x: Tensor) -> Tensor:
     return turned if turned.is_contiguous() else _Regrouped.apply(x)
 
 
-class _Regrouped(torch.autograd.Function):
+class _Regrouped(OwnBackward):
     """The copy. Rows of K numbers move in words as wide as fit them: a GPU moves word by word."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
@@ -234,15 +215,12 @@ def kronecker_matrix(expert: KroneckerExpert, rule: KroneckerRule) -> Tensor:
 
 
 def dense_delta(x: Tensor, matrices: Sequence[Tensor], gates: Tensor | None) -> Tensor:
-    """Sum over experts of `gate_e * x H_e` from the matrices H_e [D, O]: slow and obvious.
+    """Sum over experts of `gate_e * x H_e`, [N, O], slow and obvious.
 
     Args:
         x: tokens [N, D].
-        matrices: E of them.
-        gates: weights [N, E], or None for a weight of one.
-
-    Returns:
-        [N, O], dtype of `x`.
+        matrices: the H_e [D, O].
+        gates: [N, E], or None for a weight of one.
     """
     total = torch.zeros((), dtype=x.dtype, device=x.device)
     for e, matrix in enumerate(matrices):

@@ -32,7 +32,7 @@ from moa.layers.router import Routing, UniformRouter, choose, make_router
 
 
 class AbsentExpert(nn.Module):
-    """The place of an expert that another rank owns (`moa.expert_parallel`)."""
+    """The place of an expert that another process owns (`moa.parallel.expert_parallel`)."""
 
 
 class MoALinear(nn.Module):
@@ -84,6 +84,7 @@ class MoALinear(nn.Module):
         self._chosen: Tensor | None = None  # [E] tokens, summed until the balance takes it
         self._shared_rule: tuple[KroneckerRule, ...] = ()  # a tuple hides it from the module tree
         self.register_buffer("noise_key", None, persistent=False)
+        self._kept = config.experts_kept
         self._random = config.expert_dropout > 0 or (config.routed and config.gate_noise > 0)
         self.bias: nn.Parameter | None = None
         if config.kronecker:
@@ -118,7 +119,7 @@ class MoALinear(nn.Module):
         """Maps [B, ..., D] to [B, ..., O]; the first axis counts images (for the gate noise)."""
         if x.dim() == 1:  # a lone token, which a linear layer takes too
             return self.forward(x.unsqueeze(0)).squeeze(0)
-        rule: Any = self._shared_rule[0] if self._shared_rule else None
+        rule: Any = self.rule if self._shared_rule else None
         if rule is not None and self.hold_rule is not None:
             rule = self.hold_rule(rule)
         tokens = x.reshape(-1, self.in_features)
@@ -136,7 +137,7 @@ class MoALinear(nn.Module):
         return self._shared_rule[0]
 
     def all_experts(self) -> list[Any]:
-        """The experts that this rank evaluates, and after them the shared one if there is one."""
+        """The experts that this process evaluates, after them the shared one if there is one."""
         shared = [] if self.shared_expert is None else [self.shared_expert]
         if self.exchange is not None:
             return shared
@@ -176,7 +177,7 @@ class MoALinear(nn.Module):
             draw = draw or partial(normal, key)
             noise = scale * draw(*images_and_tokens(x, self.num_images), len(self.ranks))
         bias = None if steps is None else self.config.balance_rate * steps
-        return choose(logits, noise, self.config.experts_kept, bias)
+        return choose(logits, noise, self._kept, bias)
 
     def _delta(
         self,
@@ -219,11 +220,7 @@ class MoALinear(nn.Module):
         return lora_delta(h, experts, columns)
 
     def _dense_delta(
-        self,
-        tokens: Tensor,
-        experts: list[Any],
-        gates: Tensor | None,
-        key: Tensor | None,
+        self, tokens: Tensor, experts: list[Any], gates: Tensor | None, key: Tensor | None
     ) -> Tensor:
         """With every H_e formed; dropout strikes its elements, alike for the whole batch."""
         matrices = [kronecker_matrix(e, self.rule) for e in experts]

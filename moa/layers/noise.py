@@ -64,10 +64,9 @@ def noise_keys(position: RoutingPosition, num_layers: int) -> Tensor:
 
 
 class LayersNoise:
-    """Gate noise of all layers, drawn at once: on a GPU one layer's costs as many launches.
+    """Gate noise of all layers, drawn at once from their keys [L, KEY_WORDS].
 
-    Args:
-        keys: one key per layer, [L, KEY_WORDS].
+    On a GPU one layer's would cost as many launches.
     """
 
     def __init__(self, keys: Tensor) -> None:
@@ -89,16 +88,9 @@ def fresh_key(device: torch.device) -> Tensor:
 
 
 def normal(key: Tensor, num_images: int, tokens: int, columns: int) -> Tensor:
-    """Standard normal numbers in fp32, N = num_images * tokens, by Box and Muller.
+    """Standard normal numbers in fp32, for N = num_images * tokens, by Box and Muller.
 
-    Args:
-        key: [KEY_WORDS] or [L, KEY_WORDS].
-        num_images: images of the local micro-batch.
-        tokens: tokens of an image.
-        columns: K.
-
-    Returns:
-        [N, K] or [L, N, K].
+    A key [KEY_WORDS] gives [N, K]; one per layer, [L, KEY_WORDS], gives [L, N, K].
     """
     radius, angle = _units(key, slice(1, 3), num_images, tokens, columns).unbind(-3)
     return (-2.0 * radius.log()).sqrt() * (2.0 * math.pi * angle).cos()

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moa.layers.own_backward import OwnBackward
+
 _COMPILABLE = torch.__version__ >= "2.10"
 """From this release on torch.compile knows products of bf16 factors in fp32."""
 
@@ -44,18 +46,12 @@ def wide_product(x: Tensor, weight: Tensor) -> Tensor:
     return product
 
 
-class _WideProduct(torch.autograd.Function):
+class _WideProduct(OwnBackward):
     """The product of low precision factors, in fp32 forward and backward."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:
         return _accumulated(x, weight.T)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:

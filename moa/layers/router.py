@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moa.config import MoAConfig
+from moa.layers.own_backward import OwnBackward
 from moa.layers.precision import wide_dtype
 
 MAX_LOG_SCALE = math.log(100.0)
@@ -77,23 +78,12 @@ class TokenRouter(nn.Module):
 class CosineRouter(TokenRouter):
     """Routes by the cosine between a projected token and one embedding per expert.
 
-    logits = exp(min(temperature, ln 100)) * cos(proj(x), embed_e). The scale starts at 2.
-
-    Args:
-        dim: D.
-        num_experts: E.
-        router_dim: M.
-        like: tensor whose dtype and device the parameters take.
-        steps: `balance_steps`.
+    logits = exp(min(temperature, ln 100)) * cos(proj(x), embed_e). The scale starts at 2. The
+    parameters take dtype and device of `like`; `steps` are the `balance_steps`.
     """
 
     def __init__(
-        self,
-        dim: int,
-        num_experts: int,
-        router_dim: int,
-        like: Tensor,
-        steps: Tensor | None = None,
+        self, dim: int, num_experts: int, router_dim: int, like: Tensor, steps: Tensor | None = None
     ) -> None:
         super().__init__(steps)
         self.proj = nn.Linear(dim, router_dim, device=like.device, dtype=like.dtype)
@@ -112,14 +102,12 @@ class CosineRouter(TokenRouter):
         return logits
 
 
-class _ScaledCosine(torch.autograd.Function):
+class _ScaledCosine(OwnBackward):
     """Cosines of z [N, M] and embed [M, E], times exp(min(temperature, ln 100)): [N, E].
 
     One node instead of a dozen, since a GPU waits for the launches of small operations. Backward
     starts from inputs and output alone, so that it can itself be differentiated.
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(z: Tensor, embed: Tensor, temperature: Tensor) -> Tensor:
@@ -207,7 +195,7 @@ def choose(logits: Tensor, noise: Tensor | None, kept: int, bias: Tensor | None 
     Args:
         logits: [N, E].
         noise: [N, E] to add to the logits before choosing, or None.
-        kept: experts kept per token.
+        kept: 1 to E.
         bias: [E] added to the probabilities when comparing them, not to the weights.
     """
     chosen = (logits if noise is None else logits + noise.to(logits)).softmax(-1)
@@ -223,7 +211,7 @@ def balance_counts(routings: Sequence[Routing]) -> Tensor:
     """Importance and smooth load of each expert of L layers, summed over tokens, as [L, 2, E].
 
     importance_e = sum of the noise-free softmax; load_e = sum of Phi((p_e - p_max) * E), with p
-    noise-free and p_max the chosen maximum. Sums add up over ranks, so the loss can be global.
+    noise-free and p_max the chosen maximum. Sums add up over processes: the loss can be global.
     """
     if len({routing.logits.shape for routing in routings}) > 1:
         return torch.cat([balance_counts([routing]) for routing in routings])

@@ -12,7 +12,8 @@ from moa.errors import MoAConfigError, NoMatchingModuleError
 from moa.layers.experts import KroneckerRule
 from moa.layers.layer import MoALinear, check_kron_dim, moa_layers
 
-_IN_BLOCK = re.compile(r"(?:^|.*\.)blocks\.(\d+)\.(.+)")
+IN_BLOCK = re.compile(r"(?:^|.*\.)blocks\.(\d+)\.(.+)")
+"""A module path within a block: the block's number, and the path there."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,7 @@ def inject(model: nn.Module, config: MoAConfig) -> InjectReport:
     check_fresh(model)
     paths = matching_layers(model, config) if config.adapts else []
     unfrozen = matching_parameters(model, config) if config.unfreezes else []
-    bases = {path: model.get_submodule(path) for path in paths}
-    if config.kronecker:
-        for path, base in bases.items():
-            assert isinstance(base, nn.Linear)
-            check_kron_dim(base, config.kron_dim, path)
-    rule, layers = _adapters(model, config, bases)
+    rule, layers = _adapters(model, config, paths)
     model.requires_grad_(config.method == "full")
     for name in unfrozen:
         model.get_parameter(name).requires_grad_(True)
@@ -82,16 +78,18 @@ def check_fresh(model: nn.Module) -> None:
 
 
 def _adapters(
-    model: nn.Module, config: MoAConfig, bases: dict[str, nn.Module]
+    model: nn.Module, config: MoAConfig, paths: list[str]
 ) -> tuple[KroneckerRule | None, dict[str, MoALinear]]:
-    """The model's rule, and a layer for each of `bases`; the model is as it was."""
+    """The model's rule, and a layer for each of `paths`; the model is as it was."""
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     rule, layers = None, {}
     try:
-        for path, base in bases.items():
+        for path in paths:
+            base = model.get_submodule(path)
             assert isinstance(base, nn.Linear)
-            if config.kronecker and rule is None:
-                rule = KroneckerRule(config.kron_dim, base.weight)
+            if config.kronecker:
+                check_kron_dim(base, config.kron_dim, path)
+                rule = rule or KroneckerRule(config.kron_dim, base.weight)
             layers[path] = MoALinear(base, config, rule)
     finally:  # also if there is no memory for all of them
         for parameter, flag in flags.items():
@@ -115,7 +113,7 @@ def matching_layers(model: nn.Module, config: MoAConfig) -> list[str]:
     Raises:
         NoMatchingModuleError: nothing would match; names what does.
     """
-    modules = [(path, module) for path, module in model.named_modules() if _IN_BLOCK.match(path)]
+    modules = [(path, module) for path, module in model.named_modules() if IN_BLOCK.match(path)]
     linears = [path for path, module in modules if isinstance(module, nn.Linear)]
     others = {path: type(m).__name__ for path, m in modules if not isinstance(m, nn.Linear)}
     return _select(model, config, linears, "linear layer", others)
@@ -130,7 +128,7 @@ def matching_parameters(model: nn.Module, config: MoAConfig) -> list[str]:
     Raises:
         NoMatchingModuleError: nothing would match; names what does.
     """
-    names = [name for name, _ in model.named_parameters() if _IN_BLOCK.match(name)]
+    names = [name for name, _ in model.named_parameters() if IN_BLOCK.match(name)]
     if config.method == "bias":
         names = [name for name in names if name.endswith("bias")]
     owners: dict[str, list[str]] = {}
@@ -145,7 +143,7 @@ def _select(
     model: nn.Module, config: MoAConfig, paths: list[str], what: str, others: dict[str, str]
 ) -> list[str]:
     """Those of `paths` whose block is selected and whose name in it matches a target."""
-    places = {path: match for path in paths if (match := _IN_BLOCK.fullmatch(path))}
+    places = {path: match for path in paths if (match := IN_BLOCK.fullmatch(path))}
     if not places:
         raise NoMatchingModuleError(
             f"{type(model).__name__} has no linear layers under `blocks.N`; use a timm vision "
@@ -157,20 +155,14 @@ def _select(
     names = {path: match[2] for path, match in places.items() if int(match[1]) in wanted}
     for target in targets:
         if not any(fnmatchcase(name, target) for name in names.values()):
-            met = {path: kind for path, kind in others.items() if _in_block(path, target)}
-            path, kind = next(iter(met.items()), ("", ""))
-            but = f" (it matches {path}, which is {kind})" if met else ""
+            met = [p for p in others if (m := IN_BLOCK.match(p)) and fnmatchcase(m[2], target)]
+            but = f" (it matches {met[0]}, which is {others[met[0]]})" if met else ""
             would = ", ".join(sorted(set(names.values()))) or "none"
             raise NoMatchingModuleError(
                 f"moa.targets: {target!r} matches no {what} in the selected blocks{but}; these "
                 f"would match: {would}"
             )
     return [p for p, name in names.items() if any(fnmatchcase(name, t) for t in targets)]
-
-
-def _in_block(path: str, target: str) -> bool:
-    match = _IN_BLOCK.fullmatch(path)
-    return match is not None and fnmatchcase(match[2], target)
 
 
 def classifier(model: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moa.errors import MoAConfigError
-from moa.layers.experts import KroneckerExpert, KroneckerRule, LoRAExpert, kronecker_matrix
+from moa.layers.experts import KroneckerRule, kronecker_matrix
 from moa.layers.layer import MoALinear, moa_layers
 from moa.layers.router import UniformRouter
 
@@ -47,7 +47,7 @@ def fixed_layers(model: nn.Module, done: str) -> dict[str, MoALinear]:
     """The adapted layers by path, if all their experts' weights are alike for all tokens.
 
     Args:
-        model: any model.
+        model: with or without adapters.
         done: what shall be done with the layers, as in "cannot be merged".
 
     Raises:
@@ -82,14 +82,8 @@ def lora_factors(layer: MoALinear) -> tuple[Tensor, Tensor]:
         down [R, D] and up [O, R], with each expert's weight multiplied into its columns of `up`.
     """
     experts = [_exact(expert) for expert in layer.all_experts()]
-    gates = _gates(layer)
-    down: list[Tensor] = []
-    up: list[Tensor] = []
-    for gate, expert in zip(gates, experts, strict=True):
-        assert isinstance(expert, LoRAExpert)
-        down.append(expert.down)
-        up.append(gate * expert.up)
-    return torch.cat(down), torch.cat(up, dim=1)
+    up = [gate * expert.up for gate, expert in zip(_gates(layer), experts, strict=True)]
+    return torch.cat([expert.down for expert in experts]), torch.cat(up, dim=1)
 
 
 def _gates(layer: MoALinear) -> Tensor:
@@ -121,10 +115,9 @@ def _delta_weight(layer: MoALinear) -> Tensor:
     if not layer.config.kronecker:
         down, up = lora_factors(layer)
         return up @ down
-    rule = _exact(layer._shared_rule[0])
+    rule = _exact(layer.rule)
     total = torch.zeros(layer.out_features, layer.in_features, dtype=torch.float64)
     for gate, expert in zip(_gates(layer), layer.all_experts(), strict=True):
-        assert isinstance(expert, KroneckerExpert)
         total += gate * kronecker_matrix(_exact(expert), rule).T
     return total
 

@@ -39,9 +39,9 @@ def aux_loss(model: nn.Module, sum_over_ranks: SumOverRanks | None = None) -> Te
     """Load balancing loss of the last training forward, summed over layers, times aux_weight.
 
     Args:
-        model: a model with `MoALinear` layers.
-        sum_over_ranks: differentiable sum over the ranks that share the batch, called once with
-            the counts of all layers [L, 2, E]; None on a single process.
+        model: with or without adapters.
+        sum_over_ranks: differentiable sum over the processes that share the batch, called once
+            with the counts of all layers [L, 2, E]; None on a single process.
 
     Returns:
         A scalar with graph; zero if no layer routes, `balance` is not by loss, or nothing ran
@@ -86,9 +86,9 @@ def update_balance(model: nn.Module, sum_over_ranks: SumOverRanks | None = None)
     balancing strategy for Mixture-of-Experts", arXiv 2408.15664).
 
     Args:
-        model: a model with `MoALinear` layers.
-        sum_over_ranks: sum over the ranks that share the batch, called once with the token counts
-            of all layers [L, E]; None on a single process.
+        model: with or without adapters.
+        sum_over_ranks: sum over the processes that share the batch, called once with the token
+            counts of all layers [L, E]; None on a single process.
     """
     taken = [(layer, layer.take_chosen()) for _, layer in moa_layers(model)]
     found = [(layer, chosen) for layer, chosen in taken if chosen is not None]

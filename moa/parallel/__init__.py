@@ -1,1 +1,1 @@
-"""Expert parallelism: experts over ranks, and the two ways to reach them."""
+"""Expert parallelism: experts over processes, and the two ways to reach them."""

@@ -1,6 +1,6 @@
 """Who owns which expert, and which transport sends less: arithmetic, without any process.
 
-Letters: N tokens of a rank, E experts of a layer, G ranks of a group.
+Letters: N tokens of a process, E experts of a layer, G processes of a group.
 """
 
 import heapq
@@ -12,11 +12,11 @@ from moa.layers.layer import MoALinear
 
 
 def place_experts(costs: Sequence[Sequence[int]], ep_size: int) -> list[list[int]]:
-    """Which rank of the group owns each expert of each layer.
+    """Which process of the group owns each expert of each layer.
 
-    The dearest expert left goes to the rank with the least so far (longest processing time first),
-    over all layers together: ranks differ by less than one expert, and none is idle as long as
-    there are as many experts as ranks.
+    The dearest expert left goes to the process with the least so far (longest processing time
+    first), over all layers together: processes differ by less than one expert, and none is idle as
+    long as there are as many experts as processes.
 
     Args:
         costs: per layer the cost of each expert, such as its number of parameters.
@@ -27,18 +27,18 @@ def place_experts(costs: Sequence[Sequence[int]], ep_size: int) -> list[list[int
     """
     owners = [[0] * len(layer) for layer in costs]
     items = [(-cost, n, e) for n, layer in enumerate(costs) for e, cost in enumerate(layer)]
-    load = [(0, 0, rank) for rank in range(ep_size)]  # cost, number of experts, rank
+    load = [(0, 0, ep_rank) for ep_rank in range(ep_size)]  # cost, number of experts, owner
     for negative, n, e in sorted(items):
-        cost, number, rank = heapq.heappop(load)
-        owners[n][e] = rank
-        heapq.heappush(load, (cost - negative, number + 1, rank))
+        cost, number, ep_rank = heapq.heappop(load)
+        owners[n][e] = ep_rank
+        heapq.heappush(load, (cost - negative, number + 1, ep_rank))
     return owners
 
 
 def traffic(
     layers: Sequence[MoALinear], tokens: int, ep_size: int, width: int, micro_batches: int = 1
 ) -> dict[Literal["gather", "all_to_all"], float]:
-    """Bytes that a rank sends per step, forward and backward, by transport.
+    """Bytes that a process sends per step, forward and backward, by transport.
 
     Args:
         layers: the adapted layers, with all experts.
@@ -64,8 +64,8 @@ def resolve_transport(layers: Sequence[MoALinear], tokens: int) -> Literal["gath
         MoAConfigError: tokens would have to carry a dropout mask.
     """
     config = layers[0].config
-    if problems := config.transport_problems():
-        raise MoAConfigError("\n".join(problems))
+    for problem in config.transport_problems():
+        raise MoAConfigError(problem)
     if config.transport != "auto":
         return config.transport
     sent = traffic(layers, tokens, 2, 1)

@@ -114,7 +114,7 @@ def test_each_rank_keeps_its_experts_under_their_global_names() -> None:
         model = tiny_vit()
         inject(model, small_config("moa_kron"))
         parallel = ExpertParallel(model, 2, rank, 100)
-        assert parallel.members.rank == rank % 2
+        assert parallel.members.ep_rank == rank % 2
         own = {n: p for n, p in model.named_parameters() if ".experts." in n}
         assert all(p.allreduce is False and p.group_name == "ep_size_2" for p in own.values())
         others = [p for n, p in model.named_parameters() if n not in own]

@@ -82,7 +82,7 @@ def fast_kronecker(
 def formed_kronecker(
     x: Tensor, experts: Sequence[KroneckerExpert], gates: Tensor | None, rule: KroneckerRule
 ) -> Tensor:
-    return moa.experts.dense_delta(x, [kronecker_matrix(e, rule) for e in experts], gates)
+    return moa.layers.experts.dense_delta(x, [kronecker_matrix(e, rule) for e in experts], gates)
 
 
 def check_against_dense(

@@ -94,7 +94,12 @@ def test_discard_of_nothing_does_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("number", "on_folder", "on_file"),
-    [(errno.EINVAL, True, False), (errno.ENOTSUP, True, False), (errno.ENOSPC, False, False)],
+    [
+        (errno.EINVAL, True, False),
+        (errno.ENOSYS, True, False),
+        (errno.ENOTSUP, True, False),
+        (errno.ENOSPC, False, False),
+    ],
     ids=lambda value: errno.errorcode.get(value, str(value)),
 )
 def test_what_may_fail_in_a_sync(

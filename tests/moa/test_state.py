@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moa import (
     AdapterError,
+    Origin,
     adapter_state_dict,
     base_hash,
     export_peft,
@@ -198,6 +199,10 @@ def truncate(folder: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
 
 
+ORIGIN = Origin(
+    dataset="PACS", domains=("art", "photo"), held_out="photo", trial_seed=0,
+    holdout_fraction=0.2, seed=1, data_hash="d", split_hash="s", command="deepspeed",
+)  # fmt: skip
 EXPERT = "blocks.0.attn.qkv.experts.1.left"
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (lambda f: f.rename(f.with_name("moved")), "no such folder"),
@@ -265,6 +270,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "classes in a word": (lambda f: edit_config(f, classes="ab"), "classes: 'ab'; must be a list"),
     "a nameless class": (lambda f: edit_config(f, classes=["a", None, "b"]), "one or more names"),
     "no class": (lambda f: edit_config(f, classes=[]), "one or more names"),
+    "an origin without a dataset": (
+        lambda f: edit_config(f, origin={"seed": 0}),
+        "not legal: origin: .*missing.*'dataset'",
+    ),
+    "an origin of another kind": (
+        lambda f: edit_config(f, origin={**ORIGIN.plain(), "seed": "0"}),
+        "not legal: origin: seed '0'; must be a whole number",
+    ),
     "no data config": (lambda f: edit_config(f, data_config=None), "must be a JSON object"),
     "other targets": (lambda f: edit_config(f, targets=["norm1"]), "moa_config does not fit"),
     "other kron_dim": (lambda f: edit_config(f, kron_dim=7), "moa_config does not fit.*kron_dim"),

@@ -23,7 +23,7 @@ import moa
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EXPERT_PARALLEL = "expert_parallel"
-"""The model's attribute under expert parallelism (`moa.expert_parallel.NAME`)."""
+"""The model's attribute under expert parallelism (`moa.parallel.expert_parallel.NAME`)."""
 
 
 def read_masters(module: nn.Module, trainables: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -181,7 +181,7 @@ def _whole(module: nn.Module, local: dict[str, Tensor]) -> dict[str, Tensor]:
     own = {n: t for n, t in local.items() if not _is_idle(n)}
     parts: list[dict[str, Tensor]] = [{} for _ in range(parallel.ep_size)]
     experts = {n: t for n, t in own.items() if ".experts." in n}
-    dist.all_gather_object(parts, experts, group=parallel.group)
+    dist.all_gather_object(parts, experts, group=parallel.members.group)
     return own | {name: tensor for part in parts for name, tensor in part.items()}
 
 

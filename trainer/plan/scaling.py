@@ -51,7 +51,7 @@ class Load:
         flops: of one image, forward, backward and recomputation.
         frozen_bytes: weights that ZeRO-3 gathers.
         trainable: numbers that train.
-        expert_bytes: what a process sends for its experts' sake (`moa.placement.traffic`).
+        expert_bytes: what a process sends for its experts' sake (`moa.parallel.placement.traffic`).
         layers: adapted layers.
         modules: blocks whose weights ZeRO-3 gathers one after the other.
         stage: ZeRO stage.

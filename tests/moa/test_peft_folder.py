@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -395,17 +396,20 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "our own": (lambda f: edit_config(f, peft_type="MOA"), "'MOA'; .*moa.load_adapter reads"),
     "fan_in_fan_out": (lambda f: edit_config(f, fan_in_fan_out=True), "fan_in_fan_out: True; "),
     "from the future": (lambda f: edit_config(f, use_xyz=1), "use_xyz: 1; not part of plain LoRA"),
-    "no rank": (lambda f: edit_config(f, r=None), "r: None at blocks.0.attn.qkv; legal is"),
-    "half a rank": (lambda f: edit_config(f, r=1.5), "r: 1.5 at blocks.0.attn.qkv; legal is"),
-    "rank zero": (lambda f: edit_config(f, r=0), "r: 0 at blocks.0.attn.qkv; legal is"),
-    "alpha text": (lambda f: edit_config(f, lora_alpha="8"), "lora_alpha: '8' at blocks.0"),
-    "alpha nan": (lambda f: edit_config(f, lora_alpha=float("nan")), "lora_alpha: nan at blocks.0"),
+    "no rank": (lambda f: edit_config(f, r=None), "r: None; legal is a whole number"),
+    "half a rank": (lambda f: edit_config(f, r=1.5), "r: 1.5; legal is a whole number"),
+    "rank zero": (lambda f: edit_config(f, r=0), "r: 0; legal is a whole number"),
+    "alpha text": (lambda f: edit_config(f, lora_alpha="8"), "lora_alpha: '8'; legal is a finite"),
+    "alpha nan": (
+        lambda f: edit_config(f, lora_alpha=float("nan")),
+        "lora_alpha: nan; legal is a finite",
+    ),
     "pattern list": (lambda f: edit_config(f, rank_pattern=[3]), "cannot be imported"),
     "no expression": (lambda f: edit_config(f, target_modules="("), "cannot be imported"),
     "target number": (lambda f: edit_config(f, target_modules=3), "cannot be imported"),
     "no targets": (
         lambda f: (edit_config(f, target_modules="x"), edit_tensors(f, lambda t: t.clear())),
-        "target_modules: 'x' matches no layer",
+        "No modules were targeted .* check your `target_modules`",
     ),
     "other rank": (lambda f: edit_config(f, r=3), r"lora_A.weight is \(2, 16\), .* has \(3, 16\)"),
     "other width": (
@@ -476,6 +480,15 @@ def test_refused_folder_leaves_the_model_untouched(
     harm, message = DAMAGES[damage]
     harm(tmp_path)
     assert_refused(tmp_path, message)
+
+
+def test_a_missing_library_is_named_with_its_remedy(
+    template: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, content in template.items():
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert_refused(tmp_path, r"needs peft; pip install 'moa-trainer\[peft\]'$")
 
 
 def test_unsuitable_models_are_refused(template: dict[str, bytes], tmp_path: Path) -> None:
