@@ -26,7 +26,7 @@ _ARCHIVE_VERSION = 2
 _CACHE_VARIABLE = "MOA_CACHE"
 
 
-def unpack_digits(folder: Path) -> None:
+def unpack_digits(folder: str | Path) -> None:
     """Lay the embedded data out as an image folder `<domain>/<class>/<number>.png`.
 
     Raises:
@@ -44,7 +44,7 @@ def write_digits(out: Path) -> ShardIndex:
     """
     with tempfile.TemporaryDirectory(prefix="digits-") as folder:
         try:
-            unpack_digits(Path(folder))
+            unpack_digits(folder)
         except OSError as error:
             raise OutputError(f"temporary folder {folder}: {error.strerror}") from error
         return write_shards(Path(folder), out, dataset_spec("digits"))

@@ -1,7 +1,6 @@
 """The check of a whole shard set against its index, byte by byte."""
 
 import functools
-import io
 import json
 import logging
 import os
@@ -247,25 +246,18 @@ def _check_image(
     if error is None:
         if not wrong:
             found.sound.add(key)
-    elif _decode_error(data, truncated=True):
+    elif _decode_error(data, incomplete=True):
         found.unusable.append((key, f"cannot be decoded ({error})"))
     else:
         found.incomplete.append((key, f"the image is incomplete ({error})"))
 
 
-def _decode_error(data: bytes, truncated: bool = False) -> str | None:
-    """Try to decode an image; `truncated` accepts what is there of an incomplete one."""
-    from PIL import Image, ImageFile, UnidentifiedImageError  # here: only the deep check needs it
+def _decode_error(data: bytes, *, incomplete: bool = False) -> str | None:
+    """Try to decode an image, or what there is of an incomplete one."""
+    from shards.pixels.image_file import open_rgb  # here: only the deep check needs Pillow
 
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = truncated
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.convert("RGB")
-    except UnidentifiedImageError:
-        return "of no known format"
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return str(error) or type(error).__name__
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
+        open_rgb(data, incomplete=incomplete)
+    except ValueError as error:
+        return str(error)
     return None

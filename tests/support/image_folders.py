@@ -22,7 +22,7 @@ CLASSES = ("zero", "one", "two")
 def make_own_images(root: Path) -> None:
     """Makes 4 domains x 3 classes x 20 images, three of them broken."""
     with TemporaryDirectory() as digits:
-        unpack_digits(Path(digits))
+        unpack_digits(digits)
         for domain, style in STYLES.items():
             for label, name in enumerate(CLASSES):
                 (root / domain / name).mkdir(parents=True, exist_ok=True)
