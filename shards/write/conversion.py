@@ -219,7 +219,7 @@ def _write_table(
     table["rank"] = np.arange(len(table))
     table["label"] = listed.labels
     for number, (task, shard) in enumerate(zip(plan.tasks, shards, strict=True)):
-        if task.domain == listed.name:
+        if task.domain_name == listed.name:
             table["shard"][task.places] = number
             for column in ("offset", "size", "crc32"):
                 table[column][task.places] = shard.rows[column]

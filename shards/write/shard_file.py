@@ -119,9 +119,9 @@ def _members(task: ShardTask, number: int, image: bytes) -> list[tuple[str, byte
     place, path, label = int(task.places[number]), task.paths[number], task.labels[number]
     about = {
         "class_name": task.classes[label],
-        "domain": task.domain,
+        "domain": task.domain_name,
         "index": place,
-        "path": f"{task.domain}/{path}",
+        "path": f"{task.domain_name}/{path}",
     }
     contents = {
         member_suffix(path): image,

@@ -31,7 +31,7 @@ class ShardTask:
     """One shard to write: its samples in order, each with place, path, size and label."""
 
     file: str
-    domain: str
+    domain_name: str
     folder: Path
     prefix: str
     classes: tuple[str, ...]
@@ -104,7 +104,7 @@ def make_plan(listing: Listing, dataset: str, shard_size: int, shard_bytes: int)
         tasks += [
             ShardTask(
                 file=f"{stem}-{number:06d}.tar",
-                domain=domain.name,
+                domain_name=domain.name,
                 folder=listing.root / domain.name,
                 prefix=prefix,
                 classes=listing.classes,

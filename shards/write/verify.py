@@ -94,7 +94,7 @@ def _checks(index: ShardIndex, deep: bool) -> Iterator["_ShardCheck"]:
         yield _ShardCheck(
             path=index.root / info.file,
             info=info,
-            domain=index.domains[domain],
+            domain_name=index.domains[domain],
             prefix=index.domain_infos[domain].key_prefix,
             classes=index.classes,
             rows=index.table(domain)[places[domain]],
@@ -119,7 +119,7 @@ class _ShardCheck:
 
     path: Path
     info: ShardInfo
-    domain: str
+    domain_name: str
     prefix: str
     classes: tuple[str, ...]
     rows: npt.NDArray[np.void]
@@ -207,7 +207,7 @@ class _ShardCheck:
                 self.problems.append(f"sample {key}: label {value}, expected {label}")
             return
         name = self.classes[label] if label < len(self.classes) else None
-        wanted = {"domain": self.domain, "class_name": name, "index": int(row["rank"])}
+        wanted = {"domain": self.domain_name, "class_name": name, "index": int(row["rank"])}
         self.problems += [
             f"sample {key}: its .json does not give {entry} {want!r}"
             for entry, want in wanted.items()

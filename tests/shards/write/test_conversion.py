@@ -141,7 +141,7 @@ def test_unreadable_image_is_named_when_packing(tmp_path: Path, jobs: int) -> No
     domain = listing.domains[1]
     assert "dog/im001.jpg" not in domain.paths
     plan = shard_plan.make_plan(listing, "folder", 5, 10**9)
-    task = next(task for task in plan.tasks if task.domain == "photo")
+    task = next(task for task in plan.tasks if task.domain_name == "photo")
     broken = dataclasses.replace(
         task, paths=("dog/im001.jpg", *task.paths[1:]), sizes=np.array([size, *task.sizes[1:]])
     )
