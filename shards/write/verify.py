@@ -52,8 +52,7 @@ def verify_shards(index: ShardIndex, *, deep: bool, jobs: int = 1) -> VerifyRepo
         )
     problems = list(_check_folder(index))
     shards: dict[int, _ShardReport] = {}
-    total = sum(index.num_samples(domain) for domain in range(len(index.domains)))
-    with progress("verifying", total) as advance:
+    with progress("verifying", sum(shard.samples for shard in index.shards)) as advance:
         checks = _checks(index, deep)
         for number, found in run_tasks(_ShardCheck.run, checks, min(jobs, len(index.shards))):
             shards[number] = found
