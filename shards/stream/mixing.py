@@ -7,6 +7,7 @@ slots [r*G/R, (r+1)*G/R), cut in A equal pieces. Nothing is stored: to resume, a
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,59 +34,65 @@ class Slots(NamedTuple):
     places: Int64Array
 
 
+@dataclass(eq=False, kw_only=True)
 class DomainMix:
     """The order of an endless stream of domain-balanced global batches.
-
-    Args:
-        index: the shard set.
-        sources: numbers of the domains to train on.
-        batch_per_domain: images of each source domain in the global batch.
-        seed: seed of order and augmentation.
-        trial_seed: number of the trial, which fixes the 80/20 split.
-        mode: `permutation` (every image once per epoch), `window` (the same, some shards at a time)
-            or `replacement` (independent draws).
-        window: shards of a domain that are read at a time; only with `window`.
-        holdout_fraction: share of every domain that is kept for validation.
 
     Raises:
         DataConfigError: an argument is out of range.
     """
 
-    def __init__(
-        self,
-        index: ShardIndex,
-        *,
-        sources: Sequence[int],
-        batch_per_domain: int,
-        seed: int,
-        trial_seed: int,
-        mode: SamplingMode = "permutation",
-        window: int = 0,
-        holdout_fraction: float = 0.2,
-    ) -> None:
-        _check_arguments(index, sources, batch_per_domain)
-        if problems := mode_problems(mode, window):
-            raise DataConfigError(problems[0])
-        self.index = index
-        self.sources = tuple(int(domain) for domain in sources)
-        self.batch_per_domain = batch_per_domain
-        self.seed = seed
-        self.trial_seed = trial_seed
-        self.mode: SamplingMode = mode
-        self.window = window
-        self.holdout_fraction = holdout_fraction
+    index: ShardIndex = field(kw_only=False)
+    sources: Sequence[int]
+    """Numbers of the domains to train on."""
+    batch_per_domain: int
+    """Images of each source domain in the global batch."""
+    seed: int
+    """Of order and augmentation."""
+    trial_seed: int
+    """Number of the trial, which fixes the 80/20 split."""
+    mode: SamplingMode = "permutation"
+    """`permutation` (every image once per epoch), `window` (the same, some shards at a time) or
+    `replacement` (independent draws)."""
+    window: int = 0
+    """Shards of a domain that are read at a time; only with `window`."""
+    holdout_fraction: float = 0.2
+    """Share of every domain that is kept for validation."""
+
+    def __post_init__(self) -> None:
+        self.sources = tuple(int(domain) for domain in self.sources)
+        self._check_arguments()
         self._train_places = {domain: self._training_part(domain) for domain in self.sources}
         self._orders = {
             domain: DomainOrder(
-                seed,
-                index.domains[domain],
+                self.seed,
+                self.index.domains[domain],
                 len(places),
-                mode,
-                window,
-                index.table(domain)["shard"][places],
+                self.mode,
+                self.window,
+                self.index.table(domain)["shard"][places],
             )
             for domain, places in self._train_places.items()
         }
+
+    def _check_arguments(self) -> None:
+        """Raise on the first argument that is out of range."""
+        sources, count = list(self.sources), len(self.index.domains)
+        if not sources or len(set(sources)) != len(sources):
+            raise DataConfigError(f"sources = {sources}: need at least one domain, each once")
+        for domain in sources:
+            if not 0 <= domain < count:
+                raise DataConfigError(f"sources: domain number {domain} must lie in [0, {count})")
+            if self.index.num_samples(domain) < 1:
+                raise DataConfigError(
+                    f"sources: domain {self.index.domains[domain]!r} holds no sample"
+                )
+        if self.batch_per_domain < 1:
+            raise DataConfigError(
+                f"train.batch_per_domain = {self.batch_per_domain}: must be 1 or more"
+            )
+        if problems := mode_problems(self.mode, self.window):
+            raise DataConfigError(problems[0])
 
     def _training_part(self, domain: int) -> UInt32Array:
         """Give the places of a domain's `in` split, as small as they can be stored."""
@@ -211,17 +218,3 @@ class DomainMix:
             "holdout_fraction": self.holdout_fraction,
             "subset": self.index.subset.fingerprint if self.index.subset else None,
         }
-
-
-def _check_arguments(index: ShardIndex, sources: Sequence[int], batch_per_domain: int) -> None:
-    """Raise on the first argument that is out of range."""
-    count = len(index.domains)
-    if not sources or len(set(sources)) != len(sources):
-        raise DataConfigError(f"sources = {list(sources)}: need at least one domain, each once")
-    for domain in sources:
-        if not 0 <= domain < count:
-            raise DataConfigError(f"sources: domain number {domain} must lie in [0, {count})")
-        if index.num_samples(domain) < 1:
-            raise DataConfigError(f"sources: domain {index.domains[domain]!r} holds no sample")
-    if batch_per_domain < 1:
-        raise DataConfigError(f"train.batch_per_domain = {batch_per_domain}: must be 1 or more")

@@ -6,6 +6,7 @@ names the algorithm; it changes whenever any function here would return another 
 """
 
 from collections import OrderedDict
+from dataclasses import InitVar, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +37,7 @@ class Epoch(NamedTuple):
     """[windows], the position at which each window starts."""
 
 
+@dataclass(eq=False)
 class DomainOrder:
     """The endless stream over the training samples of one domain, by position.
 
@@ -45,32 +47,24 @@ class DomainOrder:
     before the next; so few shards are needed at any moment, and with a window of all shards it is
     the order of `permutation`. With `replacement` every position is an independent draw, as
     DomainBed's sampler does it.
-
-    Args:
-        seed: seed of the run.
-        name: name of the domain.
-        n: number of samples, at least 1.
-        mode: `permutation`, `window` or `replacement`.
-        window: shards per window; only with `window`.
-        shards: integer array [n], the shard of every sample; needed with `window`.
     """
 
-    def __init__(
-        self,
-        seed: int,
-        name: str,
-        n: int,
-        mode: SamplingMode = "permutation",
-        window: int = 0,
-        shards: npt.ArrayLike = (),
-    ) -> None:
-        self.seed = seed
-        self.name = name
-        self.n = n
-        self.mode = mode
-        self.window = window
-        self.shards, numbers = np.unique(np.asarray(shards, dtype=np.int64), return_inverse=True)
-        self._shard_of = numbers.astype(np.uint32)  # every sample's place in `shards`
+    seed: int
+    """Of the run."""
+    name: str
+    """Of the domain."""
+    n: int
+    """Number of samples, at least 1."""
+    mode: SamplingMode = "permutation"
+    window: int = 0
+    """Shards per window; only with `window`."""
+    sample_shards: InitVar[npt.ArrayLike] = ()
+    """Integers [n], the shard of every sample; needed with `window`."""
+
+    def __post_init__(self, sample_shards: npt.ArrayLike) -> None:
+        numbers = np.asarray(sample_shards, dtype=np.int64)
+        self.shards, which = np.unique(numbers, return_inverse=True)
+        self._which = which.astype(np.uint32)  # of `shards` each sample is in
         self._epochs: OrderedDict[int, Epoch] = OrderedDict()
 
     def elements(self, k: npt.ArrayLike) -> Int64Array:
@@ -98,7 +92,7 @@ class DomainOrder:
         if self.mode == "window":
             window_of = np.empty(len(self.shards), dtype=np.uint32)
             window_of[self._shard_order(number)] = np.arange(len(self.shards)) // self.window
-            groups = window_of[self._shard_of]
+            groups = window_of[self._which]
             order = order[np.argsort(groups[order], kind="stable")]
             starts = np.concatenate([starts, np.bincount(groups).cumsum()[:-1]])
         while len(self._epochs) >= max(2, _CACHED_ELEMENTS // self.n):

@@ -3,17 +3,14 @@
 `DomainMix` says which sample stands where; here samples are read, decoded and augmented.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from shards.config import SamplingMode
 from shards.errors import DamagedDataError, DataConfigError, verify_command
 from shards.pixels.decoding import Decoder
 from shards.pixels.transforms import LoaderTransform
 from shards.randomness import hash64
-from shards.read.index import ShardIndex
 from shards.stream.bad_samples import BadSample
 from shards.stream.batches import (
     Batch,
@@ -31,45 +28,23 @@ from shards.stream.order import substitute_index
 _MAX_SUBSTITUTES = 16
 
 
+@dataclass(eq=False, kw_only=True)
 class DomainStream(DomainMix):
     """An endless stream of global batches with the same number of images of every source domain.
-
-    Args:
-        index: as for `DomainMix`, like all that is not named here.
-        transform: from pixels to float32 [3, H, W], or to a half-done image for `finish_images`;
-            random numbers from torch's default generator.
-        decoder: what decodes the images; None for the default one.
 
     Raises:
         DataConfigError: an argument is out of range.
     """
 
-    def __init__(
-        self,
-        index: ShardIndex,
-        *,
-        sources: Sequence[int],
-        batch_per_domain: int,
-        seed: int,
-        trial_seed: int,
-        transform: LoaderTransform,
-        mode: SamplingMode = "permutation",
-        window: int = 0,
-        holdout_fraction: float = 0.2,
-        decoder: Decoder | None = None,
-    ) -> None:
-        super().__init__(
-            index,
-            sources=sources,
-            batch_per_domain=batch_per_domain,
-            seed=seed,
-            trial_seed=trial_seed,
-            mode=mode,
-            window=window,
-            holdout_fraction=holdout_fraction,
-        )
-        self.transform = transform
-        self.decoder = decoder or Decoder()
+    transform: LoaderTransform
+    """From pixels to float32 [3, H, W], or to a half-done image for `finish_images`; random
+    numbers from torch's default generator."""
+    decoder: Decoder | None = None
+    """What decodes the images; None for the default one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._decoder = self.decoder or Decoder()
         self._check_cache()
 
     def loader(
@@ -150,7 +125,7 @@ class DomainStream(DomainMix):
             if attempt:
                 chosen = substitute_index(self.seed, name, len(train), position, attempt)
                 place = int(train[chosen])
-            found = open_image(self.index, domain, place, self.decoder, attempt)
+            found = open_image(self.index, domain, place, self._decoder, attempt)
             if found.bad is not None:
                 bad.append(found.bad)
             if found.pixels is not None:
