@@ -63,15 +63,12 @@ def loader_transform(data_config: Mapping[str, Any], augment: ResolvedAugment) -
 def finish_batch(
     images: torch.Tensor, draws: torch.Tensor, data_config: Mapping[str, Any]
 ) -> torch.Tensor:
-    """Do the rest of the training transform for a batch, on whatever device it is.
+    """Do the rest of the training transform for a batch: float32 [b, 3, H, W].
 
     Args:
-        images: uint8 [b, 3, H, W].
+        images: uint8 [b, 3, H, W], on whatever device.
         draws: float32 [b, DRAWS] or [b, 0], on the CPU.
         data_config: as for `train_transform`.
-
-    Returns:
-        float32 [b, 3, H, W].
     """
     levels = apply_colour_batch(images, draws) if draws.shape[1] else images
     return _normalise(data_config)(levels)
@@ -79,9 +76,6 @@ def finish_batch(
 
 def eval_transform(data_config: Mapping[str, Any]) -> ImageTransform:
     """Build the evaluation transform: the whole image at the backbone's size, without a crop.
-
-    Args:
-        data_config: as for `train_transform`.
 
     Raises:
         DataConfigError: the interpolation is unknown.

@@ -73,13 +73,9 @@ def counts_from_names(named: Mapping[str, int], domains: Sequence[str]) -> torch
 
 
 def check_unusable(where: str, unusable: int, total: int, limit: float) -> None:
-    """Raise if too many images of an evaluated split could not be used.
+    """Raise if grey images had to stand for too many images of an evaluated split.
 
-    Args:
-        where: name of the split, for the error message.
-        unusable: images that a grey one stands for.
-        total: all images of the split.
-        limit: largest tolerated share; `TOLERATED_PER_EPOCH` are tolerated unless it is 0.
+    `limit` is the largest tolerated share; `TOLERATED_PER_EPOCH` are tolerated unless it is 0.
 
     Raises:
         DamagedDataError: there are more.
@@ -107,7 +103,7 @@ def check_bad_fraction(
         counts: as from `count_bad`, over all batches and ranks so far.
         seen: domain number to images drawn so far.
         sizes: domain number to the number of different images that they are drawn from.
-        domains: domain names in order.
+        domains: names in order.
         limit: largest tolerated share.
 
     Raises:

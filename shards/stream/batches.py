@@ -2,8 +2,9 @@
 
 import contextlib
 import logging
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -49,15 +50,6 @@ class LoadedImage(NamedTuple):
     colour: torch.Tensor | None = None
 
 
-class BatchSource(Protocol):
-    """A numbered list of batches, each of which can be built on its own, in any process."""
-
-    def __len__(self) -> int: ...
-
-    def build(self, number: int) -> Batch:
-        """Build one batch."""
-
-
 def stack(loaded: Iterable[LoadedImage], count: int, first_slot: int) -> Batch:
     """Make a batch of `count` images of equal size, at least one; the first has slot `first_slot`.
 
@@ -87,13 +79,7 @@ def finish_images(
 ) -> torch.Tensor:
     """Bring a batch's images to a device, and do there what the loader left to it.
 
-    Args:
-        batch: as from a loader.
-        device: where the model is.
-        data_config: the backbone's, as for `train_transform`.
-
-    Returns:
-        float32 [b, 3, H, W] on the device, normalised.
+    Gives normalised float32 [b, 3, H, W]; `data_config` is that of `train_transform`.
     """
     images = batch.images.to(device, non_blocking=True)
     if batch.colour is None:
@@ -127,6 +113,25 @@ def undisturbed() -> Iterator[None]:
         torch.default_generator.set_state(state)
 
 
+class BatchSource(Dataset["Batch | Exception"]):
+    """A numbered list of batches, each of which can be built on its own, in any process."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def build(self, number: int) -> Batch:
+        """Build one batch."""
+
+    def __getitem__(self, number: int) -> Batch | Exception:
+        """Build one batch, or give what went wrong, for `BatchLoader` to raise."""
+        try:
+            with undisturbed():
+                return self.build(number)
+        except (DamagedDataError, DataConfigError, OutputError, OSError) as error:
+            return error
+
+
 class BatchLoader(DataLoader[Batch]):
     """A torch loader over a `BatchSource`, in order.
 
@@ -134,10 +139,8 @@ class BatchLoader(DataLoader[Batch]):
     raised, not wrapped in a traceback.
 
     Args:
-        source: the batches.
         reported: keys of bad samples that the log has named; shared by the loaders of a set.
-        workers: loader processes; 0 loads in this process.
-        pin_memory: put batches into page-locked memory.
+        workers: loader processes; 0 loads in this one.
         start_method: how loader processes are started; None for the platform's own way.
     """
 
@@ -153,7 +156,7 @@ class BatchLoader(DataLoader[Batch]):
         if workers < 0:
             raise DataConfigError(f"data.workers = {workers}: must be 0 or more")
         super().__init__(
-            _BatchDataset(source),  # type: ignore[arg-type]  # its errors are raised in __iter__
+            source,  # type: ignore[arg-type]  # its errors are raised in __iter__
             batch_size=None,
             sampler=range(len(source)),
             num_workers=workers,
@@ -192,30 +195,10 @@ def _as_it_is(batch: Made) -> Made:
     return batch
 
 
-class _BatchDataset(Dataset["Batch | Exception"]):
-    """Hands batches, or what went wrong, to the loader."""
-
-    def __init__(self, source: BatchSource) -> None:
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, number: int) -> Batch | Exception:
-        try:
-            with undisturbed():
-                return self.source.build(number)
-        except (DamagedDataError, DataConfigError, OutputError, OSError) as error:
-            return error
-
-
 def rank_range(total: int, rank: int, world_size: int) -> range:
     """Give the contiguous part of 0..total-1 that belongs to a process; all parts are disjoint.
 
-    Args:
-        total: how many items there are.
-        rank: number of the process.
-        world_size: number of processes; need not divide `total`.
+    The number of processes need not divide `total`.
 
     Raises:
         DataConfigError: the rank is not in the world.

@@ -10,7 +10,15 @@ from shards.pixels.decoding import Decoder, undecodable_placeholder
 from shards.pixels.transforms import ImageTransform
 from shards.randomness import Int64Array, hash64
 from shards.read.index import ShardIndex
-from shards.stream.batches import Batch, BatchLoader, LoadedImage, rank_range, seeded, stack
+from shards.stream.batches import (
+    Batch,
+    BatchLoader,
+    BatchSource,
+    LoadedImage,
+    rank_range,
+    seeded,
+    stack,
+)
 from shards.stream.one_image import open_image
 from shards.stream.split import split_indices
 
@@ -20,15 +28,10 @@ Split: TypeAlias = Literal["in", "out", "all", "left_out"]
 def split_places(
     index: ShardIndex, domain: int, split: Split, *, trial_seed: int, holdout_fraction: float
 ) -> Int64Array:
-    """Give the places of a split's samples in their domain's list.
+    """Give the places of a split's samples in the file list of a domain, which is given by number.
 
-    Args:
-        index: the shard set.
-        domain: number of the domain.
-        split: `in` (training part), `out` (validation part), `all`, or `left_out` (what the subset
-            does not keep, of both parts; it is not in the others).
-        trial_seed: number of the trial.
-        holdout_fraction: share of the validation part.
+    The splits are `in` (training part), `out` (validation part, a share of `holdout_fraction`),
+    `all`, and `left_out`: what the subset does not keep, of both parts; it is not in the others.
 
     Raises:
         DataConfigError: the split is unknown.
@@ -60,26 +63,13 @@ def evaluation_loader(
     pin_memory: bool = False,
     decoder: Decoder | None = None,
 ) -> BatchLoader:
-    """Load one split of one domain for evaluation.
+    """Load one split of one domain, as of `split_places`, for evaluation.
 
     Every rank gets a contiguous range without padding or repeats, so sums of correct and total over
     the ranks are exact; with more ranks than samples some ranks get no batch. An image that cannot
     be used is replaced by a grey one, so that it still counts, and reported in `bad`. The order is
-    that of the split, or of the shards if these are remote.
-
-    Args:
-        index: the shard set.
-        domain: number of the domain.
-        split: as for `split_places`, like the next two.
-        trial_seed: number of the trial.
-        holdout_fraction: share of the `out` part.
-        transform: from pixels to float32 [3, H, W].
-        rank: number of this process.
-        world_size: number of processes.
-        batch_size: images per batch; the last batch of a rank may be smaller.
-        workers: loader processes.
-        pin_memory: put batches into page-locked memory.
-        decoder: what decodes the images; None for the default one.
+    that of the split, or of the shards if these are remote. The last batch of a rank may be smaller
+    than `batch_size`. `transform` makes float32 [3, H, W] of pixels.
 
     Raises:
         DataConfigError: an argument is out of range.
@@ -99,8 +89,8 @@ def evaluation_loader(
     return BatchLoader(source, reported=index.reported, workers=workers, pin_memory=pin_memory)
 
 
-@dataclass
-class _EvaluationBatches:
+@dataclass(eq=False)
+class _EvaluationBatches(BatchSource):
     """The batches of one rank; `mine` is its range of `places`."""
 
     index: ShardIndex

@@ -21,14 +21,9 @@ class OpenedImage(NamedTuple):
 def open_image(
     index: ShardIndex, domain: int, place: int, decoder: Decoder, attempt: int = 0
 ) -> OpenedImage:
-    """Read and decode one image, or note that it cannot be used.
+    """Read and decode the image at a place of a domain's file list, or note that it cannot be used.
 
-    Args:
-        index: the shard set.
-        domain: number of the domain.
-        place: in the domain's sorted file list.
-        decoder: what decodes it.
-        attempt: how many substitutes were tried before.
+    `attempt` counts the substitutes that were tried before.
 
     Raises:
         DamagedDataError: a shard as a whole is not what the index promises.

@@ -133,13 +133,9 @@ class DomainOrder:
 
 
 def substitute_index(seed: int, name: str, n: int, k: int, attempt: int) -> int:
-    """Give the element in [0, n) that stands in for an unreadable one; moves no other position.
+    """Give the element in [0, n) that stands in for the unreadable one at position `k` of a domain.
 
-    Args:
-        seed: seed of the run.
-        name: name of the domain.
-        n: number of samples.
-        k: position in the domain's stream.
-        attempt: 1 for the first substitute, 2 if that cannot be read either, and so on.
+    `attempt` is 1 for the first substitute, 2 if that cannot be read either, and so on. No other
+    position is moved by it.
     """
     return hash64(seed, "substitute", name, k, attempt) % n

@@ -15,6 +15,7 @@ from shards.stream.bad_samples import BadSample
 from shards.stream.batches import (
     Batch,
     BatchLoader,
+    BatchSource,
     LoadedImage,
     StartMethod,
     rank_range,
@@ -58,14 +59,14 @@ class DomainStream(DomainMix):
         pin_memory: bool = False,
         start_method: StartMethod | None = None,
     ) -> BatchLoader:
-        """Load a rank's share of a range of steps: `accumulation` batches per step, in order.
+        """Load a rank's share of a range of steps: `accumulation` micro-batches per step, in order.
 
         Args:
             start_step: first step; to resume, the first one not yet done.
             stop_step: first step not to load.
-            rank: number of this process.
+            rank: of this process.
             world_size: number of processes.
-            workers: loader processes.
+            workers: loader processes; 0 loads in this one.
             accumulation: micro-batches per step.
             pin_memory: put batches into page-locked memory.
             start_method: how loader processes are started; None for the platform's own way.
@@ -110,7 +111,7 @@ class DomainStream(DomainMix):
         """Read, decode and augment one slot's image, or its substitute if it cannot be used.
 
         Args:
-            domain: number of the domain.
+            domain: its number.
             position: in the domain's stream, which keys augmentation and substitute.
             place: of the sample that stands there.
 
@@ -141,8 +142,8 @@ class DomainStream(DomainMix):
         )
 
 
-@dataclass
-class _TrainingBatches:
+@dataclass(eq=False)
+class _TrainingBatches(BatchSource):
     """The micro-batches of one rank over a range of steps; `mine` is its range of slots."""
 
     stream: DomainStream

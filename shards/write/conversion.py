@@ -140,25 +140,20 @@ def _prepare(out: Path, plan: ShardPlan) -> list[ShardTask]:
     same = lines[0] == plan.state_sha256
     whole_lines = lines[1:-1] if same else []  # what follows the last newline was cut short
     recorded = dict(line.split(" ") for line in whole_lines if line.count(" ") == 1)
-    tasks = [
-        replace(task, sha256=recorded[task.file])
-        if task.file in recorded and task.file in names
-        else task
-        for task in plan.tasks
-    ]
-    kept = {task.file: task.sha256 for task in tasks if task.sha256 is not None}
+    there = {task.file for task in plan.tasks} & set(names)
+    kept = {name: sha256 for name, sha256 in recorded.items() if name in there}
     for name in names:
         if name != STATE_NAME and name not in kept:
             (out / name).unlink()
     if same:
-        log.info("continuing: %d of %d shards are there", len(kept), len(tasks))
+        log.info("continuing: %d of %d shards are there", len(kept), len(plan.tasks))
     elif started:
         log.info("images or settings changed since the conversion was interrupted; starting afresh")
     with replaced_when_whole(out / STATE_NAME) as stream:
         records = [plan.state_sha256, *(f"{name} {sha256}" for name, sha256 in kept.items())]
         stream.write("".join(f"{line}\n" for line in records).encode())
     _check_space(out, plan)
-    return tasks
+    return [replace(task, sha256=kept.get(task.file)) for task in plan.tasks]
 
 
 def _check_space(out: Path, plan: ShardPlan) -> None:
