@@ -57,7 +57,8 @@ def loader_transform(data_config: Mapping[str, Any], augment: ResolvedAugment) -
 
     It draws the same random numbers as `train_transform`, and takes and raises the same.
     """
-    return _LoaderPart(_compose(*_shape(data_config, augment)), augment != "none")
+    shape = _compose(*_shape(data_config, augment))
+    return functools.partial(_half_done, shape=shape, colour=augment != "none")
 
 
 def finish_batch(
@@ -83,16 +84,10 @@ def eval_transform(data_config: Mapping[str, Any]) -> ImageTransform:
     return _compose(*_shape(data_config, "none"), _normalise(data_config))
 
 
-class _LoaderPart:
-    """Shapes an image and draws what will happen to its colours."""
-
-    def __init__(self, shape: ImageTransform, colour: bool) -> None:
-        self.shape = shape
-        self.colour = colour
-
-    def __call__(self, pixels: Pixels) -> HalfDone:
-        image = to_tensor(self.shape(pixels))
-        return HalfDone(image, draw_colour() if self.colour else torch.empty(0))
+def _half_done(pixels: Pixels, shape: ImageTransform, colour: bool) -> HalfDone:
+    """Shape an image and draw what will happen to its colours."""
+    image = to_tensor(shape(pixels))
+    return HalfDone(image, draw_colour() if colour else torch.empty(0))
 
 
 def _shape(data_config: Mapping[str, Any], augment: ResolvedAugment) -> list[Any]:
