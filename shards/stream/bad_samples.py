@@ -1,8 +1,8 @@
 """Images that could not be used as they are: what is noted of each, and when there are too many.
 
-A bad image is never dropped. In training another image of its domain takes its place, chosen by the
-place alone; in evaluation a grey one does. What the model says to that counts like any other, so it
-is right by chance, and how many there were is told beside the accuracy.
+A bad image is never dropped. In training another image of its domain, chosen by the position alone,
+stands in for it; in evaluation a grey one does. What the model says to that counts like any other,
+so it is right by chance, and how many there were is told beside the accuracy.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

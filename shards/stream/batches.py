@@ -30,13 +30,13 @@ class Batch(NamedTuple):
     domains: torch.Tensor
     """int64 [b], domain numbers in the dataset's order."""
     first_slot: int
-    """Place of the first image in the global batch, or in the evaluated split."""
+    """Slot of the first image in the global batch, or its number in the evaluated split."""
     substituted: int
     """How many images could not be used and were replaced."""
     bad: Sequence[BadSample] = ()
     """Every image that could not be used as it is, substitutes included."""
     colour: torch.Tensor | None = None
-    """float32 [b, 9], the draws of `shards.colour` still to be applied; None when that is done."""
+    """float32 [b, 9], draws of `shards.pixels.colour` still to be applied; None when done."""
 
 
 class LoadedImage(NamedTuple):
