@@ -3,12 +3,8 @@
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from shards.errors import DataConfigError
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,31 +102,16 @@ DATASETS: dict[str, DatasetSpec] = {spec.name: spec for spec in _SPECS}
 
 
 def nearest(name: str, legal: list[str]) -> str:
-    """Phrase the legal name closest to a mistyped one.
-
-    Args:
-        name: What was given.
-        legal: What could have been given.
-
-    Returns:
-        `" (did you mean 'X'?)"`, or an empty string when nothing is close.
-    """
+    """Phrase the legal name closest to a mistyped one; empty when nothing is close."""
     match = difflib.get_close_matches(name, legal, n=1)
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
 def dataset_spec(name: str, setting: str = "data.dataset") -> DatasetSpec:
-    """Look up a dataset.
-
-    Args:
-        name: Name of the dataset.
-        setting: What the user set, for the error message.
-
-    Returns:
-        Its entry in the registry.
+    """Look up a dataset; `setting` is what the error says it was given as.
 
     Raises:
-        DataConfigError: If there is no such dataset; lists the known ones and the nearest.
+        DataConfigError: there is no such dataset; lists the known ones and the nearest.
     """
     if name not in DATASETS:
         legal = list(DATASETS)
@@ -142,17 +123,12 @@ def dataset_spec(name: str, setting: str = "data.dataset") -> DatasetSpec:
 
 
 def held_out_names(text: str, domains: Sequence[str]) -> tuple[str, ...]:
-    """Read `data.held_out`: one domain, or several joined by `+`.
+    """Read `data.held_out`: the target domain, or several joined by `+` of which it is the first.
 
-    Args:
-        text: Such as `sketch` or `sketch+photo`; a domain's own name may contain a `+`.
-        domains: Domain names.
-
-    Returns:
-        The names, the first of which is the target; whether there are such domains is not checked.
+    A domain's own name may contain a `+`. Whether there are such domains is not checked.
 
     Raises:
-        DataConfigError: If a name is given twice.
+        DataConfigError: a name is given twice.
     """
     names = (text,) if text in domains else tuple(text.split("+"))
     if len(set(names)) < len(names):

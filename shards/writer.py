@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from shards.datasets import DATASETS, DatasetSpec, dataset_spec, nearest
 from shards.errors import DamagedDataError, DataConfigError, OutputError
@@ -42,6 +42,12 @@ def _path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def _underscored(word: str) -> str:
+    """Spell a flag such as `--shard-size=9` with underscores; leave any other word as it is."""
+    flag, equals, value = word.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value if word.startswith("--") else word
+
+
 class _Formatter(logging.Formatter):
     """Begins warnings with `warning: `, as errors begin with `error: `."""
 
@@ -51,7 +57,13 @@ class _Formatter(logging.Formatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors take one line and suggest the nearest flag."""
+    """Takes dashes for the underscores of a flag; errors take one line and suggest the nearest."""
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_underscored(word) for word in words], namespace)
 
     def error(self, message: str) -> NoReturn:
         flag = message.rpartition("unrecognized arguments: ")[2].split()[0]
@@ -77,17 +89,17 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--root", type=_path, help="image folder; not needed for --dataset digits")
     result.add_argument("--out", type=_path, required=True, help="folder of the shard set")
     result.add_argument(
-        "--exclude-list", type=_path, metavar="FILE", help="images to leave out, one path per line"
+        "--exclude_list", type=_path, metavar="FILE", help="images to leave out, one path per line"
     )
     result.add_argument(
-        "--shard-size",
+        "--shard_size",
         type=int,
         default=DEFAULT_SHARD_SIZE,
         metavar="N",
         help="largest number of images of one shard (default: %(default)s)",
     )
     result.add_argument(
-        "--shard-bytes",
+        "--shard_bytes",
         type=_byte_count,
         default=DEFAULT_SHARD_BYTES,
         metavar="SIZE",
@@ -117,7 +129,7 @@ def _open(args: argparse.Namespace, spec: DatasetSpec) -> ShardIndex:
     """Write the set the command line asks for, or open the one that is to be verified."""
     exclude = []
     if args.exclude_list is not None:
-        exclude = read_list(f"--exclude-list {args.exclude_list}", args.exclude_list)
+        exclude = read_list(f"--exclude_list {args.exclude_list}", args.exclude_list)
     if args.root is not None:
         log.info("listing %s", args.root)
         return write_shards(
@@ -148,7 +160,7 @@ def _run(args: argparse.Namespace) -> int:
         raise DataConfigError("--deep: only with --verify")
     check_at_least_one(jobs=args.jobs)
     index = _open(args, spec)
-    total = sum(index.num_samples(env) for env in range(len(index.domains)))
+    total = sum(shard.samples for shard in index.shards)
     if args.verify:
         report = verify_shards(index, deep=args.deep, jobs=args.jobs)
         for problem in report.problems:
@@ -171,14 +183,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: Arguments; None for those of the process.
-
-    Returns:
-        The exit code.
-    """
+    """Run the command line, of this process unless `argv` is given; gives the exit code."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler])

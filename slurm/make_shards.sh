@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Image folders to a verified shard set, on one node; arguments are those of shards.writer.
 #   sbatch slurm/make_shards.sh --dataset domainnet --root /data/domain_net \
-#     --out /shards/domainnet --exclude-list domain_net_duplicates.txt
+#     --out /shards/domainnet --exclude_list domain_net_duplicates.txt
 #SBATCH --job-name=make_shards
 #SBATCH --nodes=1
 #SBATCH --ntasks=1

@@ -1,1 +1,1 @@
-"""The embedded digits: drawn, and written as a shard set on first use."""
+"""The embedded digits: shipped as image files, written as a shard set on first use."""

@@ -24,11 +24,7 @@ _SECTORS = torch.tensor([5.0, 3.0, 1.0])[:, None, None]  # where R, G, B fall of
 
 
 def draw_colour() -> torch.Tensor:
-    """Draw what happens to one image, from torch's default generator.
-
-    Returns:
-        float32 tensor [DRAWS].
-    """
+    """Draw what happens to one image, float32 [DRAWS], from torch's default generator."""
     order = torch.randperm(4).float()
     low, high = 1 - _JITTER, 1 + _JITTER
     *factors, turn = torch.rand(4).tolist()
@@ -38,14 +34,11 @@ def draw_colour() -> torch.Tensor:
 
 
 def apply_colour(image: Pixels, draw: torch.Tensor) -> Pixels:
-    """Apply a draw to one image.
+    """Apply a draw [DRAWS] to one image: levels [3, H, W], or Pillow's image if it was one.
 
     Args:
-        image: uint8 tensor [3, H, W], or Pillow's image.
-        draw: float32 tensor [DRAWS].
-
-    Returns:
-        Levels [3, H, W]; Pillow's image if it was one.
+        image: uint8 [3, H, W], or Pillow's image.
+        draw: as from `draw_colour`.
     """
     if isinstance(image, Image.Image):
         return _apply_in_pillow(image, draw)
@@ -57,14 +50,11 @@ def apply_colour(image: Pixels, draw: torch.Tensor) -> Pixels:
 
 
 def apply_colour_batch(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """Apply a draw to every image of a batch, on whatever device they are.
+    """Apply a draw to every image of a batch, on whatever device they are; gives levels.
 
     Args:
-        images: uint8 tensor [b, 3, H, W].
-        draws: float32 tensor [b, DRAWS] on the CPU, where choosing rows waits for no device.
-
-    Returns:
-        Levels [b, 3, H, W].
+        images: uint8 [b, 3, H, W].
+        draws: float32 [b, DRAWS] on the CPU, where choosing rows waits for no device.
     """
     levels = images.float()
     for place in range(4):
@@ -84,12 +74,9 @@ def shift_hue(levels: torch.Tensor, shift: float | torch.Tensor) -> torch.Tensor
     """Turn the hue of images; equals torchvision's `adjust_hue` to one level.
 
     Args:
-        levels: Levels [..., 3, H, W].
-        shift: Part of a full turn of the colour circle, in [-0.5, 0.5]; a tensor must broadcast
+        levels: [..., 3, H, W]; stay as they were.
+        shift: part of a full turn of the colour circle, in [-0.5, 0.5]; a tensor must broadcast
             against [..., 1, H, W].
-
-    Returns:
-        Levels [..., 3, H, W]; `levels` stays as it was.
     """
     red, green, blue = levels.unbind(dim=-3)
     value = torch.maximum(torch.maximum(red, green), blue)

@@ -1,21 +1,19 @@
 """Image bytes to pixels: which decoder reads what, and what happens to incomplete files."""
 
-import io
-import warnings
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from shards.config import Decode, Truncated
+from shards.pixels.image_file import is_too_large, open_rgb
 
 Pixels: TypeAlias = torch.Tensor | Image.Image
 """uint8 tensor [3, h, w] in RGB, or (with `decode: pil`) Pillow's RGB image."""
 
 _JPEG_MAGIC = b"\xff\xd8\xff"
-_JPEG_FRAMES = {bytes([code]) for code in range(0xC0, 0xD0) if code not in (0xC4, 0xC8, 0xCC)}
 
 
 class Decoded(NamedTuple):
@@ -43,98 +41,51 @@ class Decoder:
     def __call__(self, data: bytes) -> Decoded:
         """Decode one file.
 
-        Args:
-            data: The file's bytes.
-
-        Returns:
-            The pixels.
-
         Raises:
-            ValueError: If no decoder can read it, or it is incomplete and that is not tolerated.
+            ValueError: no decoder can read it, or it is incomplete and that is not tolerated.
         """
         try:
             if self.decode == "pil":
-                return Decoded(_open_with_pillow(data), False)
+                return Decoded(_with_pillow(data), False)
             return Decoded(decode_image(data), False)
         except ValueError:
             if self.truncated != "keep":
                 raise
-            image = _open_incomplete(data)
-            return Decoded(image if self.decode == "pil" else _to_tensor(image), True)
+            image = _with_pillow(data, incomplete=True)
+            return Decoded(image if self.decode == "pil" else to_tensor(image), True)
 
 
 def decode_image(data: bytes) -> torch.Tensor:
-    """Decode a complete image file of any common format.
-
-    Args:
-        data: The file's bytes.
-
-    Returns:
-        uint8 tensor [3, H, W], RGB.
+    """Decode a complete image file of any common format to uint8 [3, H, W], RGB.
 
     Raises:
-        ValueError: If no decoder can read it.
+        ValueError: no decoder can read it.
     """
-    if data.startswith(_JPEG_MAGIC) and not _is_bomb(data):
+    # torchvision would decode a size that Pillow refuses as a decompression bomb
+    if data.startswith(_JPEG_MAGIC) and not is_too_large(data):
         try:
             buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             decoded: torch.Tensor = decode_jpeg(buffer, mode=ImageReadMode.RGB)
             return decoded
         except RuntimeError:
             pass  # Pillow reads some files that torchvision refuses, and explains the others
-    return _to_tensor(_open_with_pillow(data))
+    return to_tensor(_with_pillow(data))
 
 
 def undecodable_placeholder() -> torch.Tensor:
-    """Make the image that stands for one that cannot be decoded but must be counted.
-
-    Returns:
-        uint8 tensor [3, 32, 32], mid-grey.
-    """
+    """The mid-grey image, uint8 [3, 32, 32], for one that cannot be decoded but must be counted."""
     return torch.full((3, 32, 32), 127, dtype=torch.uint8)
 
 
-def _is_bomb(data: bytes) -> bool:
-    """Tell whether a JPEG is so large that Pillow refuses it, which torchvision would not."""
-    return Image.MAX_IMAGE_PIXELS is not None and _jpeg_pixels(data) > 2 * Image.MAX_IMAGE_PIXELS
-
-
-def _jpeg_pixels(data: bytes) -> int:
-    """Read height times width from a JPEG's frame header; 0 if there is none."""
-    place = 2
-    while data[place : place + 1] == b"\xff":
-        marker = data[place + 1 : place + 2]
-        if marker in _JPEG_FRAMES:
-            height, width = data[place + 5 : place + 7], data[place + 7 : place + 9]
-            return int.from_bytes(height) * int.from_bytes(width)
-        filling = marker == b"\xff"  # any number of these may stand before a marker
-        place += 1 if filling else 2 + int.from_bytes(data[place + 2 : place + 4])
-    return 0
-
-
-def _open_with_pillow(data: bytes) -> Image.Image:
-    """Decode with Pillow to RGB; ValueError if it cannot."""
+def _with_pillow(data: bytes, *, incomplete: bool = False) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of EXIF and palette oddities that change no pixel
-            with Image.open(io.BytesIO(data)) as image:
-                return image.convert("RGB")
-    except UnidentifiedImageError as error:
-        raise ValueError("not a readable image (of no known format)") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return open_rgb(data, incomplete=incomplete)
+    except ValueError as error:
         raise ValueError(f"not a readable image ({error})") from error
 
 
-def _open_incomplete(data: bytes) -> Image.Image:
-    """Decode with Pillow what there is of a file; ValueError if that is nothing."""
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = True  # Pillow has no other way to say it
-    try:
-        return _open_with_pillow(data)
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
-
-
-def _to_tensor(image: Image.Image) -> torch.Tensor:
-    """Convert Pillow's RGB image to uint8 [3, H, W]."""
+def to_tensor(image: Pixels) -> torch.Tensor:
+    """Convert Pillow's RGB image to uint8 [3, H, W]; leave a tensor as it is."""
+    if isinstance(image, torch.Tensor):
+        return image
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -9,22 +9,20 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
-from torchvision.transforms.v2 import functional
 
 from shards.config import ResolvedAugment
 from shards.errors import DataConfigError
 from shards.pixels.colour import apply_colour, apply_colour_batch, draw_colour
-from shards.pixels.decoding import Pixels
+from shards.pixels.decoding import Pixels, to_tensor
 
 
 class HalfDone(NamedTuple):
     """An image whose colours are still to be changed, on the model's device.
 
     Attributes:
-        image: uint8 tensor [3, H, W].
-        draw: float32 tensor [DRAWS] of `shards.colour`; [0] if nothing is left but normalising.
+        image: uint8 [3, H, W].
+        draw: float32 [DRAWS] of `shards.pixels.colour`; [0] if only normalising is left.
     """
 
     image: torch.Tensor
@@ -35,96 +33,73 @@ ImageTransform: TypeAlias = Callable[[Pixels], torch.Tensor]
 LoaderTransform: TypeAlias = Callable[[Pixels], torch.Tensor | HalfDone]
 
 _CROP_SCALE = (0.7, 1.0)  # DomainBed's
-_INTERPOLATIONS = {
-    "nearest": InterpolationMode.NEAREST,
-    "bilinear": InterpolationMode.BILINEAR,
-    "bicubic": InterpolationMode.BICUBIC,
-}
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 
 
 def train_transform(data_config: Mapping[str, Any], augment: ResolvedAugment) -> ImageTransform:
-    """Build the training transform: DomainBed's augmentation at the backbone's size.
+    """Build the training transform, from pixels to float32 [3, H, W]: DomainBed's augmentation.
 
     Args:
-        data_config: What `timm.data.resolve_model_data_config` gives: `input_size` (3, H, W),
+        data_config: what `timm.data.resolve_model_data_config` gives: `input_size` (3, H, W),
             `interpolation`, `mean`, `std`.
         augment: `domainbed` (random crop of 70 to 100 %, mirroring, colour jitter, sometimes grey),
             `no_flip` (the same without mirroring) or `none` (the evaluation transform).
 
-    Returns:
-        A function from pixels to float32 [3, H, W].
-
     Raises:
-        DataConfigError: If the augmentation or the interpolation is unknown.
+        DataConfigError: the augmentation or the interpolation is unknown.
     """
     colour = [] if augment == "none" else [_colour]
-    return _compose([*_shape(data_config, augment), *colour, *_normalise(data_config)])
+    return _compose(*_shape(data_config, augment), *colour, _normalise(data_config))
 
 
 def loader_transform(data_config: Mapping[str, Any], augment: ResolvedAugment) -> LoaderTransform:
     """Build the loader's part of the training transform; `finish_batch` is the rest.
 
-    Args:
-        data_config: As for `train_transform`.
-        augment: As for `train_transform`.
-
-    Returns:
-        A function from pixels to a `HalfDone` image, with the same random numbers as
-        `train_transform`.
-
-    Raises:
-        DataConfigError: As for `train_transform`.
+    It draws the same random numbers as `train_transform`, and takes and raises the same.
     """
-    return _LoaderPart(_compose(_shape(data_config, augment)), augment != "none")
+    shape = _compose(*_shape(data_config, augment))
+    return functools.partial(_half_done, shape=shape, colour=augment != "none")
 
 
 def finish_batch(
     images: torch.Tensor, draws: torch.Tensor, data_config: Mapping[str, Any]
 ) -> torch.Tensor:
-    """Do the rest of the training transform for a batch, on whatever device it is.
+    """Do the rest of the training transform for a batch: float32 [b, 3, H, W].
 
     Args:
-        images: uint8 tensor [b, 3, H, W].
-        draws: float32 tensor [b, DRAWS] or [b, 0], on the CPU.
-        data_config: As for `train_transform`.
-
-    Returns:
-        float32 tensor [b, 3, H, W].
+        images: uint8 [b, 3, H, W], on whatever device.
+        draws: float32 [b, DRAWS] or [b, 0], on the CPU.
+        data_config: as for `train_transform`.
     """
     levels = apply_colour_batch(images, draws) if draws.shape[1] else images
-    return _compose(_normalise(data_config))(levels)
+    return _normalise(data_config)(levels)
 
 
 def eval_transform(data_config: Mapping[str, Any]) -> ImageTransform:
     """Build the evaluation transform: the whole image at the backbone's size, without a crop.
 
-    Args:
-        data_config: As for `train_transform`.
-
-    Returns:
-        A function from pixels to float32 [3, H, W].
-
     Raises:
-        DataConfigError: If the interpolation is unknown.
+        DataConfigError: the interpolation is unknown.
     """
-    return _compose([*_shape(data_config, "none"), *_normalise(data_config)])
+    return _compose(*_shape(data_config, "none"), _normalise(data_config))
 
 
-class _LoaderPart:
-    """Shapes an image and draws what will happen to its colours."""
-
-    def __init__(self, shape: ImageTransform, colour: bool) -> None:
-        self.shape = shape
-        self.colour = colour
-
-    def __call__(self, pixels: Pixels) -> HalfDone:
-        image = _to_tensor(self.shape(pixels))
-        return HalfDone(image, draw_colour() if self.colour else torch.empty(0))
+def _half_done(pixels: Pixels, shape: ImageTransform, colour: bool) -> HalfDone:
+    """Shape an image and draw what will happen to its colours."""
+    image = to_tensor(shape(pixels))
+    return HalfDone(image, draw_colour() if colour else torch.empty(0))
 
 
 def _shape(data_config: Mapping[str, Any], augment: ResolvedAugment) -> list[Any]:
     """Build the steps that move pixels: crop and mirror, or the plain resize."""
-    size, interpolation = _size(data_config), _interpolation(data_config)
+    size = [int(side) for side in data_config["input_size"][1:]]
+    name = data_config.get("interpolation", "bicubic")
+    if name not in _INTERPOLATIONS:
+        raise DataConfigError(
+            f"interpolation = {name!r} in the backbone's data config: must be one of "
+            f"{', '.join(_INTERPOLATIONS)}"
+        )
+    interpolation = InterpolationMode(name)
     if augment == "none":
         return [v2.Resize(size, interpolation=interpolation)]
     if augment not in ("domainbed", "no_flip"):
@@ -137,49 +112,22 @@ def _shape(data_config: Mapping[str, Any], augment: ResolvedAugment) -> list[Any
 
 
 def _colour(image: Pixels) -> Pixels:
-    """Draw and apply the colour augmentation."""
     return apply_colour(image, draw_colour())
 
 
-def _normalise(data_config: Mapping[str, Any]) -> list[Any]:
+def _normalise(data_config: Mapping[str, Any]) -> ImageTransform:
     """Build the last step: levels to float32 in [0, 1], then mean and standard deviation."""
     mean, std = (torch.tensor(list(data_config[name]))[:, None, None] for name in ("mean", "std"))
-    return [functools.partial(_normalised, mean=mean, std=std)]
+    return functools.partial(_normalised, mean=mean, std=std)
 
 
 def _normalised(image: Pixels, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """Normalise uint8 or float32 levels [..., 3, H, W]; `image` stays as it was."""
-    levels = _to_tensor(image)
+    levels = to_tensor(image)
     unit = levels * (1 / 255)
     return unit.sub_(mean.to(levels.device)).div_(std.to(levels.device))
 
 
-def _to_tensor(image: Pixels) -> torch.Tensor:
-    """Convert Pillow's image to uint8 [3, H, W]; leave a tensor as it is."""
-    if isinstance(image, Image.Image):
-        converted: torch.Tensor = functional.pil_to_tensor(image)
-        return converted
-    return image
-
-
-def _compose(steps: list[Any]) -> ImageTransform:
-    """Chain transforms."""
+def _compose(*steps: Callable[[Any], Any]) -> ImageTransform:
     chain: ImageTransform = v2.Compose(steps)
     return chain
-
-
-def _size(data_config: Mapping[str, Any]) -> tuple[int, int]:
-    """Give the height and width the backbone expects."""
-    _, height, width = data_config["input_size"]
-    return int(height), int(width)
-
-
-def _interpolation(data_config: Mapping[str, Any]) -> InterpolationMode:
-    """Give the interpolation of the backbone's data config."""
-    name = data_config.get("interpolation", "bicubic")
-    if name not in _INTERPOLATIONS:
-        raise DataConfigError(
-            f"interpolation = {name!r} in the backbone's data config: must be one of "
-            f"{', '.join(_INTERPOLATIONS)}"
-        )
-    return _INTERPOLATIONS[name]

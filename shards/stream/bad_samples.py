@@ -1,8 +1,8 @@
 """Images that could not be used as they are: what is noted of each, and when there are too many.
 
-A bad image is never dropped. In training another image of its domain takes its place, chosen by the
-place alone; in evaluation a grey one does. What the model says to that counts like any other, so it
-is right by chance, and how many there were is told beside the accuracy.
+A bad image is never dropped. In training another image of its domain, chosen by the position alone,
+stands in for it; in evaluation a grey one does. What the model says to that counts like any other,
+so it is right by chance, and how many there were is told beside the accuracy.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,8 +25,7 @@ _REPLACED = slice(0, 2)  # of REASONS: an image kept as far as it goes was not r
 class BadSample(NamedTuple):
     """One image that could not be used as it is."""
 
-    env: int
-    """Number of its domain."""
+    domain: int
     key: str
     shard: str
     """File name of the shard."""
@@ -46,32 +45,19 @@ class BadSample(NamedTuple):
 
 
 def count_bad(samples: Iterable[BadSample], num_domains: int) -> torch.Tensor:
-    """Count the slots that were hit.
+    """Count the slots that were hit, int64 [num_domains, len(REASONS)]; add over batches and ranks.
 
-    Args:
-        samples: Bad samples of some batches; substitutes that were bad too are not counted again.
-        num_domains: Domains of the set.
-
-    Returns:
-        int64 tensor [num_domains, len(REASONS)]; add these over batches and ranks.
+    Substitutes that were bad too are not counted again.
     """
     counts = torch.zeros(num_domains, len(REASONS), dtype=torch.int64)
     for sample in samples:
         if sample.attempt == 0:
-            counts[sample.env, REASONS.index(sample.reason)] += 1
+            counts[sample.domain, REASONS.index(sample.reason)] += 1
     return counts
 
 
 def named_counts(counts: torch.Tensor, domains: Sequence[str]) -> dict[str, int]:
-    """Name the counts that are not zero.
-
-    Args:
-        counts: As from `count_bad`.
-        domains: Domain names in order.
-
-    Returns:
-        `<domain>/<reason>` to count.
-    """
+    """Name the counts (as from `count_bad`) that are not zero: `<domain>/<reason>` to count."""
     return {
         f"{domain}/{reason}": count
         for domain, row in zip(domains, counts.tolist(), strict=True)
@@ -81,30 +67,18 @@ def named_counts(counts: torch.Tensor, domains: Sequence[str]) -> dict[str, int]
 
 
 def counts_from_names(named: Mapping[str, int], domains: Sequence[str]) -> torch.Tensor:
-    """Undo `named_counts`.
-
-    Args:
-        named: `<domain>/<reason>` to count; names of other domains are ignored.
-        domains: Domain names in order.
-
-    Returns:
-        int64 tensor [domains, len(REASONS)].
-    """
+    """Undo `named_counts`; names of other domains are ignored."""
     rows = [[int(named.get(f"{name}/{reason}", 0)) for reason in REASONS] for name in domains]
     return torch.tensor(rows, dtype=torch.int64)
 
 
 def check_unusable(where: str, unusable: int, total: int, limit: float) -> None:
-    """Raise if too many images of an evaluated split could not be used.
+    """Raise if grey images had to stand for too many images of an evaluated split.
 
-    Args:
-        where: Name of the split, for the error message.
-        unusable: Images that a grey one stands for.
-        total: All images of the split.
-        limit: Largest tolerated share; `TOLERATED_PER_EPOCH` are tolerated unless it is 0.
+    `limit` is the largest tolerated share; `TOLERATED_PER_EPOCH` are tolerated unless it is 0.
 
     Raises:
-        DamagedDataError: If there are more.
+        DamagedDataError: there are more.
     """
     if unusable > max(limit * total, TOLERATED_PER_EPOCH if limit else 0):
         raise DamagedDataError(
@@ -126,22 +100,23 @@ def check_bad_fraction(
     every epoch begun, unless `limit` is 0. Images that were used as far as they go do not count.
 
     Args:
-        counts: As from `count_bad`, over all batches and ranks so far.
-        seen: Domain number to images drawn so far.
-        sizes: Domain number to the number of different images that they are drawn from.
-        domains: Domain names in order.
-        limit: Largest tolerated share.
+        counts: as from `count_bad`, over all batches and ranks so far.
+        seen: domain number to images drawn so far.
+        sizes: domain number to the number of different images that they are drawn from.
+        domains: names in order.
+        limit: largest tolerated share.
 
     Raises:
-        DamagedDataError: If a domain has more; names the domain, the counts and the remedy.
+        DamagedDataError: a domain has more; names the domain, the counts and the remedy.
     """
     replaced = counts[:, _REPLACED].sum(dim=1).tolist()
-    for env, drawn in seen.items():
-        epochs_begun = -(-drawn // max(1, sizes[env]))
+    for domain, drawn in seen.items():
+        epochs_begun = -(-drawn // max(1, sizes[domain]))
         tolerated = max(limit * drawn, TOLERATED_PER_EPOCH * epochs_begun if limit else 0)
-        if replaced[env] > tolerated:
+        if replaced[domain] > tolerated:
             by_reason = ", ".join(f"{k} {v}" for k, v in named_counts(counts, domains).items())
             raise DamagedDataError(
-                f"domain {domains[env]!r}: {replaced[env]} of {drawn} images had to be replaced "
-                f"({by_reason}), more than data.max_bad_fraction = {limit} allows; {_REMEDY}"
+                f"domain {domains[domain]!r}: {replaced[domain]} of {drawn} images had to be "
+                f"replaced ({by_reason}), more than data.max_bad_fraction = {limit} allows; "
+                f"{_REMEDY}"
             )

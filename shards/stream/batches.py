@@ -2,8 +2,9 @@
 
 import contextlib
 import logging
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -16,8 +17,6 @@ from shards.stream.bad_samples import BadSample
 log = logging.getLogger(__name__)
 
 Made = TypeVar("Made")
-
-
 StartMethod = Literal["fork", "spawn", "forkserver"]
 
 
@@ -31,13 +30,13 @@ class Batch(NamedTuple):
     domains: torch.Tensor
     """int64 [b], domain numbers in the dataset's order."""
     first_slot: int
-    """Place of the first image in the global batch, or in the evaluated split."""
+    """Slot of the first image in the global batch, or its number in the evaluated split."""
     substituted: int
     """How many images could not be used and were replaced."""
     bad: Sequence[BadSample] = ()
     """Every image that could not be used as it is, substitutes included."""
     colour: torch.Tensor | None = None
-    """float32 [b, 9], the draws of `shards.colour` still to be applied; None when that is done."""
+    """float32 [b, 9], draws of `shards.pixels.colour` still to be applied; None when done."""
 
 
 class LoadedImage(NamedTuple):
@@ -45,35 +44,17 @@ class LoadedImage(NamedTuple):
 
     image: torch.Tensor
     label: int
-    env: int
+    domain: int
     substituted: bool
     bad: Sequence[BadSample] = ()
     colour: torch.Tensor | None = None
 
 
-class BatchSource(Protocol):
-    """A numbered list of batches, each of which can be built on its own, in any process."""
-
-    def __len__(self) -> int:
-        """Count the batches."""
-
-    def build(self, number: int) -> Batch:
-        """Build one batch."""
-
-
 def stack(loaded: Iterable[LoadedImage], count: int, first_slot: int) -> Batch:
-    """Make a batch of images of equal size.
+    """Make a batch of `count` images of equal size, at least one; the first has slot `first_slot`.
 
     Every image is copied to its place as soon as it is made, while it is in the processor's cache,
     and its own memory serves the next one.
-
-    Args:
-        loaded: The images.
-        count: How many there are, at least one.
-        first_slot: Place of the first one.
-
-    Returns:
-        The batch.
     """
     images, items = torch.empty(0), []
     for number, item in enumerate(loaded):
@@ -85,7 +66,7 @@ def stack(loaded: Iterable[LoadedImage], count: int, first_slot: int) -> Batch:
     return Batch(
         images=images,
         labels=torch.tensor([item.label for item in items], dtype=torch.int64),
-        domains=torch.tensor([item.env for item in items], dtype=torch.int64),
+        domains=torch.tensor([item.domain for item in items], dtype=torch.int64),
         first_slot=first_slot,
         substituted=sum(item.substituted for item in items),
         bad=[sample for item in items for sample in item.bad],
@@ -98,13 +79,7 @@ def finish_images(
 ) -> torch.Tensor:
     """Bring a batch's images to a device, and do there what the loader left to it.
 
-    Args:
-        batch: The batch.
-        device: Where the model is.
-        data_config: The backbone's, as for `train_transform`.
-
-    Returns:
-        float32 tensor [b, 3, H, W] on the device, normalised.
+    Gives normalised float32 [b, 3, H, W]; `data_config` is that of `train_transform`.
     """
     images = batch.images.to(device, non_blocking=True)
     if batch.colour is None:
@@ -113,15 +88,9 @@ def finish_images(
 
 
 def seeded(transform: Callable[[Pixels], Made], pixels: Pixels, seed: int) -> Made:
-    """Apply a transform with random numbers that depend on `seed` alone.
+    """Apply a transform with random numbers that depend on `seed`, in [0, 2**64), alone.
 
-    Args:
-        transform: The transform; it must draw from torch's default generator only.
-        pixels: The image.
-        seed: A number in [0, 2**64).
-
-    Returns:
-        What the transform makes of the image.
+    It must draw from torch's default generator only.
     """
     torch.default_generator.manual_seed(seed)  # 100 times faster than torch.manual_seed
     return transform(pixels)
@@ -133,9 +102,6 @@ def undisturbed() -> Iterator[None]:
 
     The loader may run in the training process, whose random numbers belong to the model. One
     thread, since the sum over an image, and so its contrast jitter, can depend on their number.
-
-    Yields:
-        Nothing.
     """
     state = torch.default_generator.get_state()
     threads = torch.get_num_threads()
@@ -147,6 +113,25 @@ def undisturbed() -> Iterator[None]:
         torch.default_generator.set_state(state)
 
 
+class BatchSource(Dataset["Batch | Exception"]):
+    """A numbered list of batches, each of which can be built on its own, in any process."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def build(self, number: int) -> Batch:
+        """Build one batch."""
+
+    def __getitem__(self, number: int) -> Batch | Exception:
+        """Build one batch, or give what went wrong, for `BatchLoader` to raise."""
+        try:
+            with undisturbed():
+                return self.build(number)
+        except (DamagedDataError, DataConfigError, OutputError, OSError) as error:
+            return error
+
+
 class BatchLoader(DataLoader[Batch]):
     """A torch loader over a `BatchSource`, in order.
 
@@ -154,11 +139,9 @@ class BatchLoader(DataLoader[Batch]):
     raised, not wrapped in a traceback.
 
     Args:
-        source: The batches.
-        reported: Keys of bad samples that the log has named; shared by the loaders of a set.
-        workers: Loader processes; 0 loads in this process.
-        pin_memory: Put batches into page-locked memory.
-        start_method: How loader processes are started; None for the platform's own way.
+        reported: keys of bad samples that the log has named; shared by the loaders of a set.
+        workers: loader processes; 0 loads in this one.
+        start_method: how loader processes are started; None for the platform's own way.
     """
 
     def __init__(
@@ -173,7 +156,7 @@ class BatchLoader(DataLoader[Batch]):
         if workers < 0:
             raise DataConfigError(f"data.workers = {workers}: must be 0 or more")
         super().__init__(
-            _BatchDataset(source),  # type: ignore[arg-type]  # its errors are raised in __iter__
+            source,  # type: ignore[arg-type]  # its errors are raised in __iter__
             batch_size=None,
             sampler=range(len(source)),
             num_workers=workers,
@@ -188,10 +171,10 @@ class BatchLoader(DataLoader[Batch]):
         """Yield the batches in order.
 
         Raises:
-            DamagedDataError: If stored data is not what the index promises.
-            DataConfigError: If a shard is larger than the cache of a remote set.
-            OutputError: If that cache cannot be written.
-            OSError: If the storage fails.
+            DamagedDataError: stored data is not what the index promises.
+            DataConfigError: a shard is larger than the cache of a remote set.
+            OutputError: that cache cannot be written.
+            OSError: the storage fails.
         """
         for batch in super().__iter__():
             if isinstance(batch, Exception):
@@ -212,36 +195,13 @@ def _as_it_is(batch: Made) -> Made:
     return batch
 
 
-class _BatchDataset(Dataset["Batch | Exception"]):
-    """Hands batches, or what went wrong, to the loader."""
-
-    def __init__(self, source: BatchSource) -> None:
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, number: int) -> Batch | Exception:
-        try:
-            with undisturbed():
-                return self.source.build(number)
-        except (DamagedDataError, DataConfigError, OutputError, OSError) as error:
-            return error
-
-
 def rank_range(total: int, rank: int, world_size: int) -> range:
-    """Give the contiguous part of 0..total-1 that belongs to a rank.
+    """Give the contiguous part of 0..total-1 that belongs to a process; all parts are disjoint.
 
-    Args:
-        total: How many items there are.
-        rank: Number of this process.
-        world_size: Number of processes; need not divide `total`.
-
-    Returns:
-        The rank's numbers; the parts of all ranks are disjoint and cover everything.
+    The number of processes need not divide `total`.
 
     Raises:
-        DataConfigError: If the rank is not in the world.
+        DataConfigError: the rank is not in the world.
     """
     if not 0 <= rank < world_size:
         raise DataConfigError(f"rank = {rank}: must lie in [0, {world_size}), the world size")

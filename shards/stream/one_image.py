@@ -9,48 +9,36 @@ from shards.stream.bad_samples import BadSample
 
 
 class OpenedImage(NamedTuple):
-    """What was found at a place.
-
-    Attributes:
-        pixels: The image; None if it cannot be used.
-        label: Its class number.
-        bad: What was wrong; None if nothing.
-    """
+    """What was found at a place."""
 
     pixels: Pixels | None
+    """None if it cannot be used."""
     label: int
     bad: BadSample | None
+    """What was wrong; None if nothing."""
 
 
 def open_image(
-    index: ShardIndex, env: int, rank: int, decoder: Decoder, attempt: int = 0
+    index: ShardIndex, domain: int, place: int, decoder: Decoder, attempt: int = 0
 ) -> OpenedImage:
-    """Read and decode one image.
+    """Read and decode the image at a place of a domain's file list, or note that it cannot be used.
 
-    Args:
-        index: The shard set.
-        env: Number of the domain.
-        rank: Place in the domain's sorted file list.
-        decoder: What decodes it.
-        attempt: How many substitutes were tried before.
-
-    Returns:
-        The image, or the note that it cannot be used.
+    `attempt` counts the substitutes that were tried before.
 
     Raises:
-        DamagedDataError: If a shard as a whole is not what the index promises.
-        OSError: If the storage fails.
+        DamagedDataError: a shard as a whole is not what the index promises.
+        OSError: the storage fails.
     """
 
     def note(reason: str, detail: object) -> BadSample:
-        row = index.table(env)[rank]
+        row = index.table(domain)[place]
         shard, offset = index.shards[int(row["shard"])].file, int(row["offset"])
-        key = index.key(env, rank)
-        return BadSample(env, key, shard, offset, reason, str(detail), attempt)
+        key = index.key(domain, place)
+        return BadSample(domain, key, shard, offset, reason, str(detail), attempt)
 
-    label = int(index.table(env)["label"][rank])
+    label = int(index.table(domain)["label"][place])
     try:
-        sample = index.read(env, rank)
+        sample = index.read(domain, place)
     except DamagedSampleError as error:
         return OpenedImage(None, label, note("crc32", error))
     try:

@@ -1,22 +1,21 @@
 """The training stream: domain-balanced batches, the same at any world size or worker count.
 
-`shards.mixing` says which sample stands where; here samples are read, decoded and augmented.
+`DomainMix` says which sample stands where; here samples are read, decoded and augmented.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from shards.config import SamplingMode
 from shards.errors import DamagedDataError, DataConfigError, verify_command
 from shards.pixels.decoding import Decoder
 from shards.pixels.transforms import LoaderTransform
 from shards.randomness import hash64
-from shards.read.index import ShardIndex
 from shards.stream.bad_samples import BadSample
 from shards.stream.batches import (
     Batch,
     BatchLoader,
+    BatchSource,
     LoadedImage,
     StartMethod,
     rank_range,
@@ -30,53 +29,23 @@ from shards.stream.order import substitute_index
 _MAX_SUBSTITUTES = 16
 
 
+@dataclass(eq=False, kw_only=True)
 class DomainStream(DomainMix):
     """An endless stream of global batches with the same number of images of every source domain.
 
-    Args:
-        index: The shard set.
-        sources: Numbers of the domains to train on.
-        batch_per_domain: Images of each source domain in the global batch.
-        seed: Seed of order and augmentation.
-        trial_seed: Number of the trial, which fixes the 80/20 split.
-        transform: From pixels to float32 [3, H, W], or to a half-done image for
-            `transforms.finish_batch`; random numbers from torch's default generator.
-        mode: `permutation` (every image once per epoch), `window` (the same, some shards at a time)
-            or `replacement` (independent draws).
-        window: Shards of a domain that are read at a time; only with `window`.
-        holdout_fraction: Share of every domain that is kept for validation.
-        decoder: What decodes the images; None for the default one.
-
     Raises:
-        DataConfigError: If an argument is out of range.
+        DataConfigError: an argument is out of range.
     """
 
-    def __init__(
-        self,
-        index: ShardIndex,
-        *,
-        sources: Sequence[int],
-        batch_per_domain: int,
-        seed: int,
-        trial_seed: int,
-        transform: LoaderTransform,
-        mode: SamplingMode = "permutation",
-        window: int = 0,
-        holdout_fraction: float = 0.2,
-        decoder: Decoder | None = None,
-    ) -> None:
-        super().__init__(
-            index,
-            sources=sources,
-            batch_per_domain=batch_per_domain,
-            seed=seed,
-            trial_seed=trial_seed,
-            mode=mode,
-            window=window,
-            holdout_fraction=holdout_fraction,
-        )
-        self.transform = transform
-        self.decoder = decoder or Decoder()
+    transform: LoaderTransform
+    """From pixels to float32 [3, H, W], or to a half-done image for `finish_images`; random
+    numbers from torch's default generator."""
+    decoder: Decoder | None = None
+    """What decodes the images; None for the default one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._decoder = self.decoder or Decoder()
         self._check_cache()
 
     def loader(
@@ -90,23 +59,20 @@ class DomainStream(DomainMix):
         pin_memory: bool = False,
         start_method: StartMethod | None = None,
     ) -> BatchLoader:
-        """Load a rank's share of a range of steps.
+        """Load a rank's share of a range of steps: `accumulation` micro-batches per step, in order.
 
         Args:
-            start_step: First step; to resume, the first one not yet done.
-            stop_step: First step not to load.
-            rank: Number of this process.
-            world_size: Number of processes.
-            workers: Loader processes.
-            accumulation: Micro-batches per step.
-            pin_memory: Put batches into page-locked memory.
-            start_method: How loader processes are started; None for the platform's own way.
-
-        Returns:
-            A loader of `Batch`, `accumulation` per step, in order.
+            start_step: first step; to resume, the first one not yet done.
+            stop_step: first step not to load.
+            rank: of this process.
+            world_size: number of processes.
+            workers: loader processes; 0 loads in this one.
+            accumulation: micro-batches per step.
+            pin_memory: put batches into page-locked memory.
+            start_method: how loader processes are started; None for the platform's own way.
 
         Raises:
-            DataConfigError: If the steps, rank, world size or accumulation do not fit.
+            DataConfigError: the steps, rank, world size or accumulation do not fit.
         """
         if not 0 <= start_step <= stop_step:
             raise DataConfigError(
@@ -126,11 +92,7 @@ class DomainStream(DomainMix):
         )  # fmt: skip
 
     def announce(self, step: int) -> None:
-        """Have remote shards fetched one window ahead of a step.
-
-        Args:
-            step: Number of the step about to be read.
-        """
+        """Have remote shards fetched one window ahead of a step that is about to be read."""
         if self.index.remote:
             self.index.reader.store.expect(self.windows(step))
 
@@ -145,29 +107,26 @@ class DomainStream(DomainMix):
             )
         self.index.reader.store.check_capacity(self.shard_bytes_at_a_time(), remedy)
 
-    def load(self, env: int, position: int, rank: int) -> LoadedImage:
+    def load(self, domain: int, position: int, place: int) -> LoadedImage:
         """Read, decode and augment one slot's image, or its substitute if it cannot be used.
 
         Args:
-            env: Number of the domain.
-            position: Position in the domain's stream, which keys augmentation and substitute.
-            rank: The sample that stands there.
-
-        Returns:
-            The image with the label of what was loaded, and notes on what could not be used.
+            domain: its number.
+            position: in the domain's stream, which keys augmentation and substitute.
+            place: of the sample that stands there.
 
         Raises:
-            DamagedDataError: If a shard is damaged as a whole, or no substitute can be used.
-            OSError: If the storage fails.
+            DamagedDataError: a shard is damaged as a whole, or no substitute can be used.
+            OSError: the storage fails.
         """
-        name = self.index.domains[env]
-        train = self._train_ranks[env]
+        name = self.index.domains[domain]
+        train = self._train_places[domain]
         bad: list[BadSample] = []
         for attempt in range(_MAX_SUBSTITUTES + 1):
             if attempt:
                 chosen = substitute_index(self.seed, name, len(train), position, attempt)
-                rank = int(train[chosen])
-            found = open_image(self.index, env, rank, self.decoder, attempt)
+                place = int(train[chosen])
+            found = open_image(self.index, domain, place, self._decoder, attempt)
             if found.bad is not None:
                 bad.append(found.bad)
             if found.pixels is not None:
@@ -175,7 +134,7 @@ class DomainStream(DomainMix):
                     self.transform, found.pixels, hash64(self.seed, "aug", name, position)
                 )
                 image, draw = (made, None) if isinstance(made, torch.Tensor) else made
-                return LoadedImage(image, found.label, env, attempt > 0, bad, draw)
+                return LoadedImage(image, found.label, domain, attempt > 0, bad, draw)
         check = verify_command() if self.index.remote else verify_command(self.index.root)
         raise DamagedDataError(
             f"domain {name!r}: {_MAX_SUBSTITUTES + 1} images in a row cannot be used, the last: "
@@ -183,14 +142,14 @@ class DomainStream(DomainMix):
         )
 
 
-class _TrainingBatches:
+@dataclass(eq=False)
+class _TrainingBatches(BatchSource):
     """The micro-batches of one rank over a range of steps; `mine` is its range of slots."""
 
-    def __init__(self, stream: DomainStream, steps: range, mine: range, accumulation: int) -> None:
-        self.stream = stream
-        self.steps = steps
-        self.mine = mine
-        self.accumulation = accumulation
+    stream: DomainStream
+    steps: range
+    mine: range
+    accumulation: int
 
     def __len__(self) -> int:
         return len(self.steps) * self.accumulation
@@ -201,8 +160,6 @@ class _TrainingBatches:
         size = len(self.mine) // self.accumulation
         part = self.mine[piece * size : (piece + 1) * size]
         slots = self.stream.slots(self.steps[step], part)
-        loaded = (
-            self.stream.load(int(env), int(position), int(rank))
-            for env, position, rank in zip(*slots, strict=True)
-        )
+        numbers = zip(*(column.tolist() for column in slots), strict=True)
+        loaded = (self.stream.load(*slot) for slot in numbers)
         return stack(loaded, len(part), part.start)

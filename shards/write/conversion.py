@@ -31,11 +31,12 @@ from shards.read.layout import (
     section_digest,
     stock_info,
 )
+from shards.write.atomic_file import PARTIAL, replaced_when_whole
 from shards.write.exclusion import check_sizes, report_exclusion
 from shards.write.image_folder import dataset_folder, list_images, report_passed_over
 from shards.write.progress import progress
-from shards.write.shard_file import PackedShard, pack_shard, replaced_when_whole, sync_folder
-from shards.write.shard_plan import PARTIAL, STATE_NAME, Plan, ShardTask, make_plan
+from shards.write.shard_file import PackedShard, pack_shard
+from shards.write.shard_plan import STATE_NAME, ShardPlan, ShardTask, make_plan
 from shards.write.worker_pool import run_tasks
 
 log = logging.getLogger(__name__)
@@ -55,25 +56,22 @@ def write_shards(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     jobs: int = 1,
 ) -> ShardIndex:
-    """Convert an image folder to a shard set; do nothing if that has been done already.
+    """Convert an image folder to a shard set, unless that has been done already, and open it.
 
     Args:
-        root: Folder `<domain>/<class>/**/<image>`.
-        out: Folder of the shard set, made if needed. What an interrupted conversion of the same
+        root: folder `<domain>/<class>/**/<image>`.
+        out: folder of the shard set, made if needed. What an interrupted conversion of the same
             images left there is used.
-        spec: The dataset.
-        exclude: Paths relative to `root` to leave out.
-        shard_size: Largest number of samples of one shard.
-        shard_bytes: Size in bytes that a shard of more than one sample should not exceed.
-        jobs: Number of processes; changes speed, never a byte.
-
-    Returns:
-        The opened shard set.
+        spec: the dataset.
+        exclude: paths relative to `root` to leave out.
+        shard_size: largest number of samples of one shard.
+        shard_bytes: bytes that a shard of more than one sample should not exceed.
+        jobs: number of processes; changes speed, never a byte.
 
     Raises:
-        DataConfigError: If the images or the settings do not fit.
-        DamagedDataError: If an image cannot be read, or `out` holds a damaged copy of this set.
-        OutputError: If `out` cannot be written, is too small, is in use, or holds something else.
+        DataConfigError: the images or the settings do not fit.
+        DamagedDataError: an image cannot be read, or `out` holds a damaged copy of this set.
+        OutputError: `out` cannot be written, is too small, is in use, or holds something else.
     """
     check_at_least_one(shard_size=shard_size, shard_bytes=shard_bytes, jobs=jobs)
     if out.resolve().is_relative_to(dataset_folder(root, spec).resolve()):
@@ -106,20 +104,13 @@ def write_shards(
 
 
 def check_at_least_one(**settings: int) -> None:
-    """Raise on numbers that cannot work, before anything is listed.
-
-    Args:
-        settings: Name of a flag, with `_` for `-`, and its value.
-
-    Raises:
-        DataConfigError: If a value is below 1.
-    """
+    """Raise on the number of a flag that is below 1, before anything is listed."""
     for name, value in settings.items():
         if value < 1:
-            raise DataConfigError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+            raise DataConfigError(f"--{name} {value}: must be 1 or more")
 
 
-def _is_done(out: Path, plan: Plan) -> bool:
+def _is_done(out: Path, plan: ShardPlan) -> bool:
     """Tell whether `out` holds this set already, by names and sizes; refuse any other set."""
     try:
         found = json.loads((out / INDEX_NAME).read_bytes()).get("source_sha256")
@@ -134,7 +125,7 @@ def _is_done(out: Path, plan: Plan) -> bool:
     return True
 
 
-def _prepare(out: Path, plan: Plan) -> list[ShardTask]:
+def _prepare(out: Path, plan: ShardPlan) -> list[ShardTask]:
     """Keep what an interrupted run of the same plan finished, delete its other left-overs.
 
     The state file names the plan in its first line and a finished shard with its hash in each other
@@ -149,28 +140,23 @@ def _prepare(out: Path, plan: Plan) -> list[ShardTask]:
     same = lines[0] == plan.state_sha256
     whole_lines = lines[1:-1] if same else []  # what follows the last newline was cut short
     recorded = dict(line.split(" ") for line in whole_lines if line.count(" ") == 1)
-    tasks = [
-        replace(task, sha256=recorded[task.file])
-        if task.file in recorded and task.file in names
-        else task
-        for task in plan.tasks
-    ]
-    kept = {task.file: task.sha256 for task in tasks if task.sha256 is not None}
+    there = {task.file for task in plan.tasks} & set(names)
+    kept = {name: sha256 for name, sha256 in recorded.items() if name in there}
     for name in names:
         if name != STATE_NAME and name not in kept:
             (out / name).unlink()
     if same:
-        log.info("continuing: %d of %d shards are there", len(kept), len(tasks))
+        log.info("continuing: %d of %d shards are there", len(kept), len(plan.tasks))
     elif started:
         log.info("images or settings changed since the conversion was interrupted; starting afresh")
     with replaced_when_whole(out / STATE_NAME) as stream:
         records = [plan.state_sha256, *(f"{name} {sha256}" for name, sha256 in kept.items())]
         stream.write("".join(f"{line}\n" for line in records).encode())
     _check_space(out, plan)
-    return tasks
+    return [replace(task, sha256=kept.get(task.file)) for task in plan.tasks]
 
 
-def _check_space(out: Path, plan: Plan) -> None:
+def _check_space(out: Path, plan: ShardPlan) -> None:
     """Raise unless the file system has room for what is still to be written."""
     there = [out / task.file for task in plan.tasks if (out / task.file).exists()]
     needed = plan.num_bytes() - sum(path.stat().st_size for path in there)
@@ -183,10 +169,10 @@ def _check_space(out: Path, plan: Plan) -> None:
         )
 
 
-def _write_set(out: Path, plan: Plan, tasks: Sequence[ShardTask], jobs: int) -> None:
+def _write_set(out: Path, plan: ShardPlan, tasks: Sequence[ShardTask], jobs: int) -> None:
     """Write all shards, then what describes them; the index comes last."""
     packed: dict[int, PackedShard] = {}
-    total = sum(len(task.ranks) for task in tasks)
+    total = sum(len(task.places) for task in tasks)
     with progress("writing", total) as advance, (out / STATE_NAME).open("a") as state:
         pack = functools.partial(pack_shard, out=out)
         for number, shard in run_tasks(pack, tasks, min(jobs, len(tasks))):
@@ -195,11 +181,11 @@ def _write_set(out: Path, plan: Plan, tasks: Sequence[ShardTask], jobs: int) -> 
                 state.write(f"{shard.info.file} {shard.info.sha256}\n")
                 state.flush()
             advance(shard.info.samples)
-    for number in range(len(tasks)):
-        for note in packed[number].notes:
-            log.warning("%s", note)
     shards = [packed[number] for number in range(len(tasks))]
-    domains = [_write_table(out, plan, env, shards) for env in range(len(plan.listing.domains))]
+    for shard in shards:
+        for note in shard.notes:
+            log.warning("%s", note)
+    domains = [_write_table(out, plan, domain, shards) for domain in range(len(plan.stems))]
     infos = [shard.info for shard in shards]
     _write_json(out / INFO_NAME, stock_info(domains, infos))
     sections = {
@@ -208,7 +194,6 @@ def _write_set(out: Path, plan: Plan, tasks: Sequence[ShardTask], jobs: int) -> 
         "domains": [asdict(info) for info in domains],
         "shards": [asdict(info) for info in infos],
     }
-    sync_folder(out)  # first all other names, then the one that vouches for them
     _write_json(
         out / INDEX_NAME,
         {
@@ -218,26 +203,27 @@ def _write_set(out: Path, plan: Plan, tasks: Sequence[ShardTask], jobs: int) -> 
             **sections,
         },
     )
-    sync_folder(out)
 
 
-def _write_table(out: Path, plan: Plan, env: int, shards: Sequence[PackedShard]) -> DomainInfo:
+def _write_table(
+    out: Path, plan: ShardPlan, domain: int, shards: Sequence[PackedShard]
+) -> DomainInfo:
     """Write the sample table of one domain."""
-    domain = plan.listing.domains[env]
-    table = np.zeros(len(domain.paths), dtype=TABLE_DTYPE)
+    listed = plan.listing.domains[domain]
+    table = np.zeros(len(listed.paths), dtype=TABLE_DTYPE)
     table["rank"] = np.arange(len(table))
-    table["label"] = domain.labels
+    table["label"] = listed.labels
     for number, (task, shard) in enumerate(zip(plan.tasks, shards, strict=True)):
-        if task.env == env:
-            table["shard"][task.ranks] = number
+        if task.domain_name == listed.name:
+            table["shard"][task.places] = number
             for column in ("offset", "size", "crc32"):
-                table[column][task.ranks] = shard.rows[column]
-    path = out / f"{plan.stems[env]}.npy"
+                table[column][task.places] = shard.rows[column]
+    path = out / f"{plan.stems[domain]}.npy"
     with replaced_when_whole(path) as stream:
         np.save(stream, table)
     return DomainInfo(
-        name=domain.name,
-        key_prefix=plan.prefixes[env],
+        name=listed.name,
+        key_prefix=plan.prefixes[domain],
         table=path.name,
         samples=len(table),
         sha256=file_sha256(path),
@@ -245,6 +231,5 @@ def _write_table(out: Path, plan: Plan, env: int, shards: Sequence[PackedShard])
 
 
 def _write_json(path: Path, content: object) -> None:
-    """Write a JSON file under its name when it is whole."""
     with replaced_when_whole(path) as stream:
         stream.write((json.dumps(content, indent=1) + "\n").encode())

@@ -12,18 +12,13 @@ log = logging.getLogger(__name__)
 
 
 def report_exclusion(listing: Listing, exclude: Collection[str]) -> None:
-    """Log how many images were left out, and the entries that name none.
-
-    Args:
-        listing: What was listed.
-        exclude: The entries that were given.
-    """
+    """Log how many images were left out, and the given entries that name none."""
     if not exclude:
         return
-    log.info("--exclude-list: %d images left out", listing.excluded)
+    log.info("--exclude_list: %d images left out", listing.excluded)
     if listing.unmatched:
         log.warning(
-            "--exclude-list: %d of %d entries name no image (%s%s); right if these images "
+            "--exclude_list: %d of %d entries name no image (%s%s); right if these images "
             "were deleted before, otherwise check that the paths are relative to %s",
             len(listing.unmatched),
             len(set(exclude)),
@@ -36,16 +31,11 @@ def report_exclusion(listing: Listing, exclude: Collection[str]) -> None:
 def check_sizes(listing: Listing, spec: DatasetSpec, exclude: Collection[str]) -> None:
     """Compare the numbers of images with those documented for the dataset.
 
-    With DomainBed's own list of duplicates the numbers must be exact, since ranks and with them the
-    80/20 split depend on every file; otherwise a difference is only logged.
-
-    Args:
-        listing: What was listed.
-        spec: The dataset.
-        exclude: The entries that were given to leave out.
+    With DomainBed's own list of duplicates the numbers must be exact, since the images' places and
+    with them the 80/20 split depend on every file; otherwise a difference is only logged.
 
     Raises:
-        DataConfigError: If the dataset's list of duplicates was given and a number differs.
+        DataConfigError: the dataset's list of duplicates was given and a number differs.
     """
     if spec.samples is None:
         return
@@ -64,9 +54,9 @@ def check_sizes(listing: Listing, spec: DatasetSpec, exclude: Collection[str]) -
             f"of images: {differences}; download these domains again (not the 'cleaned' variant), "
             "or convert what is there with --dataset folder"
         )
-    hint = "; give its list of duplicates as --exclude-list" if spec.duplicates else ""
+    hint = "; give its list of duplicates as --exclude_list" if spec.duplicates else ""
     log.warning(
-        "numbers of images differ from those documented for %s, so ranks and the 80/20 split "
+        "numbers of images differ from those documented for %s, so their order and the 80/20 split "
         "differ from DomainBed's: %s%s",
         spec.name,
         differences,
@@ -77,12 +67,7 @@ def check_sizes(listing: Listing, spec: DatasetSpec, exclude: Collection[str]) -
 def is_duplicates_list(spec: DatasetSpec, exclude: Collection[str]) -> bool:
     """Tell whether a list is DomainBed's list of duplicates of a dataset.
 
-    Args:
-        spec: The dataset.
-        exclude: The entries of the list.
-
-    Returns:
-        Whether it has exactly as many different entries of every domain as that list.
+    It is if it has exactly as many different entries of every domain.
     """
     if spec.duplicates is None or spec.domains is None:
         return False

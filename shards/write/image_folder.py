@@ -1,7 +1,8 @@
 """Image folders, listed exactly as torchvision's `ImageFolder` and DomainBed list them.
 
 `ROOT/<domain>/<class>/**/<image>`: domains and classes sorted by code point, the files of a class
-by a sorted walk. Ranks, labels and the 80/20 split all rest on this order.
+by a sorted walk. An image's *place* in its domain's list, its label and the 80/20 split all rest on
+this order.
 """
 
 import logging
@@ -24,7 +25,7 @@ _OTHER_IMAGES = {".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".j
 
 @dataclass(frozen=True, kw_only=True)
 class DomainListing:
-    """The images of one domain: file names below the domain folder and labels, by rank."""
+    """The images of one domain: file names below the domain folder and labels, by place."""
 
     name: str
     paths: tuple[str, ...]
@@ -49,18 +50,14 @@ def list_images(root: Path, spec: DatasetSpec, exclude: Collection[str] = ()) ->
     """List all images of a dataset.
 
     Args:
-        root: Folder with one folder per domain, or the folder above it if the dataset has a usual
+        root: folder with one folder per domain, or the folder above it if the dataset has a usual
             name for that one (`data/` for `data/PACS/photo/...`).
-        spec: The dataset; its domains, where it has a fixed list, must be the folders found.
-        exclude: Paths `<domain>/<class>/...` with forward slashes; left out before ranks are given.
-
-    Returns:
-        The listing.
+        spec: the dataset; its domains, where it has a fixed list, must be the folders found.
+        exclude: paths `<domain>/<class>/...` with forward slashes; left out before counting.
 
     Raises:
-        DataConfigError: If a folder is missing or cannot be listed, domains or class lists differ
-            from what they should be, or a domain or class is empty. The message names the first
-            difference.
+        DataConfigError: a folder is missing or cannot be listed, domains or class lists differ from
+            what they should be, or a domain or class is empty. Names the first difference.
     """
     if not root.is_dir():
         raise DataConfigError(
@@ -92,11 +89,7 @@ def list_images(root: Path, spec: DatasetSpec, exclude: Collection[str] = ()) ->
 
 
 def report_passed_over(listing: Listing) -> None:
-    """Log how many files of class folders are no images by their names.
-
-    Args:
-        listing: What was listed.
-    """
+    """Log how many files of class folders are no images by their names."""
     if listing.passed_over:
         counts = Counter(listing.passed_over).most_common()
         log.log(
@@ -107,15 +100,7 @@ def report_passed_over(listing: Listing) -> None:
 
 
 def dataset_folder(root: Path, spec: DatasetSpec) -> Path:
-    """Step into the dataset's own folder if a folder is the one above it.
-
-    Args:
-        root: What the user gave.
-        spec: The dataset.
-
-    Returns:
-        The folder that holds the domain folders, so far as names tell.
-    """
+    """Step into the dataset's own folder, so far as names tell, if a folder is the one above it."""
     if spec.folder is None or spec.domains is None:
         return root
     inside = root / spec.folder
@@ -125,7 +110,6 @@ def dataset_folder(root: Path, spec: DatasetSpec) -> Path:
 
 
 def _some(names: list[str]) -> str:
-    """Name the first few of many."""
     return ", ".join(names[:20]) + (" ..." if len(names) > 20 else "")
 
 
@@ -214,7 +198,7 @@ def _hidden(root: Path, *paths: str) -> str:
 def _list_domain(
     root: Path, domain: str, classes: list[str], exclude: set[str], passed_over: Counter[str]
 ) -> DomainListing:
-    """List one domain's images by rank.
+    """List one domain's images by place.
 
     Entries of `exclude` that matched are taken out of it, and other files counted by their endings.
     """
@@ -240,7 +224,6 @@ def _list_domain(
 
 
 def _is_image(path: str) -> bool:
-    """Tell by the name whether a file is an image."""
     return path.lower().endswith(EXTENSIONS)
 
 

@@ -1,4 +1,4 @@
-"""Progress with the time left: a live bar on a terminal, now and then a plain line elsewhere."""
+"""Progress with the time left: rich's live bar on a terminal, now and then a line elsewhere."""
 
 import contextlib
 import logging
@@ -11,55 +11,29 @@ log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 10.0
 
-Advance = Callable[[int], None]
-"""Called with a number of images done."""
-
 
 @contextlib.contextmanager
-def progress(what: str, total: int) -> Iterator[Advance]:
-    """Show the progress of a long task on stderr.
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show the progress of a long task on stderr; yields what to call with images done.
 
     Args:
-        what: What is being done, for example `writing`.
-        total: Number of images to do.
-
-    Yields:
-        A function to call with every number of images done.
+        what: what is being done, for example `writing`.
+        total: number of images to do.
     """
     if not sys.stderr.isatty():
         yield PlainProgress(what, total)
         return
     from rich.console import Console  # here: `--help` need not wait for it
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("images"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=total)
         yield lambda images: bar.advance(task, images)
 
 
 class PlainProgress:
-    """Logs a line every ten seconds, and one at the end.
-
-    Args:
-        what: What is being done.
-        total: Number of images to do.
-        clock: Seconds, never going back.
-    """
+    """Logs a line every ten seconds, and one at the end; `clock` gives seconds."""
 
     def __init__(self, what: str, total: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.what = what
@@ -69,11 +43,7 @@ class PlainProgress:
         self._start = self._last = clock()
 
     def __call__(self, images: int) -> None:
-        """Count images and log if it is time to.
-
-        Args:
-            images: Number of images done since the last call.
-        """
+        """Count images done since the last call, and log if it is time to."""
         self.done += images
         now = self.clock()
         if self.done < self.total and now - self._last < _SECONDS_BETWEEN_LINES:

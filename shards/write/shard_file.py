@@ -1,16 +1,12 @@
 """One shard, written and read back: a plain tar file whose bytes depend on its samples alone."""
 
-import contextlib
 import errno
 import hashlib
 import io
 import json
 import mmap
-import os
-import secrets
 import tarfile
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -20,7 +16,8 @@ import numpy.typing as npt
 
 from shards.errors import DamagedDataError
 from shards.read.layout import ShardInfo, file_sha256, sample_key
-from shards.write.shard_plan import PARTIAL, ShardTask, unreadable
+from shards.write.atomic_file import replaced_when_whole
+from shards.write.shard_plan import ShardTask, unreadable
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -54,75 +51,20 @@ class _HashedStream(io.BufferedIOBase):
         return self.stream.tell()
 
 
-@contextlib.contextmanager
-def replaced_when_whole(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that appears under its name only when it has been written completely.
-
-    The temporary name is a new one every time, so that a process that outlives its parent cannot
-    interfere with the next run.
-
-    Args:
-        path: Final name of the file.
-
-    Yields:
-        A binary stream to write to.
-    """
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
-    try:
-        with partial.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder outlast a loss of power, where the file system can do that.
-
-    Args:
-        folder: The folder.
-
-    Raises:
-        OSError: If the storage fails.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems
-            raise
-    finally:
-        os.close(descriptor)
-
-
 def member_suffix(path: str) -> str:
-    """Give the member name's extension for an image file.
-
-    Args:
-        path: Name of the image file.
-
-    Returns:
-        The extension in lower case without its dot, `jpg` for `jpeg`.
-    """
+    """The extension of a member that holds an image file: in lower case, `jpg` for `jpeg`."""
     suffix = path.rpartition(".")[2].lower()
     return "jpg" if suffix == "jpeg" else suffix
 
 
 def pack_shard(task: ShardTask, out: Path) -> PackedShard:
-    """Write one shard, unless an earlier run finished it, and read it back.
+    """Write one shard into the folder `out`, unless an earlier run finished it, and read it back.
 
-    Args:
-        task: What it holds.
-        out: Existing folder of the shard set.
-
-    Returns:
-        What the index needs to know, taken from the bytes in the file.
+    What it gives for the index is taken from the bytes in the file.
 
     Raises:
-        DamagedDataError: If an image cannot be read, or changed since the plan was made.
-        OSError: If the output cannot be written, or reads back differently.
+        DamagedDataError: an image cannot be read, or changed since the plan was made.
+        OSError: the output cannot be written, or reads back differently.
     """
     path = out / task.file
     notes: list[str] = []
@@ -145,9 +87,9 @@ def _write(task: ShardTask, path: Path, notes: list[str]) -> str:
     with replaced_when_whole(path) as stream:
         hashed = _HashedStream(stream)
         with tarfile.open(fileobj=hashed, mode="w:", format=tarfile.USTAR_FORMAT) as archive:
-            for place, size in enumerate(task.sizes):
-                image = _read_image(task.folder / task.paths[place], int(size), notes)
-                for name, content in _members(task, place, image):
+            for number, size in enumerate(task.sizes):
+                image = _read_image(task.folder / task.paths[number], int(size), notes)
+                for name, content in _members(task, number, image):
                     member = tarfile.TarInfo(name)
                     member.size = len(content)
                     member.mode = 0o444
@@ -172,35 +114,35 @@ def _read_image(source: Path, size: int, notes: list[str]) -> bytes:
     return image
 
 
-def _members(task: ShardTask, place: int, image: bytes) -> list[tuple[str, bytes]]:
+def _members(task: ShardTask, number: int, image: bytes) -> list[tuple[str, bytes]]:
     """Name and fill the members of one sample, in the order in which they are stored."""
-    rank, path, label = int(task.ranks[place]), task.paths[place], task.labels[place]
+    place, path, label = int(task.places[number]), task.paths[number], task.labels[number]
     about = {
-        "class_name": task.class_names[place],
-        "domain": task.domain,
-        "index": rank,
-        "path": f"{task.domain}/{path}",
+        "class_name": task.classes[label],
+        "domain": task.domain_name,
+        "index": place,
+        "path": f"{task.domain_name}/{path}",
     }
     contents = {
         member_suffix(path): image,
         "cls": str(label).encode(),
         "json": json.dumps(about).encode(),
     }
-    key = sample_key(task.prefix, rank)
+    key = sample_key(task.prefix, place)
     return [(f"{key}.{suffix}", contents[suffix]) for suffix in sorted(contents)]
 
 
 def _measure(task: ShardTask, path: Path) -> npt.NDArray[np.void]:
     """Find the images in a finished shard."""
-    rows = np.zeros(len(task.ranks), dtype=ROW_DTYPE)
+    rows = np.zeros(len(task.places), dtype=ROW_DTYPE)
     with (
         path.open("rb") as stream,
         mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
         tarfile.open(fileobj=stream, mode="r:") as archive,
     ):
         members = {member.name: member for member in archive}
-        for place, (rank, source) in enumerate(zip(task.ranks, task.paths, strict=True)):
-            member = members[f"{sample_key(task.prefix, int(rank))}.{member_suffix(source)}"]
+        for number, (place, source) in enumerate(zip(task.places, task.paths, strict=True)):
+            member = members[f"{sample_key(task.prefix, int(place))}.{member_suffix(source)}"]
             start, end = member.offset_data, member.offset_data + member.size
-            rows[place] = (start, member.size, zlib.crc32(data[start:end]))
+            rows[number] = (start, member.size, zlib.crc32(data[start:end]))
     return rows

@@ -17,10 +17,10 @@ import numpy as np
 from shards.errors import DamagedDataError
 from shards.randomness import Int64Array, hash64, permutation
 from shards.read.layout import FORMAT_VERSION, INDEX_NAME, INFO_NAME, TABLE_DTYPE, key_prefixes
-from shards.write.image_folder import DomainListing, Listing
+from shards.write.atomic_file import PARTIAL
+from shards.write.image_folder import Listing
 
 BLOCK = 512  # tar's unit
-PARTIAL = ".partial"  # suffix of a file still being written
 STATE_NAME = ".writer.state"
 _STAT_THREADS = 16  # hides the latency of network file systems
 _SMALL_BLOCKS = 5 * BLOCK  # three headers, label and description of a sample
@@ -28,25 +28,24 @@ _SMALL_BLOCKS = 5 * BLOCK  # three headers, label and description of a sample
 
 @dataclass(frozen=True, kw_only=True)
 class ShardTask:
-    """One shard to write: its samples in order, each with path, size, label and class name."""
+    """One shard to write: its samples in order, each with place, path, size and label."""
 
     file: str
-    env: int
-    domain: str
+    domain_name: str
     folder: Path
     prefix: str
-    ranks: Int64Array
+    classes: tuple[str, ...]
+    places: Int64Array
     paths: tuple[str, ...]
     sizes: Int64Array
     labels: tuple[int, ...]
-    class_names: tuple[str, ...]
     sha256: str | None = None
     """Hash of the shard if an earlier run finished it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """All that a conversion writes."""
+class ShardPlan:
+    """All that a conversion writes; `prefixes` and `stems` name the domains in keys and files."""
 
     listing: Listing
     dataset: str
@@ -59,70 +58,35 @@ class Plan:
     """The same with modification times: what an unfinished conversion must agree on."""
 
     def writes(self, name: str) -> bool:
-        """Tell whether a file name is one that this conversion could write.
-
-        Args:
-            name: File name without folder.
-
-        Returns:
-            Whether it is a shard, a table, an index or a state of this set, finished or not.
-        """
+        """Tell whether a file name is one that this conversion could write, finished or not."""
         name = re.sub(r"(\.[0-9a-f]{8})?" + re.escape(PARTIAL) + "$", "", name)
         stem = re.sub(r"(-\d{6}\.tar|\.npy)$", "", name)
         return name in (INDEX_NAME, INFO_NAME, STATE_NAME) or (stem != name and stem in self.stems)
 
     def num_bytes(self) -> int:
-        """Estimate the size of the set.
-
-        Returns:
-            Bytes of all shards and tables, within one block per sample.
-        """
+        """Estimate the bytes of all shards and tables, within one block per sample."""
         images = sum(int(sample_bytes(task.sizes).sum()) for task in self.tasks)
-        rows = sum(len(task.ranks) for task in self.tasks) * TABLE_DTYPE.itemsize
+        rows = sum(len(task.places) for task in self.tasks) * TABLE_DTYPE.itemsize
         return images + rows
 
 
 def sample_bytes(sizes: Int64Array) -> Int64Array:
-    """Estimate what samples take in a tar file.
-
-    Args:
-        sizes: int64 array of image sizes in bytes.
-
-    Returns:
-        int64 array of the same shape: image, label and description with their headers, in bytes.
-    """
+    """Estimate what images of some sizes take in a tar file with all that belongs to them."""
     return -(-sizes // BLOCK) * BLOCK + _SMALL_BLOCKS
 
 
 def unreadable(path: Path, error: OSError) -> DamagedDataError:
-    """Phrase the failure to read a source image.
-
-    Args:
-        path: The image.
-        error: What the system reported.
-
-    Returns:
-        The error to raise.
-    """
+    """Phrase the failure to read a source image."""
     return DamagedDataError(
-        f"{path}: cannot be read ({error.strerror}); restore the file or name it in --exclude-list"
+        f"{path}: cannot be read ({error.strerror}); restore the file or name it in --exclude_list"
     )
 
 
-def make_plan(listing: Listing, dataset: str, shard_size: int, shard_bytes: int) -> Plan:
-    """Decide what goes where.
-
-    Args:
-        listing: The images.
-        dataset: Name of the dataset.
-        shard_size: Largest number of samples of one shard.
-        shard_bytes: Size in bytes that a shard of more than one sample should not exceed.
-
-    Returns:
-        The plan.
+def make_plan(listing: Listing, dataset: str, shard_size: int, shard_bytes: int) -> ShardPlan:
+    """Decide what goes where; the numbers limit a shard as in `write_shards`.
 
     Raises:
-        DamagedDataError: If an image is not there.
+        DamagedDataError: an image is not there.
     """
     prefixes = tuple(key_prefixes([domain.name for domain in listing.domains]))
     stems = tuple(f"{key_prefixes([dataset])[0]}-{prefix}" for prefix in prefixes)
@@ -130,17 +94,28 @@ def make_plan(listing: Listing, dataset: str, shard_size: int, shard_bytes: int)
     source, state = hashlib.sha256(settings), hashlib.sha256(settings)
     state.update(f"format {FORMAT_VERSION}\n".encode())
     tasks: list[ShardTask] = []
-    for env, domain in enumerate(listing.domains):
+    for domain, prefix, stem in zip(listing.domains, prefixes, stems, strict=True):
         sizes, times = _stat_all(listing.root / domain.name, domain.paths)
         for path, size, time in zip(domain.paths, sizes, times, strict=True):
             line = f"{domain.name}/{path}\0{size}\n".encode("utf-8", "surrogateescape")
             source.update(line)
             state.update(line + f"{time}\n".encode())
         order = permutation(hash64("shards", domain.name), len(sizes))
-        for number, ranks in enumerate(_cut(order, sizes, shard_size, shard_bytes)):
-            name = f"{stems[env]}-{number:06d}.tar"
-            tasks.append(_task(name, listing, env, prefixes[env], ranks, sizes[ranks]))
-    return Plan(
+        tasks += [
+            ShardTask(
+                file=f"{stem}-{number:06d}.tar",
+                domain_name=domain.name,
+                folder=listing.root / domain.name,
+                prefix=prefix,
+                classes=listing.classes,
+                places=places,
+                paths=tuple(domain.paths[place] for place in places),
+                sizes=sizes[places],
+                labels=tuple(domain.labels[place] for place in places),
+            )
+            for number, places in enumerate(_cut(order, sizes, shard_size, shard_bytes))
+        ]
+    return ShardPlan(
         listing=listing,
         dataset=dataset,
         prefixes=prefixes,
@@ -151,35 +126,15 @@ def make_plan(listing: Listing, dataset: str, shard_size: int, shard_bytes: int)
     )
 
 
-def _task(
-    name: str, listing: Listing, env: int, prefix: str, ranks: Int64Array, sizes: Int64Array
-) -> ShardTask:
-    """Gather what a shard's writer must know."""
-    domain: DomainListing = listing.domains[env]
-    labels = tuple(domain.labels[rank] for rank in ranks)
-    return ShardTask(
-        file=name,
-        env=env,
-        domain=domain.name,
-        folder=listing.root / domain.name,
-        prefix=prefix,
-        ranks=ranks,
-        paths=tuple(domain.paths[rank] for rank in ranks),
-        sizes=sizes,
-        labels=labels,
-        class_names=tuple(listing.classes[label] for label in labels),
-    )
-
-
 def _cut(
     order: Int64Array, sizes: Int64Array, shard_size: int, shard_bytes: int
 ) -> Iterator[Int64Array]:
-    """Cut the shuffled ranks of a domain into shards, each as full as both limits allow."""
+    """Cut the shuffled places of a domain into shards, each as full as both limits allow."""
     first, total = 0, 0
-    for place, size in enumerate(sample_bytes(sizes[order]).tolist()):
-        if place > first and (place - first == shard_size or total + size > shard_bytes):
-            yield order[first:place]
-            first, total = place, 0
+    for number, size in enumerate(sample_bytes(sizes[order]).tolist()):
+        if number > first and (number - first == shard_size or total + size > shard_bytes):
+            yield order[first:number]
+            first, total = number, 0
         total += size
     if first < len(order):
         yield order[first:]

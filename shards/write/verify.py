@@ -1,14 +1,12 @@
 """The check of a whole shard set against its index, byte by byte."""
 
-import functools
-import io
 import json
 import logging
 import os
 import tarfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,72 +24,27 @@ log = logging.getLogger(__name__)
 _MAX_LINES = 20  # of one shard; a damaged header can hide a thousand samples
 
 
-@dataclass(frozen=True, kw_only=True)
-class _ShardCheck:
-    """What the index says of one shard; `rows` are those of its samples in the domain's table."""
-
-    path: Path
-    info: ShardInfo
-    domain: str
-    prefix: str
-    classes: tuple[str, ...]
-    rows: npt.NDArray[np.void]
-
-
-class _ShardFindings:
-    """What was found in one shard; of images by key, since their paths come later in the file.
-
-    Attributes:
-        problems: One line per problem of anything but an image.
-        unusable: Key of an image and what is wrong with it.
-        incomplete: The same of images that can be used as far as they go.
-        sound: Keys of the images that can be used as they are.
-        texts: Key to description.
-    """
-
-    def __init__(self) -> None:
-        self.problems: list[str] = []
-        self.unusable: list[tuple[str, str]] = []
-        self.incomplete: list[tuple[str, str]] = []
-        self.sound: set[str] = set()
-        self.texts: dict[str, bytes] = {}
-
-
-class _ShardReport(NamedTuple):
-    """What is told of one shard: problems, incomplete images, number of images with a fault."""
-
-    problems: list[str]
-    incomplete: list[str]
-    bad_images: int
-
-
 class VerifyReport(NamedTuple):
-    """What a check has found.
-
-    Attributes:
-        problems: One line per problem; empty when the set is sound.
-        bad_images: Number of images that cannot be used as they are, incomplete ones included.
-    """
+    """What a check has found."""
 
     problems: list[str]
+    """One line per problem; empty when the set is sound."""
     bad_images: int
+    """Number of images that cannot be used as they are, incomplete ones included."""
 
 
 def verify_shards(index: ShardIndex, *, deep: bool, jobs: int = 1) -> VerifyReport:
     """Compare everything stored with the index.
 
     Args:
-        index: An opened set; opening has checked the sizes and the sample tables.
-        deep: Also decode every image with Pillow. Images that were incomplete when they were
+        index: an opened set; opening has checked the sizes and the sample tables.
+        deep: also decode every image with Pillow. Images that were incomplete when they were
             converted are logged, not counted as problems: they can be used.
-        jobs: Number of processes.
-
-    Returns:
-        The problems, and how many images they concern.
+        jobs: number of processes.
 
     Raises:
-        DataConfigError: If the set is remote.
-        OutputError: If a process is killed from outside.
+        DataConfigError: the set is remote.
+        OutputError: a process was killed from outside.
     """
     if index.remote:
         raise DataConfigError(
@@ -99,10 +52,9 @@ def verify_shards(index: ShardIndex, *, deep: bool, jobs: int = 1) -> VerifyRepo
         )
     problems = list(_check_folder(index))
     shards: dict[int, _ShardReport] = {}
-    total = sum(index.num_samples(env) for env in range(len(index.domains)))
-    with progress("verifying", total) as advance:
-        check = functools.partial(_check_shard, deep=deep)
-        for number, found in run_tasks(check, _checks(index), min(jobs, len(index.shards))):
+    with progress("verifying", sum(shard.samples for shard in index.shards)) as advance:
+        checks = _checks(index, deep)
+        for number, found in run_tasks(_ShardCheck.run, checks, min(jobs, len(index.shards))):
             shards[number] = found
             for line in found.incomplete:
                 log.warning("%s", line)
@@ -113,8 +65,8 @@ def verify_shards(index: ShardIndex, *, deep: bool, jobs: int = 1) -> VerifyRepo
 
 def _check_folder(index: ShardIndex) -> Iterator[str]:
     """Yield the problems of tables, of files beside the shards, and of `_info.json`."""
-    for env, name in enumerate(index.domains):
-        table = index.table(env)
+    for domain, name in enumerate(index.domains):
+        table = index.table(domain)
         if not np.array_equal(table["rank"], np.arange(len(table))):
             yield f"{name}: ranks in the sample table are not 0..{len(table) - 1}"
         if len(table) and int(table["label"].max()) >= len(index.classes):
@@ -131,141 +83,162 @@ def _check_folder(index: ShardIndex) -> Iterator[str]:
         yield f"{path}: cannot be read ({error})"
 
 
-def _checks(index: ShardIndex) -> Iterator[_ShardCheck]:
+def _checks(index: ShardIndex, deep: bool) -> Iterator["_ShardCheck"]:
     """Yield what the index says, shard by shard; a shard belongs to one domain."""
-    envs = range(len(index.domains))
-    order = [np.argsort(index.table(env)["shard"], kind="stable") for env in envs]
-    sorted_shards = [index.table(env)["shard"][order[env]] for env in envs]
+    domains = range(len(index.domains))
+    columns = [index.table(domain)["shard"].copy() for domain in domains]
     for number, info in enumerate(index.shards):
-        spans = [np.searchsorted(column, [number, number + 1]) for column in sorted_shards]
-        env = max(envs, key=lambda env: int(np.diff(spans[env])[0]))
-        ranks = order[env][spans[env][0] : spans[env][1]]
+        places = [np.flatnonzero(column == number) for column in columns]
+        domain = max(domains, key=lambda domain: len(places[domain]))
         yield _ShardCheck(
             path=index.root / info.file,
             info=info,
-            domain=index.domains[env],
-            prefix=index.domain_infos[env].key_prefix,
+            domain_name=index.domains[domain],
+            prefix=index.domain_infos[domain].key_prefix,
             classes=index.classes,
-            rows=np.array(index.table(env)[ranks]),
+            rows=index.table(domain)[places[domain]],
+            deep=deep,
         )
 
 
-def _check_shard(check: _ShardCheck, deep: bool) -> _ShardReport:
-    """List the problems of one shard, and its incomplete images."""
-    found = _ShardFindings()
-    try:
-        if file_sha256(check.path) != check.info.sha256:
-            found.problems.append("sha256 differs from the index")
-        found.problems.extend(_compare_members(check, deep, found))
-    except (OSError, tarfile.TarError) as error:
-        found.problems.append(f"cannot be read ({error})")
-    problems = found.problems + _named(found.unusable, found.texts)
-    if len(problems) > _MAX_LINES:
-        problems[_MAX_LINES:] = [f"and {len(problems) - _MAX_LINES} more problems"]
-    return _ShardReport(
-        [f"{check.path}: {line}" for line in problems],
-        [f"{check.path}: {line}" for line in _named(found.incomplete, found.texts)],
-        len(check.rows) - len(found.sound),
-    )
+class _ShardReport(NamedTuple):
+    """What is told of one shard."""
+
+    problems: list[str]
+    incomplete: list[str]
+    bad_images: int
 
 
-def _named(images: list[tuple[str, str]], texts: dict[str, bytes]) -> list[str]:
-    """Phrase what is wrong with images, each with its key and, so far as known, original path."""
-    lines = []
-    for key, wrong in images:
+@dataclass(kw_only=True)
+class _ShardCheck:
+    """What the index says of one shard, and what is found there.
+
+    Findings on images are kept by key, since their paths come later in the file.
+    """
+
+    path: Path
+    info: ShardInfo
+    domain_name: str
+    prefix: str
+    classes: tuple[str, ...]
+    rows: npt.NDArray[np.void]
+    """Those of its samples in the domain's table."""
+    deep: bool
+    problems: list[str] = field(default_factory=list)
+    """Of anything but an image."""
+    unusable: list[tuple[str, str]] = field(default_factory=list)
+    incomplete: list[tuple[str, str]] = field(default_factory=list)
+    """Images that can be used as far as they go."""
+    sound: set[str] = field(default_factory=set)
+    texts: dict[str, bytes] = field(default_factory=dict)
+    """Descriptions."""
+
+    def run(self) -> _ShardReport:
         try:
-            path = f" ({json.loads(texts[key])['path']})"
-        except (KeyError, TypeError, ValueError):
-            path = ""
-        lines.append(f"sample {key}{path}: {wrong}")
-    return lines
+            if file_sha256(self.path) != self.info.sha256:
+                self.problems.append("sha256 differs from the index")
+            self._compare_members()
+        except (OSError, tarfile.TarError) as error:
+            self.problems.append(f"cannot be read ({error})")
+        problems = self.problems + self._named(self.unusable)
+        if len(problems) > _MAX_LINES:
+            problems[_MAX_LINES:] = [f"and {len(problems) - _MAX_LINES} more problems"]
+        return _ShardReport(
+            [f"{self.path}: {line}" for line in problems],
+            [f"{self.path}: {line}" for line in self._named(self.incomplete)],
+            len(self.rows) - len(self.sound),
+        )
 
+    def _named(self, images: list[tuple[str, str]]) -> list[str]:
+        """Phrase what is wrong with images, each with its key and, if known, original path."""
+        lines = []
+        for key, fault in images:
+            try:
+                path = f" ({json.loads(self.texts[key])['path']})"
+            except (KeyError, TypeError, ValueError):
+                path = ""
+            lines.append(f"sample {key}{path}: {fault}")
+        return lines
 
-def _compare_members(check: _ShardCheck, deep: bool, found: _ShardFindings) -> Iterator[str]:
-    """Yield the differences between a shard's members and the index; note images apart."""
-    expected = {sample_key(check.prefix, int(row["rank"])): row for row in check.rows}
-    if len(expected) != check.info.samples:
-        yield f"{check.info.samples} samples expected, the tables name {len(expected)}"
-    seen: dict[str, list[str]] = {key: [] for key in expected}
-    with tarfile.open(check.path, "r:") as archive:
-        for member in archive:
-            key, _, suffix = member.name.partition(".")
-            if key not in expected:
-                yield f"member {member.name} is not in the index"
+    def _compare_members(self) -> None:
+        rows = {sample_key(self.prefix, int(row["rank"])): row for row in self.rows}
+        if len(rows) != self.info.samples:
+            self.problems.append(
+                f"{self.info.samples} samples expected, the tables name {len(rows)}"
+            )
+        seen: dict[str, list[str]] = {key: [] for key in rows}
+        with tarfile.open(self.path, "r:") as archive:
+            for member in archive:
+                key, _, suffix = member.name.partition(".")
+                if key not in rows:
+                    self.problems.append(f"member {member.name} is not in the index")
+                    continue
+                stream = archive.extractfile(member)
+                data = stream.read() if stream else b""
+                kind = suffix if suffix in ("cls", "json") else "image"
+                seen[key].append(kind)
+                if kind == "image":
+                    self._check_image(key, member.offset_data, data, rows[key])
+                else:
+                    self._check_text(key, kind, data, rows[key])
+        for key, kinds in seen.items():
+            if not kinds:
+                self.problems.append(f"sample {key} is missing")
                 continue
-            stream = archive.extractfile(member)
-            data = stream.read() if stream else b""
-            seen[key].append(suffix if suffix in ("cls", "json") else "image")
-            if suffix == "json":
-                found.texts[key] = data
-            if suffix in ("cls", "json"):
-                yield from _check_text(check, key, suffix, data, expected[key])
-            else:
-                _check_image(key, member.offset_data, data, expected[key], deep, found)
-    for key, kinds in seen.items():
-        if not kinds:
-            yield f"sample {key} is missing"
-            continue
-        for kind in ("image", "cls", "json"):
-            if kinds.count(kind) != 1:
-                yield f"sample {key}: {kinds.count(kind)} members of kind {kind}, expected 1"
+            self.problems += [
+                f"sample {key}: {kinds.count(kind)} members of kind {kind}, expected 1"
+                for kind in ("image", "cls", "json")
+                if kinds.count(kind) != 1
+            ]
+
+    def _check_text(self, key: str, kind: str, data: bytes, row: np.void) -> None:
+        """Note the problems of a label or description."""
+        label = int(row["label"])
+        if kind == "json":
+            self.texts[key] = data
+        try:
+            value: Any = json.loads(data)
+        except ValueError:
+            self.problems.append(f"sample {key}: its .{kind} is not readable")
+            return
+        if kind == "cls":
+            if value != label:
+                self.problems.append(f"sample {key}: label {value}, expected {label}")
+            return
+        name = self.classes[label] if label < len(self.classes) else None
+        wanted = {"domain": self.domain_name, "class_name": name, "index": int(row["rank"])}
+        self.problems += [
+            f"sample {key}: its .json does not give {entry} {want!r}"
+            for entry, want in wanted.items()
+            if not isinstance(value, dict) or value.get(entry) != want
+        ]
+
+    def _check_image(self, key: str, offset: int, data: bytes, row: np.void) -> None:
+        """Note what is wrong with an image's bytes, or that nothing is."""
+        wrong = None
+        if (offset, len(data)) != (int(row["offset"]), int(row["size"])):
+            there = f"{row['size']} at {row['offset']}"
+            wrong = f"{len(data)} bytes at offset {offset}, expected {there}"
+        elif zlib.crc32(data) != int(row["crc32"]):
+            wrong = "crc32 differs from the index"
+        if wrong:
+            self.unusable.append((key, wrong))
+        error = _decode_error(data) if self.deep else None
+        if error is None:
+            if not wrong:
+                self.sound.add(key)
+        elif _decode_error(data, incomplete=True):
+            self.unusable.append((key, f"cannot be decoded ({error})"))
+        else:
+            self.incomplete.append((key, f"the image is incomplete ({error})"))
 
 
-def _check_text(
-    check: _ShardCheck, key: str, suffix: str, data: bytes, row: np.void
-) -> Iterator[str]:
-    """Yield the problems of a label or description."""
+def _decode_error(data: bytes, *, incomplete: bool = False) -> str | None:
+    """Try to decode an image, or what there is of an incomplete one."""
+    from shards.pixels.image_file import open_rgb  # here: only the deep check needs Pillow
+
     try:
-        value: Any = json.loads(data)
-    except ValueError:
-        yield f"sample {key}: its .{suffix} is not readable"
-        return
-    label = int(row["label"])
-    if suffix == "cls":
-        if value != label:
-            yield f"sample {key}: label {value}, expected {label}"
-        return
-    name = check.classes[label] if label < len(check.classes) else None
-    wanted = {"domain": check.domain, "class_name": name, "index": int(row["rank"])}
-    for field, want in wanted.items():
-        if not isinstance(value, dict) or value.get(field) != want:
-            yield f"sample {key}: its .json does not give {field} {want!r}"
-
-
-def _check_image(
-    key: str, offset: int, data: bytes, row: np.void, deep: bool, found: _ShardFindings
-) -> None:
-    """Note what is wrong with an image's bytes, or that nothing is."""
-    wrong = None
-    if (offset, len(data)) != (int(row["offset"]), int(row["size"])):
-        wrong = f"{len(data)} bytes at offset {offset}, expected {row['size']} at {row['offset']}"
-    elif zlib.crc32(data) != int(row["crc32"]):
-        wrong = "crc32 differs from the index"
-    if wrong:
-        found.unusable.append((key, wrong))
-    error = _decode_error(data) if deep else None
-    if error is None:
-        if not wrong:
-            found.sound.add(key)
-    elif _decode_error(data, truncated=True):
-        found.unusable.append((key, f"cannot be decoded ({error})"))
-    else:
-        found.incomplete.append((key, f"the image is incomplete ({error})"))
-
-
-def _decode_error(data: bytes, truncated: bool = False) -> str | None:
-    """Try to decode an image; `truncated` accepts what is there of an incomplete one."""
-    from PIL import Image, ImageFile, UnidentifiedImageError  # here: only the deep check needs it
-
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = truncated
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.convert("RGB")
-    except UnidentifiedImageError:
-        return "of no known format"
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return str(error) or type(error).__name__
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
+        open_rgb(data, incomplete=incomplete)
+    except ValueError as error:
+        return str(error)
     return None

@@ -24,7 +24,7 @@ from tests.support.shards_fixtures import (
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def test_excluded_images_leave_before_ranks_are_given(tmp_path: Path) -> None:
+def test_excluded_images_leave_before_places_are_given(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "images")
     (tmp_path / "list.txt").write_text("art/cat/im000.png\n\n./photo/dog/im003.jpg\nno/such.png\n")
     argv = ["--root", str(root), "--out", str(tmp_path / "out")]
@@ -109,6 +109,18 @@ def test_a_tilde_that_the_shell_left_is_the_home_folder(monkeypatch: pytest.Monk
     ]  # fmt: skip
 
 
+def test_flags_are_spelt_with_underscores_or_dashes() -> None:
+    new = "--out=a-b --exclude_list c-d --shard_size 3 --shard_bytes=2K"
+    args = parser().parse_args(new.split())
+    old = new.replace("_l", "-l").replace("_s", "-s").replace("_b", "-b")
+    assert "--exclude-list c-d --shard-size 3 --shard-bytes=2K" in old
+    assert parser().parse_args(old.split()) == args
+    assert (str(args.out), str(args.exclude_list)) == ("a-b", "c-d")
+    assert (args.shard_size, args.shard_bytes) == (3, 2048)
+    assert "--shard_size N" in parser().format_help()
+    assert "--shard-size" not in parser().format_help()
+
+
 def test_commands_in_messages_run_as_printed() -> None:
     commands = [
         make_command("pacs"), make_command("folder", Path("my images"), Path("my set")),
@@ -120,7 +132,7 @@ def test_commands_in_messages_run_as_printed() -> None:
         "IMAGE_FOLDER", "my images", None,
     ]  # fmt: skip
     assert [(args.verify, args.deep) for args in parsed[3:]] == [(True, True), (True, False)]
-    for path in (REPOSITORY / "shards").glob("*.py"):
+    for path in (REPOSITORY / "shards").rglob("*.py"):
         elsewhere = re.findall(r"`python -m shards\.writer --", path.read_text(encoding="utf-8"))
         assert not elsewhere or path.name == "errors.py", path
 

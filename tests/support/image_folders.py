@@ -2,11 +2,11 @@
 
 import io
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from PIL import Image
 
-from shards.embedded.digits import scans
-from shards.embedded.drawing import draw
+from shards.embedded.digits import unpack_digits
 
 STYLES = {
     "photo": "plain",
@@ -14,25 +14,25 @@ STYLES = {
     "Aquarell-Übung": "inverted",
     "sketch": "outline",
 }
-"""Domain folders and the style their pictures are drawn in."""
+"""Domain folders and the embedded domain their pictures are taken from."""
 
 CLASSES = ("zero", "one", "two")
 
 
 def make_own_images(root: Path) -> None:
-    """Draws 4 domains x 3 classes x about 20 images, three of them broken."""
-    pixels, labels = scans()
-    for number in range(240):
-        label = int(labels[number])
-        if label >= len(CLASSES):
-            continue
+    """Makes 4 domains x 3 classes x 20 images, three of them broken."""
+    with TemporaryDirectory() as digits:
+        unpack_digits(digits)
         for domain, style in STYLES.items():
-            path = root / domain / CLASSES[label] / _file_name(number)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            data = io.BytesIO()
-            kind = "PNG" if path.suffix.lower() == ".png" else "JPEG"
-            Image.fromarray(draw(pixels[number], style, number)).resize((64, 48)).save(data, kind)
-            path.write_bytes(data.getvalue())
+            for label, name in enumerate(CLASSES):
+                (root / domain / name).mkdir(parents=True, exist_ok=True)
+                drawn = sorted(Path(digits, style, str(label)).iterdir())[:20]
+                for number, source in enumerate(drawn):
+                    path = root / domain / name / _file_name(number)
+                    kind = "PNG" if path.suffix.lower() == ".png" else "JPEG"
+                    with Image.open(source) as image, io.BytesIO() as data:
+                        image.resize((64, 48)).save(data, kind)
+                        path.write_bytes(data.getvalue())
     break_files(root)
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from shards import Batch, Decoder, ShardIndex, eval_transform, evaluation_loader
 from shards.randomness import Int64Array
 from shards.stream.bad_samples import check_unusable
-from shards.stream.evaluation import split_ranks
+from shards.stream.evaluation import split_places
 from trainer.process.stopping import shielded
 from trainer.process.world import World
 
@@ -124,7 +124,7 @@ class Evaluator:
 
     def ranks(self, env: int, split: str) -> Int64Array:
         """The samples of a split, as ImageFolder ranks."""
-        return split_ranks(
+        return split_places(
             self.index, env, split,  # type: ignore[arg-type]
             trial_seed=self.trial_seed, holdout_fraction=self.holdout_fraction,
         )  # fmt: skip

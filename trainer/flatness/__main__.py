@@ -163,7 +163,7 @@ def plan(args: argparse.Namespace) -> tuple[list["Member"], "FixedImages"]:
     """The adapters and the samples they are measured on, drawn by the seed."""
     import numpy as np
 
-    from shards.stream.evaluation import split_ranks
+    from shards.stream.evaluation import split_places
     from trainer.evaluate.data import open_data
     from trainer.evaluate.fixed_images import fixed_images
     from trainer.evaluate.members import read_members
@@ -175,7 +175,7 @@ def plan(args: argparse.Namespace) -> tuple[list["Member"], "FixedImages"]:
     places = []
     for env in data.envs:
         ranks = np.sort(
-            split_ranks(
+            split_places(
                 data.index, env, args.split, trial_seed=data.trial_seed,
                 holdout_fraction=data.config.holdout_fraction,
             )

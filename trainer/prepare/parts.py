@@ -21,7 +21,7 @@ from shards import (
     train_transform,
 )
 from shards.datasets import held_out_names
-from shards.stream.evaluation import Split, split_ranks
+from shards.stream.evaluation import Split, split_places
 from trainer.config import deepspeed_json
 from trainer.config.run_config import RunConfig
 from trainer.prepare.backbone import check_backbone, create_backbone, outline, outline_backbone
@@ -216,7 +216,7 @@ def _check_splits(config: RunConfig, index: ShardIndex, withheld: tuple[int, ...
     fraction, trial = config.data.holdout_fraction, config.train.trial_seed
     for env, domain in enumerate(index.domains):
         split: Split = "in" if env in withheld else "out"
-        if len(split_ranks(index, env, split, trial_seed=trial, holdout_fraction=fraction)):
+        if len(split_places(index, env, split, trial_seed=trial, holdout_fraction=fraction)):
             continue
         if index.subset is None:
             raise ConfigError(

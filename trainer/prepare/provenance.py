@@ -10,7 +10,7 @@ import numpy as np
 
 from moa.files.origin import Origin
 from shards import ShardIndex
-from shards.stream.evaluation import split_ranks
+from shards.stream.evaluation import split_places
 from trainer.config.command_line import LAUNCHER_FLAGS
 from trainer.config.run_config import ROOT, RunConfig
 from trainer.process.world import World
@@ -87,7 +87,7 @@ def split_hash(index: ShardIndex, trial_seed: int, holdout_fraction: float) -> s
     digest = hashlib.sha256()
     for env in range(len(index.domains)):
         for split in ("in", "out"):
-            ranks = split_ranks(
+            ranks = split_places(
                 index, env, split, trial_seed=trial_seed, holdout_fraction=holdout_fraction
             )
             digest.update(f"{env} {split} ".encode())

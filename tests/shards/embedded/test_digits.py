@@ -3,15 +3,17 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from shards.config import DataConfig
-from shards.embedded.digits import default_cache, draw_digits, embedded_shards, encode_png, scans
-from shards.embedded.drawing import STYLES, draw
+from shards.datasets import dataset_spec
+from shards.embedded.digits import default_cache, embedded_shards, unpack_digits
 from shards.errors import DataConfigError
 from shards.opening import open_shards
 from shards.read.index import ShardIndex
@@ -20,6 +22,7 @@ from shards.writer import main
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 PIXELS_SHA256 = "c320eced4cee669bae13ab704636dd8672a7eaa5a34bbfebd252c49bfcb6249c"
+STYLES = dataset_spec("digits").domains or ()
 INDEX_SHA256 = "342d0384640f1528cbfa636334a0e5c7197cbe0969271110a9a637c4e6aa267e"
 
 
@@ -35,7 +38,7 @@ def index(cache: Path) -> ShardIndex:
 
 def test_domains_classes_and_counts(index: ShardIndex) -> None:
     assert index.dataset == "digits"
-    assert index.domains == tuple(STYLES)
+    assert index.domains == STYLES
     assert index.domains[-1] == "rotated"
     assert index.classes == tuple("0123456789")
     assert [index.num_samples(env) for env in range(6)] == [300, 300, 300, 299, 299, 299]
@@ -44,12 +47,24 @@ def test_domains_classes_and_counts(index: ShardIndex) -> None:
     assert verify_shards(index, deep=True).problems == []
 
 
-def test_golden_pixels() -> None:
-    """Drawn in integers only: the same on every machine and under every library version."""
-    digest = hashlib.sha256()
-    for number, pixels in enumerate(scans()[0]):
-        digest.update(draw(pixels, tuple(STYLES)[number % 6], number).tobytes())
-    assert digest.hexdigest() == PIXELS_SHA256
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, Path]]:
+    """The image files by style, and there by their number in the whole collection."""
+    folder = tmp_path_factory.mktemp("digits")
+    unpack_digits(folder)
+    return {
+        style: {int(path.stem): path for path in sorted((folder / style).rglob("*.png"))}
+        for style in STYLES
+    }
+
+
+def pixels_of(paths: Iterable[Path]) -> np.ndarray:
+    return np.stack([np.array(Image.open(path)) for path in paths])
+
+
+def test_golden_pixels(pictures: dict[str, dict[int, Path]]) -> None:
+    files = [pictures[STYLES[number % 6]][number] for number in range(1797)]
+    assert hashlib.sha256(pixels_of(files).tobytes()).hexdigest() == PIXELS_SHA256
 
 
 def test_golden_index(index: ShardIndex) -> None:
@@ -57,39 +72,43 @@ def test_golden_index(index: ShardIndex) -> None:
     assert index.sha256 == INDEX_SHA256
 
 
-def test_images_are_what_was_drawn(index: ShardIndex, tmp_path: Path) -> None:
-    draw_digits(tmp_path)
-    files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
-    assert len(files) == 1797
-    pixels, labels = scans()
-    for number in (0, 601, 1202, 3, 1000, 1505, 1796):
-        domain = index.domains[number % 6]
-        path = f"{domain}/{labels[number]}/{number:04d}.png"
-        rank = [f for f in files if f.startswith(domain + "/")].index(path)
-        sample = index.read(index.domain_number(domain), rank)
-        assert sample.label == labels[number]
-        assert sample.image == (tmp_path / path).read_bytes()
-        with Image.open(io.BytesIO(sample.image)) as image:
-            assert (image.format, image.mode, image.size) == ("PNG", "RGB", (32, 32))
-            assert np.array_equal(np.array(image), draw(pixels[number], domain, number))
+def test_images_are_the_shipped_files(
+    index: ShardIndex, pictures: dict[str, dict[int, Path]]
+) -> None:
+    for env, style in enumerate(STYLES):
+        files = sorted(pictures[style].values())
+        assert len(files) == index.num_samples(env)
+        for rank in range(0, len(files), 50):
+            sample = index.read(env, rank)
+            assert str(sample.label) == files[rank].parent.name
+            assert sample.image == files[rank].read_bytes()
+            with Image.open(io.BytesIO(sample.image)) as image:
+                assert (image.format, image.mode, image.size) == ("PNG", "RGB", (32, 32))
 
 
-def test_png_of_any_small_shape() -> None:
-    picture = np.random.RandomState(0).randint(0, 256, (5, 9, 3), dtype=np.uint8)
-    with Image.open(io.BytesIO(encode_png(picture))) as image:
-        assert np.array_equal(np.array(image), picture)
+def test_every_digit_is_drawn_as_it_was_scanned(pictures: dict[str, dict[int, Path]]) -> None:
+    """The labels are scikit-learn's, and `coarse` shows its scans in four levels."""
+    bundle = load_digits()
+    for number, label in enumerate(bundle.target):
+        assert pictures[STYLES[number % 6]][number].parent.name == str(label)
+    for number, path in pictures["coarse"].items():
+        levels = (bundle.images[number].astype(int) * 3 + 8) // 16
+        squares = pixels_of([path])[0].astype(int).reshape(8, 4, 8, 4, 3)
+        assert (squares == squares[:, :1, :, :1]).all()
+        flat = squares[:, 0, :, 0]
+        assert all(len(np.unique(flat[levels == level], axis=0)) <= 1 for level in range(4))
+        assert len(np.unique(flat.reshape(64, 3), axis=0)) == len(np.unique(levels))
 
 
-def test_styles_differ_strongly() -> None:
+def test_styles_differ_strongly(pictures: dict[str, dict[int, Path]]) -> None:
     """The mean picture of each style, told apart by colour, sharpness, variety or border."""
-    pixels, _ = scans()
     marks = {}
     for style in STYLES:
-        pictures = np.stack([draw(p, style, i) for i, p in enumerate(pixels[:60])]).astype(float)
-        colour = np.ptp(pictures.mean(axis=(1, 2)), axis=1).mean()
-        sharpness = 3 * np.abs(np.diff(pictures, axis=2)).mean()
-        variety = 2 * pictures.mean(axis=(1, 2, 3)).std()
-        marks[style] = np.array([colour, sharpness, variety, pictures[:, 0].mean()])
+        drawn = pixels_of(list(pictures[style].values())[:60]).astype(float)
+        colour = np.ptp(drawn.mean(axis=(1, 2)), axis=1).mean()
+        sharpness = 3 * np.abs(np.diff(drawn, axis=2)).mean()
+        variety = 2 * drawn.mean(axis=(1, 2, 3)).std()
+        marks[style] = np.array([colour, sharpness, variety, drawn[:, 0].mean()])
     names = list(marks)
     for place, one in enumerate(names):
         for other in names[place + 1 :]:
@@ -103,13 +122,14 @@ def contrast(picture: np.ndarray) -> np.ndarray:
     return (away - away.mean()) / away.std()
 
 
-@pytest.mark.parametrize("style", list(STYLES))
-def test_digits_stay_legible(style: str) -> None:
-    """The most similar of 500 drawings mostly shows the same digit; chance is 10 %."""
-    pixels, labels = scans()
-    marks = np.stack([contrast(draw(pixels[i], style, i).astype(float)) for i in range(600)])
-    nearest = (marks[500:] @ marks[:500].T).argmax(axis=1)
-    right = (labels[:500][nearest] == labels[500:600]).mean()
+@pytest.mark.parametrize("style", STYLES)
+def test_digits_stay_legible(style: str, pictures: dict[str, dict[int, Path]]) -> None:
+    """The most similar of 240 drawings mostly shows the same digit; chance is 10 %."""
+    files = [pictures[style][number] for number in sorted(pictures[style])]
+    labels = np.array([int(path.parent.name) for path in files])
+    marks = np.stack([contrast(picture) for picture in pixels_of(files).astype(float)])
+    nearest = (marks[240:] @ marks[:240].T).argmax(axis=1)
+    right = (labels[:240][nearest] == labels[240:]).mean()
     assert right > 0.6
 
 

@@ -97,7 +97,7 @@ def test_undecodable_image_still_counts(tmp_path: Path, caplog: pytest.LogCaptur
     told = caplog.text.count("sample art-0000011 (folder-art-000000.tar, offset ")
     assert told == 1, "once, however often the set is evaluated"
     (bad,) = [sample for batch in batches for sample in batch.bad]
-    assert (bad.env, bad.key, bad.reason) == (0, "art-0000011", "undecodable")
+    assert (bad.domain, bad.key, bad.reason) == (0, "art-0000011", "undecodable")
 
 
 def test_bad_arguments_are_refused(index: ShardIndex) -> None:

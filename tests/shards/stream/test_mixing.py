@@ -23,7 +23,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
 
 def test_keys_follow_the_definition(index: ShardIndex) -> None:
     """The whole rule once more, slot by slot, in plain Python."""
-    from test_shards_order import scalar_hash, scalar_permutation
+    from tests.shards.stream.test_order import scalar_hash, scalar_permutation
 
     stream = stream_of(index)
     assert stream.global_batch == 12

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import shards.stream.order
-from shards.randomness import hash64, permutation, random_words, splitmix64
+from shards.randomness import hash64, permutation, random_words, sorting_order, splitmix64
 from shards.stream.order import DomainOrder, substitute_index
 
 LAST = 2**63 - 1  # position that a stream can have
@@ -139,11 +139,11 @@ def test_next_window_is_known_before_it_is_read() -> None:
 
 def test_equal_words_keep_their_order() -> None:
     words = np.array([5, 1, 5, 0, 1, 5], dtype=np.uint64)
-    assert shards.order._sorting_order(words).tolist() == [3, 1, 4, 0, 2, 5]
+    assert sorting_order(words).tolist() == [3, 1, 4, 0, 2, 5]
 
 
 def test_few_epochs_stay_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards.order, "_CACHED_ELEMENTS", 50)
+    monkeypatch.setattr(shards.stream.order, "_CACHED_ELEMENTS", 50)
     order = DomainOrder(0, "a", 10)
     whole = order.elements(np.arange(200)).tolist()
     assert len(order._epochs) == 5

@@ -81,7 +81,7 @@ def test_refuses_while_another_writer_works(tmp_path: Path) -> None:
 def test_settings_that_cannot_work(tmp_path: Path) -> None:
     root, out = make_folder(tmp_path / "images"), tmp_path / "out"
     for name in ("shard_size", "shard_bytes", "jobs"):
-        with pytest.raises(DataConfigError, match=f"--{name.replace('_', '-')} 0: must be 1 or mo"):
+        with pytest.raises(DataConfigError, match=f"--{name} 0: must be 1 or more"):
             write_shards(root, out, FOLDER, **{name: 0})  # type: ignore[arg-type]
     with pytest.raises(DataConfigError, match="must not lie inside --root"):
         write_shards(root, root / "art" / "shards", FOLDER)
@@ -120,7 +120,7 @@ def test_image_that_changes_meanwhile_is_named(
 ) -> None:
     root = make_folder(tmp_path / "images")
 
-    def plan_then_change(*args: object) -> shard_plan.Plan:
+    def plan_then_change(*args: object) -> shard_plan.ShardPlan:
         plan = shard_plan.make_plan(*args)  # type: ignore[arg-type]
         (root / "photo/dog/im001.jpg").write_bytes(b"shorter")
         return plan
@@ -141,7 +141,7 @@ def test_unreadable_image_is_named_when_packing(tmp_path: Path, jobs: int) -> No
     domain = listing.domains[1]
     assert "dog/im001.jpg" not in domain.paths
     plan = shard_plan.make_plan(listing, "folder", 5, 10**9)
-    task = next(task for task in plan.tasks if task.domain == "photo")
+    task = next(task for task in plan.tasks if task.domain_name == "photo")
     broken = dataclasses.replace(
         task, paths=("dog/im001.jpg", *task.paths[1:]), sizes=np.array([size, *task.sizes[1:]])
     )

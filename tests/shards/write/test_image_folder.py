@@ -233,11 +233,11 @@ def test_files_that_are_no_images_by_their_names_are_counted(
     ]
 
 
-def test_exclusion_comes_before_ranks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_exclusion_comes_before_places(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = make_folder(tmp_path / "images")
     text = "art/cat/im000.png\n\n./photo/dog/im003.jpg\r\nart/cat/im000.png\nno/such.png\n"
     (tmp_path / "list.txt").write_bytes(text.encode())
-    exclude = read_list("--exclude-list", tmp_path / "list.txt")
+    exclude = read_list("--exclude_list", tmp_path / "list.txt")
     with caplog.at_level(logging.INFO):
         listing = list_images(root, FOLDER, exclude)
         report_exclusion(listing, exclude)
@@ -262,11 +262,11 @@ def test_lists_name_any_file(tmp_path: Path) -> None:
             stream.write(image_bytes(1))
     path = tmp_path / "list.txt"
     path.write_bytes(b"\xef\xbb\xbf" + b"".join(b"art/cat/" + name + b"\r\n" for name in odd))
-    listing = list_images(root, FOLDER, read_list("--exclude-list", path))
+    listing = list_images(root, FOLDER, read_list("--exclude_list", path))
     assert (listing.excluded, listing.unmatched) == (4, ())
     path.write_bytes("art/cat/im000.png\n".encode("utf-16"))
-    with pytest.raises(DataConfigError, match=r"--exclude-list: cannot be read \(not plain text\)"):
-        read_list("--exclude-list", path)
+    with pytest.raises(DataConfigError, match=r"--exclude_list: cannot be read \(not plain text\)"):
+        read_list("--exclude_list", path)
 
 
 def duplicates() -> list[str]:
@@ -318,7 +318,7 @@ def test_documented_sizes(caplog: pytest.LogCaptureFixture) -> None:
             check_sizes(sized(short), spec, whole)
         check_sizes(sized(short), spec, whole[1:])
         assert "painting 72265 instead of 72266" in caplog.text
-        assert "; give its list of duplicates as --exclude-list" in caplog.text
+        assert "; give its list of duplicates as --exclude_list" in caplog.text
         caplog.clear()
         check_sizes(sized(short), DATASETS["folder"], whole)
         assert caplog.text == ""

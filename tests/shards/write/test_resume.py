@@ -123,7 +123,8 @@ def test_killed_again_and_again_it_still_gets_on(whole: ShardIndex, tmp_path: Pa
 
 KILLED_AFTER = """
 import contextlib, os, signal, sys
-from shards import conversion, writer
+from shards import writer
+from shards.write import conversion
 @contextlib.contextmanager
 def progress(what, total):
     done = []

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shards import DataConfig, open_shards
-from shards.stream.evaluation import Split, split_ranks
+from shards.stream.evaluation import Split, split_places
 from tests.support.trainer_fixtures import arguments, environment, launch
 from trainer.config.command_line import parse
 from trainer.prepare.parts import build
@@ -57,7 +57,7 @@ def test_a_list_leaves_images_to_validate_and_to_test_on(
 ) -> None:
     index = open_shards(DataConfig())
     env = index.domain_number(domain, "domain")
-    ranks = split_ranks(index, env, split, trial_seed=0, holdout_fraction=0.2)
+    ranks = split_places(index, env, split, trial_seed=0, holdout_fraction=0.2)
     file = tmp_path / "list.txt"
     settings = [*arguments(tmp_path / "run"), f"--data.exclude_list={file}"]
     file.write_text("\n".join(index.key(env, int(rank)) for rank in ranks[1:]))
