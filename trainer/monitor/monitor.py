@@ -17,10 +17,8 @@ from torch import Tensor
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.monitor.console import Standing, evaluation_line, live, plain_line
 from trainer.monitor.curves import MEAN_OUT, TARGET, VALIDATION, Curves
-from trainer.monitor.data_wait import Stall, hint
-from trainer.monitor.peak_memory import GIB, peak_bytes
+from trainer.monitor.efficiency import DataWait, hint, image_utilisation, peak_gib
 from trainer.monitor.router_health import RouterHealth
-from trainer.monitor.utilisation import image_utilisation
 from trainer.prepare.parts import Parts
 from trainer.process.world import World
 
@@ -65,7 +63,7 @@ class Monitor:
         balance = "--moa.balance bias, or raise --moa.aux_weight"
         now = f"now {self.config.moa.balance}, {self.config.moa.aux_weight}"
         self.health = RouterHealth(f"{balance}; {now}") if routed else None
-        self.stall = Stall()
+        self.wait = DataWait()
         self.utilisation = image_utilisation(
             self.config, device, len(parts.index.classes), world.size
         )
@@ -93,7 +91,7 @@ class Monitor:
             perf: `img_s`, `step_ms`, `data_wait_ms`.
         """
         step = int(row["step"])
-        peak = peak_bytes(self.device) / GIB
+        peak = peak_gib(self.device)
         names = ("loss", "ce", "aux_loss", "lr", "grad_norm", "skipped_steps")
         points = {f"train/{name}": row[name] for name in names if name in row}
         points |= {f"perf/{name}": value for name, value in perf.items()}
@@ -110,11 +108,11 @@ class Monitor:
         standing.done, standing.row, standing.img_s = step + 1, row, perf["img_s"]
         standing.peak_gib, standing.phase = peak, "training"
         if step > standing.first_step:  # the first step of a start waits for the loaders to start
-            stalls = self.stall.note(perf["data_wait_ms"], perf["step_ms"])
-            standing.wait_share = self.stall.share
+            stalls = self.wait.note(perf["data_wait_ms"], perf["step_ms"])
+            standing.wait_share = self.wait.share
             if stalls:
                 cores = len(os.sched_getaffinity(0))
-                log.warning("%s", hint(self.stall.share, self.config, cores))
+                log.warning("%s", hint(self.wait.share, self.config, cores))
         if self.live is None and (step % self.every == 0 or step + 1 == standing.total):
             log.info("%s", plain_line(standing))
 

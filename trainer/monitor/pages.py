@@ -5,19 +5,18 @@ import os
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from shards import ShardIndex
+from trainer.evaluate.drawing import confusion_figure, png
 from trainer.evaluate.fixed_images import FixedImages
 from trainer.monitor.curves import Curves
+from trainer.monitor.heat_maps import expert_heat_maps, mutual_information
 from trainer.monitor.insight import Insight, Seen
-from trainer.monitor.pictures.drawing import Picture, layer_title
-from trainer.monitor.pictures.heat_maps import confusion_picture, expert_heat_maps
-from trainer.monitor.pictures.information import mutual_information
-from trainer.monitor.pictures.routing_maps import Shown, routing_picture
+from trainer.monitor.routing_maps import Shown, layer_title, routing_figure
 
 CONFUSED = 15
 """Pairs on the text page of confusions."""
@@ -59,36 +58,34 @@ class Pages:
             self._projector(step, seen.features)
 
     def _routing(self, step: int, seen: Seen, best: bool) -> None:
-        fixed = self.insight.mapped
-        height, width = self._grid()
+        height, width = getattr(
+            getattr(self.insight.model, "patch_embed", None), "grid_size", None
+        ) or (0, 0)
         # What stands before the patches are class and register tokens.
         maps = {
             layer: experts[:, -height * width :].reshape(-1, height, width).numpy()
             for layer, experts in seen.maps.items()
             if experts.shape[1] >= height * width > 0
         }
+        if not maps:
+            return
+        fixed, index = self.insight.mapped, self.index
         shown = [
-            Shown(pixels, self.index.domains[env], self.index.classes[label], env in seen.withheld)
+            Shown(pixels, index.domains[env], index.classes[label], env in seen.withheld)
             for pixels, env, label in zip(
                 self._pixels(fixed), fixed.domains, fixed.labels, strict=True
             )
         ]
-        if not maps:
-            return
         experts = [f"expert {e}, rank {rank}" for e, rank in enumerate(self.ranks)]
         title = f"Which expert each patch goes to, after step {step}"
-        picture = routing_picture(shown, maps, experts, title)
+        picture = png(routing_figure(shown, maps, experts, title))
         self.curves.picture("routing/maps", picture, step)
         if best:
-            save_picture(picture, self.routing_file)
+            part = self.routing_file.with_suffix(".part")
+            part.write_bytes(picture)
+            os.replace(part, self.routing_file)
 
-    def _grid(self) -> tuple[int, int]:
-        """Rows and columns of patches; (0, 0) if the backbone does not say."""
-        embedding = getattr(self.insight.model, "patch_embed", None)
-        height, width = getattr(embedding, "grid_size", None) or (0, 0)
-        return int(height), int(width)
-
-    def _pixels(self, fixed: FixedImages) -> list[Picture]:
+    def _pixels(self, fixed: FixedImages) -> list[npt.NDArray[np.uint8]]:
         """uint8 [H, W, 3] of every image, from before it was normalised."""
         images = self._unit(fixed.images).mul(255).round().to(torch.uint8)
         return [image.permute(1, 2, 0).numpy() for image in images]
@@ -99,15 +96,17 @@ class Pages:
         return (images * std + mean).clamp(0, 1)
 
     def _heat_maps(self, step: int, seen: Seen) -> None:
-        counts = seen.counts.cpu().numpy()
-        by = {"domain": counts.sum(2), "class": counts.sum(1)}
-        names = {"domain": list(self.index.domains), "class": list(self.index.classes)}
-        for env in seen.withheld:
-            names["domain"][env] += " (held out)"
-        titles = [layer_title(layer) for layer in seen.layers]
-        for what, tables in by.items():
-            picture = expert_heat_maps(tables, titles, names[what], f"Experts by {what}")
-            self.curves.picture(f"routing/expert_by_{what}", picture, step)
+        counts, titles = seen.counts.cpu().numpy(), [" ".join(layer_title(n)) for n in seen.layers]
+        domains = [
+            f"{name} (held out)" if env in seen.withheld else name
+            for env, name in enumerate(self.index.domains)
+        ]
+        for what, tables, names in (
+            ("domain", counts.sum(2), domains),
+            ("class", counts.sum(1), self.index.classes),
+        ):
+            picture = expert_heat_maps(tables, titles, names, f"Experts by {what}")
+            self.curves.picture(f"routing/expert_by_{what}", png(picture), step)
             bits = {
                 f"router/{layer}/bits_{what}": mutual_information(table)
                 for layer, table in zip(seen.layers, tables, strict=True)
@@ -118,9 +117,11 @@ class Pages:
         confusion = seen.confusion.cpu().numpy()
         domain, classes = self.index.domains[seen.withheld[0]], self.index.classes
         right = 100 * confusion.trace() / confusion.sum()
-        title = f"{domain} (held out): {right:.1f} % right"
-        picture = confusion_picture(confusion.astype(float), classes, title)
-        self.curves.picture("confusion/held_out", picture, step)
+        matrices = {f"{domain} (held out): {right:.1f} % right": confusion}
+        picture = confusion_figure(
+            matrices, classes, f"Predicted class by true class, after step {step}"
+        )
+        self.curves.picture("confusion/held_out", png(picture), step)
         wrong = confusion * (1 - np.eye(len(classes), dtype=np.int64))
         rows = ["| true | predicted | images | of the class |", "|---|---|---|---|"]
         for place in np.argsort(-wrong, axis=None, kind="stable")[:CONFUSED]:
@@ -144,10 +145,3 @@ class Pages:
             for env, label in zip(fixed.domains, fixed.labels, strict=True)
         ]
         self.curves.projector(features, labels, sprites, step)
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Writes a PNG, whole or not at all; its few colours make a palette do."""
-    part = path.with_suffix(".part")
-    picture.quantize(255).save(part, format="PNG", optimize=True)
-    os.replace(part, path)
