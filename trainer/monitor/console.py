@@ -4,10 +4,11 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rich.columns import Columns
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.logging import RichHandler
@@ -104,28 +105,18 @@ class Display:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Progress, numbers, and the accuracies of the last evaluation."""
         standing, width = self.standing, options.max_width
-        yield self._progress(width)
-        yield from packed(self._numbers(), width, " · ")
+        count = f"{standing.done}/{standing.total}"
+        share = f"{100 * standing.done // standing.total} %"
+        room = width - len(standing.phase) - len(count) - len(share) - 4
+        bar = ProgressBar(standing.total, standing.done, width=max(4, min(60, room)))
+        progress = Table.grid(padding=(0, 1))
+        progress.add_row(Text(standing.phase, style="bold"), bar, count, share)
+        yield progress
+        yield Columns(self._numbers(), padding=(0, 3))
         if standing.accuracies:
             title = f"accuracy % in/out after step {standing.evaluated}"
             yield Text(title, style="dim", no_wrap=True, overflow="ellipsis")
-            yield from packed(self._cells(width), width, "   ")
-
-    def _progress(self, width: int) -> Table:
-        standing = self.standing
-        count = f"{standing.done}/{standing.total}"
-        share = f"{100 * standing.done // standing.total} %"
-        line = Table.grid(padding=(0, 1))
-        line.add_column(no_wrap=True)
-        line.add_column(ratio=1)
-        line.add_column(no_wrap=True)
-        line.add_column(no_wrap=True)
-        used = len(standing.phase) + len(count) + len(share) + 4
-        bar = ProgressBar(
-            total=standing.total, completed=standing.done, width=max(4, min(60, width - used))
-        )
-        line.add_row(Text(standing.phase, style="bold"), bar, count, share)
-        return line
+            yield Columns(self._accuracies(width), padding=(0, 3))
 
     def _numbers(self) -> list[Text]:
         standing = self.standing
@@ -142,8 +133,8 @@ class Display:
             cells.append(Text(f"{standing.bad_images} bad images", style="yellow"))
         return [*cells, Text(clock(standing.elapsed)), Text(f"ETA {standing.eta}")]
 
-    def _cells(self, width: int) -> list[Text]:
-        """A cell per domain, all equally wide, so that they stand in columns."""
+    def _accuracies(self, width: int) -> list[Text]:
+        """A cell per domain, all equally wide and none wider than the terminal."""
         standing = self.standing
         names = {d: f"{d} (held out)" if d in standing.withheld else d for d in standing.accuracies}
         widest = max(4, min(max(map(len, names.values())), width - 12))
@@ -153,19 +144,6 @@ class Display:
             name = f"{names[domain][:widest]:<{widest}}"
             cells.append(Text(f"{name} {both(splits, 100, 5, 1)}", style=style))
         return cells
-
-
-def packed(cells: Sequence[Text], width: int, between: str) -> Iterator[Text]:
-    """As many cells on each line as fit into `width`; a wider one is cut."""
-    line = Text(no_wrap=True, overflow="ellipsis")
-    for cell in cells:
-        if line.cell_len and line.cell_len + len(between) + cell.cell_len > width:
-            yield line
-            line = Text(no_wrap=True, overflow="ellipsis")
-        if line.cell_len:
-            line.append(between, style="dim")
-        line.append_text(cell)
-    yield line
 
 
 def both(splits: Mapping[str, float], factor: float, width: int, digits: int) -> str:

@@ -43,11 +43,7 @@ class Curves:
     """
 
     def __init__(
-        self,
-        config: RunConfig,
-        folder: Path,
-        first_step: int,
-        layers: Sequence[str],
+        self, config: RunConfig, folder: Path, first_step: int, layers: Sequence[str]
     ) -> None:
         self.writer = SummaryWriter(str(folder), purge_step=first_step)
         self.writer.add_custom_scalars(layout(layers, config.average.names))
@@ -78,10 +74,6 @@ class Curves:
         """An image, given as a file, of a page with a slider over steps."""
         image = Summary.Image(encoded_image_string=png)
         self._add(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
-
-    def text(self, tag: str, markdown: str, step: int) -> None:
-        """A text page."""
-        self.writer.add_text(tag, markdown, step)
 
     def projector(
         self, features: Tensor, labels: Sequence[tuple[str, ...]], images: Tensor, step: int

@@ -177,7 +177,7 @@ class Monitor:
         if self.health is not None:
             for warning in self.health.note(numbers):
                 log.warning("%s", warning)
-                self.curves.text("router/warnings", warning, step)
+                self.curves.writer.add_text("router/warnings", warning, step)
             points["router/active_warnings"] = float(len(self.health.active))
         self.curves.scalars(points, step)
 

@@ -129,7 +129,7 @@ class Pages:
             if number := int(wrong[true, said]):
                 share = 100 * number / int(confusion[true].sum())
                 rows.append(f"| {classes[true]} | {classes[said]} | {number} | {share:.0f} % |")
-        self.curves.text("confusion/most_frequent", "\n".join(rows), step)
+        self.curves.writer.add_text("confusion/most_frequent", "\n".join(rows), step)
 
     def _projector(self, step: int, features: Tensor) -> None:
         fixed = self.insight.projected

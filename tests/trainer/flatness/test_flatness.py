@@ -18,7 +18,7 @@ from shards import DataConfig, open_shards
 from tests.support.moa_fixtures import images, small_config, stir, tiny_vit
 from tests.support.shards_server import Server
 from trainer.config.run_config import ModelConfig
-from trainer.flatness import __main__ as flatness
+from trainer.flatness import __main__ as flatness, measure as measuring
 from trainer.flatness.surface import (
     Surface,
     adaptive_sharpness,
@@ -189,7 +189,7 @@ def test_unknown_domain_is_named(adapter: Path, capsys: pytest.CaptureFixture[st
 def test_output_that_cannot_be_written_is_found_before_the_work(
     name: str, adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(flatness, "measure", None)
+    monkeypatch.setattr(measuring, "measure", None)
     (adapter.parent / "file").write_text("")
     out = adapter.parent / name
     command = ["--adapter", str(adapter), "--samples", "1", "--out", str(out)]
@@ -206,7 +206,7 @@ def test_results_are_printed_although_they_cannot_be_written(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     found = {"weights": 1234567, "loss": 1.5, "eigenvalues": [2.0], "sharpness": 0.25}
-    monkeypatch.setattr(flatness, "measure", lambda *_: found)
+    monkeypatch.setattr(measuring, "measure", lambda *_: found)
     monkeypatch.setattr(flatness, "replace_text", full)
     command = ["--adapter", str(adapter), "--samples", "1", "--out", str(adapter.parent / "out")]
     assert flatness.main(command) == 73
@@ -227,5 +227,5 @@ def test_data_are_given_as_to_an_evaluation(
         assert flatness.main(command) == 2
         assert "data.cache_dir is not set" in capsys.readouterr().err
         command += ["--data.cache_dir", str(tmp_path / "cache"), "--samples", "3"]
-        _, samples = flatness.plan(flatness.parser().parse_args(command))
+        _, samples = measuring.members_and_samples(flatness.parser().parse_args(command))
     assert samples.domains == [1, 1, 1]
