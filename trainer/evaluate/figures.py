@@ -86,8 +86,7 @@ class Figures:
     @property
     def class_mean(self) -> float:
         """Mean of the accuracies of the classes that occur, in [0, 1]."""
-        shares = per_class_accuracy(self.confusion)
-        return float(np.nanmean(shares)) if self.samples else 0.0
+        return float(np.nanmean(per_class_accuracy(self.confusion))) if self.samples else 0.0
 
     @property
     def ece(self) -> float:
@@ -97,7 +96,6 @@ class Figures:
     def plain(self, classes: tuple[str, ...]) -> dict[str, Any]:
         """For JSON; a class without samples has the accuracy null."""
         shares = per_class_accuracy(self.confusion)
-        bins = self.reliability
         return {
             "accuracy": self.accuracy,
             "correct": self.correct,
@@ -111,9 +109,8 @@ class Figures:
                 for name, share in zip(classes, shares, strict=True)
             },
             "reliability": {
-                "samples": bins.samples.tolist(),
-                "confidence": bins.confidence.tolist(),
-                "accuracy": bins.accuracy.tolist(),
+                name: getattr(self.reliability, name).tolist()
+                for name in ("samples", "confidence", "accuracy")
             },
             "confusion": self.confusion.tolist(),
         }
@@ -121,11 +118,10 @@ class Figures:
 
 def figures_of(predictions: Predictions) -> Figures:
     """All figures of one model on one split."""
-    labels = predictions.labels
-    nll = float(F.cross_entropy(predictions.logits.double(), labels)) if len(labels) else 0.0
-    return Figures(
-        confusion_matrix(predictions), reliability(predictions), nll, predictions.unusable
-    )
+    logits, labels = predictions.logits.double(), predictions.labels
+    nll = float(F.cross_entropy(logits, labels)) if len(labels) else 0.0
+    bins = reliability(predictions)
+    return Figures(confusion_matrix(predictions), bins, nll, predictions.unusable)
 
 
 def total(parts: Sequence[Figures]) -> Figures:

@@ -9,7 +9,7 @@ values vary, the choice does not. The Hessian knows nothing of the steps between
 and slices are differences of losses and see them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -30,20 +30,13 @@ class Surface:
     Args:
         model: the model; what requires a gradient is w.
         samples: on the model's device.
-        loss: of scores [b, C] and class numbers [b], summed over the batch.
 
     Attributes:
         weights: w at the point, float [n].
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        samples: Samples,
-        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, samples: Samples) -> None:
         self.model, self.samples = model.eval(), samples
-        self.sum = loss or (lambda scores, y: F.cross_entropy(scores, y, reduction="sum"))
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.names, self.parameters = list(trained), list(trained.values())
         self.weights = parameters_to_vector(self.parameters).detach().clone()
@@ -56,7 +49,8 @@ class Surface:
         named = dict(zip(self.names, shaped, strict=True))
         with sdpa_kernel(SDPBackend.MATH):  # deterministic, and can be derived twice
             for images, labels in self.samples:
-                yield self.sum(functional_call(self.model, named, (images,)), labels) / self.number
+                scores = functional_call(self.model, named, (images,))
+                yield F.cross_entropy(scores, labels, reduction="sum") / self.number
 
     @torch.no_grad()
     def loss(self, weights: Tensor) -> float:

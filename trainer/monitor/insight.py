@@ -62,7 +62,9 @@ class Seen:
             places = labels * self.confusion.shape[1] + scores.argmax(1)
             self.confusion.view(-1).index_add_(0, places, torch.ones_like(places))
         for layer, counts in zip(self.layers, self.counts, strict=True):
-            counts[env].index_add_(0, labels, shares(self.routes[layer]).to(counts.dtype))
+            gates = self.routes[layer].flatten(1, -2)  # [b, T, E]
+            shares = (gates / gates.sum(-1, keepdim=True)).sum(1)  # each token counts as one
+            counts[env].index_add_(0, labels, shares.to(counts.dtype))
 
     def add_up(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
         """Makes the counts those of all ranks; one collective."""
@@ -70,12 +72,6 @@ class Seen:
         counts, confusion = torch.split(sum_over_ranks(torch.cat(parts)), [len(p) for p in parts])
         self.counts = counts.view_as(self.counts)
         self.confusion = confusion.view_as(self.confusion).to(torch.int64)
-
-
-def shares(gates: Tensor) -> Tensor:
-    """Tokens of each image by expert [b, E] from gates [b, ..., E]; each token counts as one."""
-    gates = gates.flatten(1, -2)
-    return (gates / gates.sum(-1, keepdim=True)).sum(1)
 
 
 class Insight:
@@ -155,12 +151,12 @@ class Insight:
     @cached_property
     def mapped(self) -> FixedImages:
         """The images of the routing maps."""
-        return self._fixed(max(1, MAPPED // len(self.evaluator.index.domains)))
+        return self._fixed(MAPPED)
 
     @cached_property
     def projected(self) -> FixedImages:
         """The images of the embedding projector."""
-        return self._fixed(max(1, PROJECTED // len(self.evaluator.index.domains)))
+        return self._fixed(PROJECTED)
 
     def _fixed(self, most: int) -> FixedImages:
         """Some images of each domain's `out` split, evenly over it and so over the classes."""
@@ -168,7 +164,7 @@ class Insight:
         domains = len(evaluator.index.domains)
         for env in range(domains):
             ranks = np.sort(evaluator.ranks(env, "out"))
-            number = min(most, len(ranks))
+            number = min(max(1, most // domains), len(ranks))
             # Other classes from domain to domain, where there are few images of each.
             offset = (env + 0.5) / domains
             places += [

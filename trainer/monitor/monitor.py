@@ -15,7 +15,7 @@ from rich.live import Live
 from torch import Tensor
 
 from trainer.checkpoint.run_folder import RunFolder
-from trainer.monitor.console import Standing, evaluation_line, live, plain_line
+from trainer.monitor.console import Standing, evaluation_line, plain_line
 from trainer.monitor.curves import MEAN_OUT, TARGET, VALIDATION, Curves
 from trainer.monitor.efficiency import DataWait, hint, image_utilisation, peak_gib
 from trainer.monitor.router_health import RouterHealth
@@ -52,27 +52,24 @@ class Monitor:
         first_step: int,
         console: Console,
     ) -> None:
-        self.parts, self.config, self.folder = parts, parts.config, folder
-        self.device, self.console = device, console
-        routed = self.config.moa.routed
-        layers = parts.report.layers if routed else ()
+        self.config, self.folder, self.device, self.console = parts.config, folder, device, console
+        moa, total = self.config.moa, self.config.train.steps
+        layers = parts.report.layers if moa.routed else ()
         self.curves = Curves(self.config, folder.tensorboard, first_step, layers)
-        total, withheld = self.config.train.steps, parts.withheld_names
-        self.standing = Standing(total, first_step, withheld, done=first_step)
+        self.standing = Standing(total, first_step, parts.withheld_names, done=first_step)
         self.every = max(1, min(50, total // 10))  # steps between plain lines and router notes
         balance = "--moa.balance bias, or raise --moa.aux_weight"
-        now = f"now {self.config.moa.balance}, {self.config.moa.aux_weight}"
-        self.health = RouterHealth(f"{balance}; {now}") if routed else None
+        balance += f"; now {moa.balance}, {moa.aux_weight}"
+        self.health = RouterHealth(balance) if moa.routed else None
         self.wait = DataWait()
-        self.utilisation = image_utilisation(
-            self.config, device, len(parts.index.classes), world.size
-        )
+        classes = len(parts.index.classes)
+        self.utilisation = image_utilisation(self.config, device, classes, world.size)
         self.live: Live | None = None
 
     def __enter__(self) -> "Monitor":
-        """Starts the live display if there is a terminal for it."""
-        self.live = live(self.standing, self.console)
-        if self.live is not None:
+        """Starts the live display if there is a terminal that can move its cursor."""
+        if self.console.is_terminal and os.environ.get("TERM") != "dumb":
+            self.live = Live(self.standing, console=self.console, refresh_per_second=4)
             self.live.start()
         return self
 
@@ -92,17 +89,14 @@ class Monitor:
         """
         step = int(row["step"])
         peak = peak_gib(self.device)
-        names = ("loss", "ce", "aux_loss", "lr", "grad_norm", "skipped_steps")
-        points = {f"train/{name}": row[name] for name in names if name in row}
-        points |= {f"perf/{name}": value for name, value in perf.items()}
-        points["mem/peak_gib"] = peak
+        points = {"mem/peak_gib": peak} | {f"perf/{name}": value for name, value in perf.items()}
         if self.utilisation is not None:
             points["perf/mfu"] = self.utilisation * perf["img_s"]
-        points |= {
-            f"data/bad/{name.removeprefix('moa/bad/')}": count
-            for name, count in row.items()
-            if name.startswith("moa/bad/")
-        }
+        for name, value in row.items():
+            if name in ("loss", "ce", "aux_loss", "lr", "grad_norm", "skipped_steps"):
+                points[f"train/{name}"] = value
+            elif name.startswith("moa/bad/"):
+                points[f"data/bad/{name.removeprefix('moa/bad/')}"] = value
         self.curves.scalars(points, step)
         standing = self.standing
         standing.done, standing.row, standing.img_s = step + 1, row, perf["img_s"]
@@ -127,10 +121,7 @@ class Monitor:
         selected: tuple[float, float | None],
         averages: Mapping[str, ByDomain],
     ) -> None:
-        """Notes an evaluation.
-
-        With `--eval.mode selection` there are few accuracies, and none of the target before the
-        end.
+        """Notes an evaluation; `--eval.mode selection` gives few accuracies before the end.
 
         Args:
             step: the step evaluated.

@@ -5,14 +5,12 @@ import os
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from shards import ShardIndex
 from trainer.evaluate.drawing import confusion_figure, png
-from trainer.evaluate.fixed_images import FixedImages
 from trainer.monitor.curves import Curves
 from trainer.monitor.heat_maps import expert_heat_maps, mutual_information
 from trainer.monitor.insight import Insight, Seen
@@ -42,13 +40,7 @@ class Pages:
         self.index: ShardIndex = insight.evaluator.index
 
     def add(self, step: int, seen: Seen, best: bool) -> None:
-        """Adds the pages of one evaluation.
-
-        Args:
-            step: the step evaluated.
-            seen: what all ranks saw together.
-            best: whether its adapter is the best so far.
-        """
+        """Adds the pages of the evaluation after `step`; `best` if its adapter is so far."""
         if seen.layers and float(seen.counts.sum()) > 0:
             self._routing(step, seen, best)
             self._heat_maps(step, seen)
@@ -58,9 +50,8 @@ class Pages:
             self._projector(step, seen.features)
 
     def _routing(self, step: int, seen: Seen, best: bool) -> None:
-        height, width = getattr(
-            getattr(self.insight.model, "patch_embed", None), "grid_size", None
-        ) or (0, 0)
+        embedding = getattr(self.insight.model, "patch_embed", None)
+        height, width = getattr(embedding, "grid_size", None) or (0, 0)
         # What stands before the patches are class and register tokens.
         maps = {
             layer: experts[:, -height * width :].reshape(-1, height, width).numpy()
@@ -70,11 +61,10 @@ class Pages:
         if not maps:
             return
         fixed, index = self.insight.mapped, self.index
+        pixels = self._unit(fixed.images).mul(255).round().byte().permute(0, 2, 3, 1).numpy()
         shown = [
-            Shown(pixels, index.domains[env], index.classes[label], env in seen.withheld)
-            for pixels, env, label in zip(
-                self._pixels(fixed), fixed.domains, fixed.labels, strict=True
-            )
+            Shown(image, index.domains[env], index.classes[label], env in seen.withheld)
+            for image, env, label in zip(pixels, fixed.domains, fixed.labels, strict=True)
         ]
         experts = [f"expert {e}, rank {rank}" for e, rank in enumerate(self.ranks)]
         title = f"Which expert each patch goes to, after step {step}"
@@ -85,12 +75,8 @@ class Pages:
             part.write_bytes(picture)
             os.replace(part, self.routing_file)
 
-    def _pixels(self, fixed: FixedImages) -> list[npt.NDArray[np.uint8]]:
-        """uint8 [H, W, 3] of every image, from before it was normalised."""
-        images = self._unit(fixed.images).mul(255).round().to(torch.uint8)
-        return [image.permute(1, 2, 0).numpy() for image in images]
-
     def _unit(self, images: Tensor) -> Tensor:
+        """Images as they were before normalisation, in [0, 1]."""
         data = self.insight.evaluator.data_config
         mean, std = (torch.tensor(data[name]).view(3, 1, 1) for name in ("mean", "std"))
         return (images * std + mean).clamp(0, 1)
@@ -118,10 +104,9 @@ class Pages:
         domain, classes = self.index.domains[seen.withheld[0]], self.index.classes
         right = 100 * confusion.trace() / confusion.sum()
         matrices = {f"{domain} (held out): {right:.1f} % right": confusion}
-        picture = confusion_figure(
-            matrices, classes, f"Predicted class by true class, after step {step}"
-        )
-        self.curves.picture("confusion/held_out", png(picture), step)
+        title = f"Predicted class by true class, after step {step}"
+        picture = png(confusion_figure(matrices, classes, title))
+        self.curves.picture("confusion/held_out", picture, step)
         wrong = confusion * (1 - np.eye(len(classes), dtype=np.int64))
         rows = ["| true | predicted | images | of the class |", "|---|---|---|---|"]
         for place in np.argsort(-wrong, axis=None, kind="stable")[:CONFUSED]:

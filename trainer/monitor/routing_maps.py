@@ -68,22 +68,23 @@ def routing_figure(
     for row, image in enumerate(images):
         top = row * pitch
         axes.imshow(image.pixels, extent=(0, TILE, top + TILE, top), aspect="auto")
-        lines = [(image.domain, 14, "black"), (image.label, 12, GREY)]
-        lines += [("held out", 12, "#b44600")] if image.held_out else []
-        for line, (text, size, colour) in enumerate(lines):
-            y = top + TILE / 2 + 18 * (line - (len(lines) - 1) / 2)
-            axes.text(-10, y, label(text), size=size, color=colour, ha="right", va="center")
-    axes.text(
-        -10, bottom + 9, "share of these patches", size=12, color=GREY, ha="right", va="center"
-    )
+        middle = top + TILE / 2 - 9 * image.held_out
+        _at_the_left(axes, middle - 9, image.domain, "black", 14)
+        _at_the_left(axes, middle + 9, image.label, GREY)
+        if image.held_out:
+            _at_the_left(axes, middle + 27, "held out", "#b44600")
+    _at_the_left(axes, bottom + 9, "share of these patches", GREY)
     if len(layers) < len(maps):
-        note = f"{len(layers)} of {len(maps)} layers"
-        axes.text(-10, bottom + 27, note, size=12, color=GREY, ha="right", va="center")
+        _at_the_left(axes, bottom + 27, f"{len(layers)} of {len(maps)} layers", GREY)
     _tiles(axes, np.stack([maps[layer] for layer in layers]), colours)
     for column, layer in enumerate(layers, start=1):
         axes.text(column * pitch, -5, "\n".join(layer_title(layer)).rstrip(), size=12)
         _shares(axes, maps[layer], colours, column * pitch, bottom)
     return figure
+
+
+def _at_the_left(axes: Axes, y: float, text: str, colour: str, size: int = 12) -> None:
+    axes.text(-10, y, label(text), size=size, color=colour, ha="right", va="center")
 
 
 def expert_colours(number: int) -> list[Colour]:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -68,21 +69,23 @@ def test_largest_eigenvalues_are_those_of_the_dense_hessian(method: str) -> None
     assert top_eigenvalues(surface, 3, seed=0, tolerance=1e-10) == (found, products)
 
 
-class Linear(nn.Module):
-    """Scores that are linear in the weights, for a loss that is their sum."""
+class Linear(Surface):
+    """A loss that is linear in the weights."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.tensor([1.0, -2.0, 0.0, 0.5], dtype=torch.float64))
+    def __init__(self, weights: Tensor, slope: Tensor) -> None:
+        model = nn.Module()
+        model.w = nn.Parameter(weights)
+        super().__init__(model, [(slope, torch.zeros(1))])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.w
+    def _parts(self, weights: Tensor) -> Iterator[Tensor]:
+        for slope, _ in self.samples:
+            yield slope @ weights
 
 
 def test_sharpness_of_a_linear_loss_is_its_closed_form() -> None:
-    slope = torch.tensor([[3.0, 1.0, 7.0, -4.0]], dtype=torch.float64)
-    surface = Surface(Linear(), [(slope, torch.zeros(1))], loss=lambda scores, _: scores.sum())
-    scaled = slope[0] * surface.weights  # the zero weight cannot move, however steep the loss
+    slope = torch.tensor([3.0, 1.0, 7.0, -4.0], dtype=torch.float64)
+    surface = Linear(torch.tensor([1.0, -2.0, 0.0, 0.5], dtype=torch.float64), slope)
+    scaled = slope * surface.weights  # the zero weight cannot move, however steep the loss
     for steps in (2, 5, 10):
         found = adaptive_sharpness(surface, 0.3, steps)
         assert found == pytest.approx(0.3 * float(scaled.norm()), rel=1e-12)

@@ -24,7 +24,7 @@ from tensorboard.plugins.hparams.metadata import PLUGIN_NAME
 
 from trainer.config.run_config import RunConfig
 from trainer.evaluate.drawing import confusion_figure, png
-from trainer.monitor.console import Display, Standing, evaluation_line, plain_line
+from trainer.monitor.console import Standing, evaluation_line, plain_line
 from trainer.monitor.curves import RESULTS, Curves
 from trainer.monitor.efficiency import WINDOW, DataWait, hint, peak_flops
 from trainer.monitor.heat_maps import expert_heat_maps, mutual_information, specialisation
@@ -183,7 +183,7 @@ def standing() -> Standing:
 @pytest.mark.parametrize("width", [30, 60, 120])
 def test_the_display_fits_any_width_and_keeps_every_number(width: int) -> None:
     file = io.StringIO()
-    Console(file=file, width=width, color_system=None).print(Display(standing()))
+    Console(file=file, width=width, color_system=None).print(standing())
     text = file.getvalue()
     assert "\x1b" not in text
     assert max(map(len, text.splitlines())) <= width
