@@ -14,7 +14,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.path import Path
 from matplotlib.textpath import TextPath
-from matplotlib.transforms import Affine2D
+from matplotlib.transforms import Affine2D, IdentityTransform
 
 PIXELS = 72
 """Dots per inch at which a point, the unit of font sizes, is a pixel."""
@@ -43,7 +43,10 @@ def png(figure: Figure) -> bytes:
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a box is drawn for it
-        figure.savefig(file, format="png", dpi="figure", bbox_inches="tight", pad_inches=0.2)
+        if figure.get_layout_engine() is not None:
+            figure.draw_without_rendering()  # so that the layout is done
+        whole = figure.get_tightbbox().padded(0.2)
+        figure.savefig(file, format="png", dpi="figure", bbox_inches=whole)
     return file.getvalue()
 
 
@@ -72,24 +75,19 @@ def share_table(
         columns: names below.
     """
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1e-300)
-    edges = [start + side * np.arange(number + 1) for start, side, number in
-             zip(corner, cell, reversed(shares.shape), strict=True)]  # fmt: skip
+    (left, top), (wide, high) = corner, cell
+    x, y = left + wide * np.arange(len(shares.T) + 1), top + high * np.arange(len(shares) + 1)
     line = 1 if min(cell) >= 10 else 0
-    axes.pcolormesh(
-        *edges, shares, cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=line
-    )
-    x, y = (edge[:-1] + side / 2 for edge, side in zip(edges, cell, strict=True))
-    if cell[0] >= 26:
+    axes.pcolormesh(x, y, shares, cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=line)
+    bottom, x, y = y[-1], x[:-1] + wide / 2, y[:-1] + high / 2
+    if wide >= 26:
         _numbers(axes, shares, np.stack(np.meshgrid(x, y), -1))
-    size = min(12, cell[1] - 1)
+    size = min(12, high - 1)
     for name, place in zip(rows, y, strict=bool(rows)):
-        axes.text(corner[0] - 6, place, label(name), size=size, ha="right", va="center_baseline")
-    flat = all(len(name) * size * 0.7 < cell[0] for name in columns)
+        axes.text(left - 6, place, label(name), size=size, ha="right", va="center_baseline")
+    turn = 90 if any(len(name) * size * 0.7 >= wide for name in columns) else 0
     for name, place in zip(columns, x, strict=bool(columns)):
-        axes.text(
-            place, edges[1][-1] + 5, label(name), size=size, ha="center", va="top",
-            rotation=0 if flat else 90,
-        )  # fmt: skip
+        axes.text(place, bottom + 5, label(name), size=size, ha="center", va="top", rotation=turn)
 
 
 def _numbers(axes: Axes, shares: npt.NDArray[np.float64], places: npt.NDArray[np.float64]) -> None:
@@ -102,7 +100,7 @@ def _numbers(axes: Axes, shares: npt.NDArray[np.float64], places: npt.NDArray[np
         facecolors=["white" if share > DARK else "black" for share in shares[some]],
         linewidths=0,
     )
-    numbers.set_transform(Affine2D().scale(1 / PIXELS) + axes.figure.dpi_scale_trans)
+    numbers.set_transform(IdentityTransform())  # outlines are in pixels already
     axes.add_collection(numbers, autolim=False)
 
 

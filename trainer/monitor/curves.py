@@ -3,6 +3,7 @@
 The x axis is the global step throughout; a resumed run purges what it does again.
 """
 
+import io
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -72,7 +74,8 @@ class Curves:
 
     def picture(self, tag: str, png: bytes, step: int) -> None:
         """An image, given as a file, of a page with a slider over steps."""
-        image = Summary.Image(encoded_image_string=png)
+        width, height = Image.open(io.BytesIO(png)).size
+        image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
         self._add(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
     def projector(

@@ -221,7 +221,12 @@ def test_a_resume_purges_what_it_does_again(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload()
     assert [e.step for e in events.Scalars("train/loss")] == list(range(8))
     assert [e.value for e in events.Scalars("train/loss")] == [1.0] * 5 + [2.0] * 3
-    assert [e.step for e in events.Images("routing/maps")] == list(range(8))
+    images = events.Images("routing/maps")
+    assert [e.step for e in images] == list(range(8))
+    assert Image.open(io.BytesIO(images[0].encoded_image_string)).size == (
+        images[0].width,
+        images[0].height,
+    )
     assert "train/ce" not in events.Tags()["scalars"], "what is not finite leaves a gap"
     config = events.Tensors("run/config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "```yaml" in config
