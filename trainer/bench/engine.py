@@ -19,7 +19,7 @@ import moa
 from trainer.bench.timing import Table, interleaved
 from trainer.config import deepspeed_json
 from trainer.config.run_config import ModelConfig, RunConfig, TrainConfig
-from trainer.monitor.peak_memory import highest_resident
+from trainer.monitor.efficiency import highest_resident
 from trainer.prepare.backbone import Backbone, create_backbone
 from trainer.process.world import ALONE
 

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import moa
 import trainer.prepare.vit_embedded  # noqa: F401  (registers the embedded backbone)
 from trainer.bench.timing import Table, Work, interleaved
-from trainer.monitor.peak_memory import highest_resident
+from trainer.monitor.efficiency import highest_resident
 from trainer.prepare.footprint import fused_attention
 
 REFERENCE = "PEFT LoRA r=8, qkv of all blocks"

@@ -3,6 +3,7 @@
 Letters: S samples, C classes, B bins of equal width over the confidence in [0, 1].
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,24 +11,45 @@ import numpy as np
 import numpy.typing as npt
 from torch.nn import functional as F
 
-from trainer.evaluate.predictions import Counts, Predictions, confusion_matrix, per_class_accuracy
+from trainer.evaluate.predictions import (
+    ConfusionMatrix,
+    Predictions,
+    confusion_matrix,
+    per_class_accuracy,
+)
 
 Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """Confidence against accuracy; a bin without samples has zeros.
+    """Confidence against accuracy, in sums over the samples of each bin.
 
     Attributes:
         samples: int64 [B].
-        confidence: float64 [B], mean probability of the chosen class.
-        accuracy: float64 [B], share of right choices.
+        confident: float64 [B], summed probabilities of the chosen class.
+        right: float64 [B], right choices.
     """
 
     samples: npt.NDArray[np.int64]
-    confidence: Floats
-    accuracy: Floats
+    confident: Floats
+    right: Floats
+
+    @property
+    def confidence(self) -> Floats:
+        """Mean probability of the chosen class [B]; 0 in a bin without samples."""
+        return self.confident / np.maximum(self.samples, 1)
+
+    @property
+    def accuracy(self) -> Floats:
+        """Share of right choices [B]; 0 in a bin without samples."""
+        return self.right / np.maximum(self.samples, 1)
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error in [0, 1]: mean of the samples' |accuracy - confidence|."""
+        weights = self.samples / max(1, self.samples.sum())
+        return float(np.sum(weights * np.abs(self.accuracy - self.confidence)))
 
 
 @dataclass(frozen=True)
@@ -35,13 +57,13 @@ class Figures:
     """Counts and means over one split.
 
     Attributes:
-        confusion: int64 [C, C], true class by row, chosen class by column.
+        confusion: true class by row, predicted class by column.
         reliability: confidence against accuracy.
         nll: mean negative log-likelihood of the true class, in nats; 0 without samples.
         unusable: images that could not be used; a grey one stands for each, and counts as guessed.
     """
 
-    confusion: Counts
+    confusion: ConfusionMatrix
     reliability: Reliability
     nll: float
     unusable: int
@@ -64,18 +86,16 @@ class Figures:
     @property
     def class_mean(self) -> float:
         """Mean of the accuracies of the classes that occur, in [0, 1]."""
-        shares = per_class_accuracy(self.confusion)
-        return float(np.nanmean(shares)) if self.samples else 0.0
+        return float(np.nanmean(per_class_accuracy(self.confusion))) if self.samples else 0.0
 
     @property
     def ece(self) -> float:
         """Expected calibration error, in [0, 1]."""
-        return expected_calibration_error(self.reliability)
+        return self.reliability.ece
 
     def plain(self, classes: tuple[str, ...]) -> dict[str, Any]:
         """For JSON; a class without samples has the accuracy null."""
         shares = per_class_accuracy(self.confusion)
-        bins = self.reliability
         return {
             "accuracy": self.accuracy,
             "correct": self.correct,
@@ -89,9 +109,8 @@ class Figures:
                 for name, share in zip(classes, shares, strict=True)
             },
             "reliability": {
-                "samples": bins.samples.tolist(),
-                "confidence": bins.confidence.tolist(),
-                "accuracy": bins.accuracy.tolist(),
+                name: getattr(self.reliability, name).tolist()
+                for name in ("samples", "confidence", "accuracy")
             },
             "confusion": self.confusion.tolist(),
         }
@@ -99,27 +118,19 @@ class Figures:
 
 def figures_of(predictions: Predictions) -> Figures:
     """All figures of one model on one split."""
-    labels = predictions.labels
-    nll = float(F.cross_entropy(predictions.logits.double(), labels)) if len(labels) else 0.0
-    return Figures(
-        confusion_matrix(predictions), reliability(predictions), nll, predictions.unusable
-    )
+    logits, labels = predictions.logits.double(), predictions.labels
+    nll = float(F.cross_entropy(logits, labels)) if len(labels) else 0.0
+    bins = reliability(predictions)
+    return Figures(confusion_matrix(predictions), bins, nll, predictions.unusable)
 
 
-def total(parts: list[Figures]) -> Figures:
+def total(parts: Sequence[Figures]) -> Figures:
     """The figures of several splits as one."""
-    samples = np.sum([p.reliability.samples for p in parts], axis=0)
-    divisor = np.maximum(samples, 1)
-    bins = [p.reliability for p in parts]
-    number = max(1, sum(p.samples for p in parts))
+    bins = [(p.reliability.samples, p.reliability.confident, p.reliability.right) for p in parts]
     return Figures(
         np.sum([p.confusion for p in parts], axis=0),
-        Reliability(
-            samples,
-            np.sum([b.samples * b.confidence for b in bins], axis=0) / divisor,
-            np.sum([b.samples * b.accuracy for b in bins], axis=0) / divisor,
-        ),
-        sum(p.nll * p.samples for p in parts) / number,
+        Reliability(*(np.sum(sums, axis=0) for sums in zip(*bins, strict=True))),
+        sum(p.nll * p.samples for p in parts) / max(1, sum(p.samples for p in parts)),
         sum(p.unusable for p in parts),
     )
 
@@ -131,19 +142,10 @@ BINS = 15
 def reliability(predictions: Predictions, bins: int = BINS) -> Reliability:
     """Sorts samples into bins (low, high] by the softmax probability of the chosen class."""
     best, chosen = predictions.logits.double().softmax(1).max(1)
-    right = (chosen == predictions.labels).numpy().astype(np.float64)
-    confidence = best.numpy()
+    right, confidence = (chosen == predictions.labels).numpy(), best.numpy()
     place = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
-    samples = np.bincount(place, minlength=bins)
-    divisor = np.maximum(samples, 1)
     return Reliability(
-        samples,
-        np.bincount(place, weights=confidence, minlength=bins) / divisor,
-        np.bincount(place, weights=right, minlength=bins) / divisor,
+        np.bincount(place, minlength=bins),
+        np.bincount(place, confidence, bins).astype(np.float64),
+        np.bincount(place, right, bins).astype(np.float64),
     )
-
-
-def expected_calibration_error(found: Reliability) -> float:
-    """Mean over samples of their bin's |accuracy - confidence|, in [0, 1]; 0 without samples."""
-    weights = found.samples / max(1, found.samples.sum())
-    return float(np.sum(weights * np.abs(found.accuracy - found.confidence)))

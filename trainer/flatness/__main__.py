@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -23,10 +23,16 @@ from trainer.process.ending import conclude
 from trainer.process.errors import ConfigError, cannot_write
 from trainer.process.world import ALONE
 
-if TYPE_CHECKING:
-    from trainer.evaluate.fixed_images import FixedImages
-    from trainer.evaluate.members import Member
-    from trainer.flatness.surface import Surface
+WHOLE_NUMBERS = (
+    ("samples", 32, 1, "samples of each domain"),
+    ("batch", 32, 1, "images a batch; bounds memory, not the result"),
+    ("eigenvalues", 1, 0, "largest eigenvalues of the Hessian; 0 leaves them out"),
+    ("steps", 10, 1, "ascent steps of the sharpness"),
+    ("directions", 3, 0, "random directions"),
+    ("points", 21, 2, "points along each"),
+    ("seed", 0, 0, "of samples, directions and the eigenvalues' start"),
+)
+"""Flag, default, least value and help."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,16 +44,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--split", choices=["in", "out"], default="out", help="their split (%(default)s)"
     )
-    for flag, default, text in (
-        ("--samples", 32, "samples of each domain"),
-        ("--batch", 32, "images a batch; bounds memory, not the result"),
-        ("--eigenvalues", 1, "largest eigenvalues of the Hessian; 0 leaves them out"),
-        ("--steps", 10, "ascent steps of the sharpness"),
-        ("--directions", 3, "random directions"),
-        ("--points", 21, "points along each"),
-        ("--seed", 0, "of samples, directions and the eigenvalues' start"),
-    ):
-        result.add_argument(flag, type=int, default=default, help=f"{text} (%(default)s)")
+    for name, default, _, text in WHOLE_NUMBERS:
+        result.add_argument(f"--{name}", type=int, default=default, help=f"{text} (%(default)s)")
     result.add_argument(
         "--rho", type=float, default=0.5,
         help="radius of the sharpness, in relative changes of the weights (%(default)s)",
@@ -67,7 +65,10 @@ def flatness(args: argparse.Namespace) -> None:
         OutputError: `--out` cannot be written; found out before anything is measured.
     """
     _check(args)
-    members, samples = plan(args)
+    from trainer.evaluate.drawing import png
+    from trainer.flatness.measure import measure, members_and_samples, slices_figure
+
+    members, samples = members_and_samples(args)
     if args.out is not None:
         _make_folder(args.out)
     results = {member.source: measure(member, samples, args) for member in members}
@@ -80,13 +81,14 @@ def flatness(args: argparse.Namespace) -> None:
         console.print(_table(results, args.rho))
     if args.out is None:
         return
+    picture = args.out / "flatness.png"
     try:
         replace_text(args.out / "flatness.json", text + "\n")
-        plot(results, args.out / "flatness.png")
+        picture.write_bytes(png(slices_figure(results)))
     except OSError as error:
         raise cannot_write("--out", args.out, error) from error
     if not args.json:
-        console.print(f"slices: {args.out / 'flatness.png'}", soft_wrap=True, markup=False)
+        console.print(f"slices: {picture}", soft_wrap=True, markup=False)
 
 
 def _make_folder(folder: Path) -> None:
@@ -110,10 +112,9 @@ def _table(results: Mapping[str, Mapping[str, Any]], rho: float) -> Table:
 
 
 def _check(args: argparse.Namespace) -> None:
-    low = {"samples": 1, "batch": 1, "eigenvalues": 0, "steps": 1, "directions": 0, "points": 2}
     found = [
         f"--{name}: {getattr(args, name)}; must be a whole number >= {least}"
-        for name, least in (low | {"seed": 0}).items()
+        for name, _, least, _ in WHOLE_NUMBERS
         if getattr(args, name) < least
     ]
     found += [
@@ -123,104 +124,6 @@ def _check(args: argparse.Namespace) -> None:
     ]
     if found:
         raise ConfigError("\n".join(found))
-
-
-def measure(member: "Member", samples: "FixedImages", args: argparse.Namespace) -> dict[str, Any]:
-    """The figures of one adapter."""
-    import numpy as np
-
-    from trainer.flatness.surface import (
-        adaptive_sharpness,
-        random_direction,
-        slice_along,
-        top_eigenvalues,
-    )
-
-    surface = surface_of(member, samples, args)
-    loss = surface.loss(surface.weights)
-    eigenvalues: list[float] = []
-    products = 0
-    if args.eigenvalues:
-        eigenvalues, products = top_eigenvalues(surface, args.eigenvalues, args.seed)
-    places = np.linspace(-args.reach, args.reach, args.points).tolist()
-    slices = [
-        slice_along(surface, random_direction(surface, args.seed + number), places)
-        for number in range(args.directions)
-    ]
-    return {
-        "weights": len(surface.weights),
-        "samples": surface.number,
-        "loss": loss,
-        "eigenvalues": eigenvalues,
-        "hessian_products": products,
-        "sharpness": adaptive_sharpness(surface, args.rho, args.steps),
-        "places": places,
-        "slices": slices,
-    }
-
-
-def plan(args: argparse.Namespace) -> tuple[list["Member"], "FixedImages"]:
-    """The adapters and the samples they are measured on, drawn by the seed."""
-    import numpy as np
-
-    from shards.stream.evaluation import split_places
-    from trainer.evaluate.data import open_data
-    from trainer.evaluate.fixed_images import fixed_images
-    from trainer.evaluate.members import read_members
-
-    members = read_members(args.adapter)
-    data = open_data(args, members)
-    for warning in data.warnings:
-        Console(stderr=True).print(f"warning: {warning}", markup=False, soft_wrap=True)
-    places = []
-    for env in data.envs:
-        ranks = np.sort(
-            split_places(
-                data.index, env, args.split, trial_seed=data.trial_seed,
-                holdout_fraction=data.config.holdout_fraction,
-            )
-        )  # fmt: skip
-        chosen = np.random.default_rng((args.seed, env)).permutation(len(ranks))[: args.samples]
-        places += [(env, int(ranks[place])) for place in sorted(chosen.tolist())]
-    if not places:
-        raise ConfigError(f"--split: {args.split} has no sample in the domains asked for")
-    return members, fixed_images(data.index, places, members[0].info.data_config, data.decoder)
-
-
-def surface_of(member: "Member", samples: "FixedImages", args: argparse.Namespace) -> "Surface":
-    """The loss around an adapter, in fp32, over the samples."""
-    import torch
-
-    from trainer.evaluate.combine import models_on
-    from trainer.evaluate.members import base_of
-    from trainer.flatness.surface import Surface
-
-    backbone = base_of(member, args.weights)
-    (model,) = models_on(backbone.model, [(member.label, member.info, member.tensors)])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    labels = torch.tensor(samples.labels)
-    parts = [slice(start, start + args.batch) for start in range(0, len(labels), args.batch)]
-    batches = [(samples.images[part].to(device), labels[part].to(device)) for part in parts]
-    return Surface(model.to(device), batches)
-
-
-def plot(results: Mapping[str, Mapping[str, Any]], file: Path) -> None:
-    """The losses along the random directions, one colour for each adapter."""
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for number, (name, found) in enumerate(results.items()):
-        for line, losses in enumerate(found["slices"]):
-            label = name if line == 0 else None
-            axes.plot(found["places"], losses, color=f"C{number}", alpha=0.8, label=label)
-    axes.set_xlabel("step along a direction with the weights' filter norms")
-    axes.set_ylabel("mean cross-entropy")
-    axes.legend(fontsize="small")
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -9,16 +9,16 @@ values vary, the choice does not. The Hessian knows nothing of the steps between
 and slices are differences of losses and see them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector
 
 Samples = Sequence[tuple[Tensor, Tensor]]
 """Batches of images and class numbers."""
@@ -30,70 +30,47 @@ class Surface:
     Args:
         model: the model; what requires a gradient is w.
         samples: on the model's device.
-        loss: of scores [b, C] and class numbers [b], summed over the batch.
 
     Attributes:
         weights: w at the point, float [n].
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        samples: Samples,
-        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, samples: Samples) -> None:
         self.model, self.samples = model.eval(), samples
-        self.sum = loss or (lambda scores, y: F.cross_entropy(scores, y, reduction="sum"))
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.names, self.parameters = list(trained), list(trained.values())
         self.weights = parameters_to_vector(self.parameters).detach().clone()
         self.number = sum(len(labels) for _, labels in samples)
 
-    @contextmanager
-    def _at(self, weights: Tensor) -> Iterator[None]:
-        """The model at other weights; afterwards it has its own again."""
-        vector_to_parameters(weights, self.parameters)
-        try:
-            with sdpa_kernel(SDPBackend.MATH):  # deterministic, and can be derived twice
-                yield
-        finally:
-            vector_to_parameters(self.weights, self.parameters)
-
-    def _parts(self) -> Iterator[Tensor]:
-        """The loss, batch by batch."""
-        for images, labels in self.samples:
-            yield self.sum(self.model(images), labels) / self.number
+    def _parts(self, weights: Tensor) -> Iterator[Tensor]:
+        """The loss at w = `weights`, batch by batch."""
+        pieces = torch.split(weights, [p.numel() for p in self.parameters])
+        shaped = [w.view_as(p) for w, p in zip(pieces, self.parameters, strict=True)]
+        named = dict(zip(self.names, shaped, strict=True))
+        with sdpa_kernel(SDPBackend.MATH):  # deterministic, and can be derived twice
+            for images, labels in self.samples:
+                scores = functional_call(self.model, named, (images,))
+                yield F.cross_entropy(scores, labels, reduction="sum") / self.number
 
     @torch.no_grad()
     def loss(self, weights: Tensor) -> float:
         """The loss at w = `weights`."""
-        with self._at(weights):
-            return float(sum(part.double() for part in self._parts()))
+        return float(sum(part.double() for part in self._parts(weights)))
 
     def gradient(self, weights: Tensor) -> Tensor:
         """The gradient at w = `weights`, [n]."""
-        total = torch.zeros_like(self.weights)
-        with self._at(weights):
-            for part in self._parts():
-                total += _flat(torch.autograd.grad(part, self.parameters, allow_unused=True), self)
+        w, total = weights.detach().requires_grad_(), torch.zeros_like(weights)
+        for part in self._parts(w):
+            total += torch.autograd.grad(part, w)[0]
         return total
 
     def curvature(self, direction: Tensor) -> Tensor:
         """The Hessian at the point times `direction`, [n]."""
-        total = torch.zeros_like(self.weights)
-        with self._at(self.weights):
-            for part in self._parts():
-                first = torch.autograd.grad(
-                    part, self.parameters, create_graph=True, allow_unused=True
-                )
-                along = (_flat(first, self) * direction).sum()
-                second = torch.autograd.grad(along, self.parameters, allow_unused=True)
-                total += _flat(second, self).detach()
+        w, total = self.weights.detach().requires_grad_(), torch.zeros_like(direction)
+        for part in self._parts(w):
+            (first,) = torch.autograd.grad(part, w, create_graph=True)
+            total += torch.autograd.grad((first * direction).sum(), w)[0]
         return total
-
-
-def _flat(gradients: Sequence[Tensor | None], surface: Surface) -> Tensor:
-    pairs = zip(gradients, surface.parameters, strict=True)
-    return torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in pairs])
 
 
 def top_eigenvalues(

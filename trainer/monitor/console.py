@@ -1,15 +1,14 @@
 """Where a user reads along: a live display on a terminal, plain lines that grep finds elsewhere."""
 
 import logging
-import os
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rich.columns import Columns
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.live import Live
 from rich.logging import RichHandler
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -27,24 +26,19 @@ def set_up_logging(log_file: Path, console: Console) -> None:
     """Sends the main rank's log lines to the console and to `log_file`."""
     file = logging.FileHandler(log_file, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    handlers: list[logging.Handler] = [file]
+    shown: logging.Handler = logging.StreamHandler(sys.stdout)
     if console.is_terminal:
-        handlers.append(RichHandler(console=console, show_path=False, show_time=False))
-    else:
-        handlers.append(logging.StreamHandler(sys.stdout))
+        shown = RichHandler(console=console, show_path=False, show_time=False)
     for name in ("trainer", "shards", "moa"):
         logger = logging.getLogger(name)
-        for old in list(logger.handlers):
-            logger.removeHandler(old)
-        for handler in handlers:
-            logger.addHandler(handler)
+        logger.handlers = [file, shown]
         logger.setLevel(logging.INFO)
         logger.propagate = False
 
 
 @dataclass
 class Standing:
-    """Where a run stands, for whoever shows it.
+    """Where a run stands; rich draws it anew whenever it looks.
 
     Attributes:
         total: steps of the run.
@@ -90,82 +84,46 @@ class Standing:
         """Images that could not be used so far."""
         return int(sum(n for name, n in self.row.items() if name.startswith("moa/bad/")))
 
-
-class Display:
-    """A run's standing on a terminal, drawn anew for whatever width it has.
-
-    Args:
-        standing: what to draw; it may change at any time.
-    """
-
-    def __init__(self, standing: Standing) -> None:
-        self.standing = standing
-
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Progress, numbers, and the accuracies of the last evaluation."""
-        standing, width = self.standing, options.max_width
-        yield self._progress(width)
-        yield from packed(self._numbers(), width, " · ")
-        if standing.accuracies:
-            title = f"accuracy % in/out after step {standing.evaluated}"
+        """Progress, numbers, and the accuracies of the last evaluation, for any width."""
+        width = options.max_width
+        count = f"{self.done}/{self.total}"
+        share = f"{100 * self.done // self.total} %"
+        room = width - len(self.phase) - len(count) - len(share) - 4
+        bar = ProgressBar(self.total, self.done, width=max(4, min(60, room)))
+        progress = Table.grid(padding=(0, 1))
+        progress.add_row(Text(self.phase, style="bold"), bar, count, share)
+        yield progress
+        yield Columns(self._numbers(), padding=(0, 3))
+        if self.accuracies:
+            title = f"accuracy % in/out after step {self.evaluated}"
             yield Text(title, style="dim", no_wrap=True, overflow="ellipsis")
-            yield from packed(self._cells(width), width, "   ")
-
-    def _progress(self, width: int) -> Table:
-        standing = self.standing
-        count = f"{standing.done}/{standing.total}"
-        share = f"{100 * standing.done // standing.total} %"
-        line = Table.grid(padding=(0, 1))
-        line.add_column(no_wrap=True)
-        line.add_column(ratio=1)
-        line.add_column(no_wrap=True)
-        line.add_column(no_wrap=True)
-        used = len(standing.phase) + len(count) + len(share) + 4
-        bar = ProgressBar(
-            total=standing.total, completed=standing.done, width=max(4, min(60, width - used))
-        )
-        line.add_row(Text(standing.phase, style="bold"), bar, count, share)
-        return line
+            yield Columns(self._accuracies(width), padding=(0, 3))
 
     def _numbers(self) -> list[Text]:
-        standing = self.standing
         cells = []
-        if standing.row:
-            wait = f"data wait {100 * standing.wait_share:.0f} %"
+        if self.row:
+            wait = f"data wait {100 * self.wait_share:.0f} %"
             cells += [
-                Text.assemble("loss ", (f"{standing.row['loss']:.4f}", "bold")),
-                Text(f"{standing.img_s:.0f} img/s"),
-                Text(wait, style="bold red" if standing.wait_share > 0.5 else ""),
-                Text(f"{standing.peak_gib:.2f} GiB"),
+                Text.assemble("loss ", (f"{self.row['loss']:.4f}", "bold")),
+                Text(f"{self.img_s:.0f} img/s"),
+                Text(wait, style="bold red" if self.wait_share > 0.5 else ""),
+                Text(f"{self.peak_gib:.2f} GiB"),
             ]
-        if standing.bad_images:
-            cells.append(Text(f"{standing.bad_images} bad images", style="yellow"))
-        return [*cells, Text(clock(standing.elapsed)), Text(f"ETA {standing.eta}")]
+        if self.bad_images:
+            cells.append(Text(f"{self.bad_images} bad images", style="yellow"))
+        return [*cells, Text(clock(self.elapsed)), Text(f"ETA {self.eta}")]
 
-    def _cells(self, width: int) -> list[Text]:
-        """A cell per domain, all equally wide, so that they stand in columns."""
-        standing = self.standing
-        names = {d: f"{d} (held out)" if d in standing.withheld else d for d in standing.accuracies}
+    def _accuracies(self, width: int) -> list[Text]:
+        """A cell per domain, all equally wide and none wider than the terminal."""
+        names = {d: f"{d} (held out)" if d in self.withheld else d for d in self.accuracies}
         widest = max(4, min(max(map(len, names.values())), width - 12))
         cells = []
-        for domain, splits in standing.accuracies.items():
-            style = "yellow" if domain in standing.withheld else ""
+        for domain, splits in self.accuracies.items():
+            style = "yellow" if domain in self.withheld else ""
             name = f"{names[domain][:widest]:<{widest}}"
             cells.append(Text(f"{name} {both(splits, 100, 5, 1)}", style=style))
         return cells
-
-
-def packed(cells: Sequence[Text], width: int, between: str) -> Iterator[Text]:
-    """As many cells on each line as fit into `width`; a wider one is cut."""
-    line = Text(no_wrap=True, overflow="ellipsis")
-    for cell in cells:
-        if line.cell_len and line.cell_len + len(between) + cell.cell_len > width:
-            yield line
-            line = Text(no_wrap=True, overflow="ellipsis")
-        if line.cell_len:
-            line.append(between, style="dim")
-        line.append_text(cell)
-    yield line
 
 
 def both(splits: Mapping[str, float], factor: float, width: int, digits: int) -> str:
@@ -174,13 +132,6 @@ def both(splits: Mapping[str, float], factor: float, width: int, digits: int) ->
         f"{factor * splits[name]:{width}.{digits}f}" if name in splits else f"{'-':>{width}}"
         for name in ("in", "out")
     )
-
-
-def live(standing: Standing, console: Console) -> Live | None:
-    """A live display if the console is a terminal that can move its cursor, else None."""
-    if not console.is_terminal or os.environ.get("TERM") == "dumb":
-        return None
-    return Live(Display(standing), console=console, refresh_per_second=4)
 
 
 def plain_line(standing: Standing) -> str:

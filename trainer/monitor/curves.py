@@ -3,15 +3,16 @@
 The x axis is the global step throughout; a resumed run purges what it does again.
 """
 
+import io
 import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -44,11 +45,7 @@ class Curves:
     """
 
     def __init__(
-        self,
-        config: RunConfig,
-        folder: Path,
-        first_step: int,
-        layers: Sequence[str],
+        self, config: RunConfig, folder: Path, first_step: int, layers: Sequence[str]
     ) -> None:
         self.writer = SummaryWriter(str(folder), purge_step=first_step)
         self.writer.add_custom_scalars(layout(layers, config.average.names))
@@ -66,8 +63,8 @@ class Curves:
             self._add(summary)
         return summaries[2]
 
-    def _add(self, summary: Any) -> None:
-        self.writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
+    def _add(self, summary: Any, step: int | None = None) -> None:
+        self.writer._get_file_writer().add_summary(summary, step)  # type: ignore[no-untyped-call]
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """One point on each of some curves; values that are not finite leave a gap."""
@@ -75,13 +72,11 @@ class Curves:
             if math.isfinite(value):
                 self.writer.add_scalar(tag, value, step)
 
-    def picture(self, tag: str, image: Image.Image, step: int) -> None:
-        """An image of a page with a slider over steps."""
-        self.writer.add_image(tag, np.asarray(image), step, dataformats="HWC")
-
-    def text(self, tag: str, markdown: str, step: int) -> None:
-        """A text page."""
-        self.writer.add_text(tag, markdown, step)
+    def picture(self, tag: str, png: bytes, step: int) -> None:
+        """An image, given as a file, of a page with a slider over steps."""
+        width, height = Image.open(io.BytesIO(png)).size
+        image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
+        self._add(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
     def projector(
         self, features: Tensor, labels: Sequence[tuple[str, ...]], images: Tensor, step: int

@@ -7,7 +7,7 @@ expert parallelism) finds all ranks at the same place. Only the main rank looks 
 Letters: L layers that route, D domains, C classes, E experts, N images, T tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import moa
-from moa.layers.layer import MoALinear, moa_layers
+from moa.layers.layer import moa_layers
 from moa.layers.router import TokenRouter
 from moa.model.injection import classifier
 from trainer.evaluate.evaluator import Evaluator, evaluating
@@ -41,7 +41,8 @@ class Seen:
             with its gates' shares.
         confusion: int64 [C, C] images of the target domain, true class first.
         maps: layer path -> int64 [N, T] strongest expert of each token of the mapped images.
-        features: float32 [N, F] of the projected images; None if they were not looked at.
+        features: float32 [N, F], what the classifier gets to see of the projected images; None if
+            they were not looked at.
         routes: what the forward just done left.
         evaluator: what it evaluates is counted here.
     """
@@ -61,28 +62,16 @@ class Seen:
             places = labels * self.confusion.shape[1] + scores.argmax(1)
             self.confusion.view(-1).index_add_(0, places, torch.ones_like(places))
         for layer, counts in zip(self.layers, self.counts, strict=True):
-            counts[env].index_add_(0, labels, shares(self.routes[layer]).to(counts.dtype))
+            gates = self.routes[layer].flatten(1, -2)  # [b, T, E]
+            shares = (gates / gates.sum(-1, keepdim=True)).sum(1)  # each token counts as one
+            counts[env].index_add_(0, labels, shares.to(counts.dtype))
 
-    def sums(self) -> Tensor:
-        """All counts in one tensor, to be summed over ranks."""
-        return torch.cat([self.counts.view(-1), self.confusion.view(-1).to(self.counts.dtype)])
-
-    def take(self, sums: Tensor) -> None:
-        """Takes the sum of all ranks' counts."""
-        counts, confusion = sums[: self.counts.numel()], sums[self.counts.numel() :]
+    def add_up(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """Makes the counts those of all ranks; one collective."""
+        parts = [self.counts.flatten(), self.confusion.flatten().to(self.counts.dtype)]
+        counts, confusion = torch.split(sum_over_ranks(torch.cat(parts)), [len(p) for p in parts])
         self.counts = counts.view_as(self.counts)
         self.confusion = confusion.view_as(self.confusion).to(torch.int64)
-
-
-def shares(gates: Tensor) -> Tensor:
-    """Tokens of each image by expert [b, E] from gates [b, ..., E]; each token counts as one."""
-    gates = gates.flatten(1, -2)
-    return (gates / gates.sum(-1, keepdim=True)).sum(1)
-
-
-def routed_layers(model: nn.Module) -> dict[str, MoALinear]:
-    """The layers that decide for every token, by path."""
-    return {n: layer for n, layer in moa_layers(model) if isinstance(layer.router, TokenRouter)}
 
 
 class Insight:
@@ -115,21 +104,21 @@ class Insight:
         with moa.recorded_routes(self.model) as seen.routes:
             seen.evaluator = replace(self.evaluator, note=seen.note)
             yield seen
-            seen.take(self.evaluator.sum_over_ranks(seen.sums()))
+            seen.add_up(self.evaluator.sum_over_ranks)
             with evaluating(forward):
                 self._look(forward, seen, step == self.last)
         seen.routes = {}
 
     def _unseen(self) -> Seen:
-        layers = routed_layers(self.model)
-        experts = max((len(layer.ranks) for layer in layers.values()), default=0)
+        found = moa_layers(self.model)
+        routed = {n: layer for n, layer in found if isinstance(layer.router, TokenRouter)}
+        experts = max((len(layer.ranks) for layer in routed.values()), default=0)
         index, device = self.evaluator.index, self.evaluator.device
         domains, classes = len(index.domains), len(index.classes)
-        counts = torch.zeros(
-            len(layers), domains, classes, experts, dtype=torch.float64, device=device
-        )
+        shape = len(routed), domains, classes, experts
+        counts = torch.zeros(shape, dtype=torch.float64, device=device)
         confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
-        return Seen(self.evaluator, self.withheld, list(layers), counts, confusion)
+        return Seen(self.evaluator, self.withheld, list(routed), counts, confusion)
 
     def _look(self, forward: nn.Module, seen: Seen, features: bool) -> None:
         """Has the model see the fixed images."""
@@ -139,11 +128,8 @@ class Insight:
                 for layer, found in maps.items():
                     found.append(seen.routes[layer].argmax(-1).cpu())
             seen.maps = {layer: torch.cat(found) for layer, found in maps.items()}
-        if features:
-            seen.features = torch.cat(list(self._features(forward)))
-
-    def _features(self, forward: nn.Module) -> Iterator[Tensor]:
-        """What the classifier gets to see of the projected images, batch by batch."""
+        if not features:
+            return
         inputs: list[Tensor] = []
 
         def keep(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -151,10 +137,10 @@ class Insight:
 
         handle = classifier(self.model).register_forward_pre_hook(keep)
         try:
-            for _ in self._forward(forward, self.projected):
-                yield inputs.pop()
+            list(self._forward(forward, self.projected))
         finally:
             handle.remove()
+        seen.features = torch.cat(inputs)
 
     def _forward(self, forward: nn.Module, fixed: FixedImages) -> Iterator[None]:
         for start in range(0, len(fixed.images), self.evaluator.batch_size):
@@ -165,12 +151,12 @@ class Insight:
     @cached_property
     def mapped(self) -> FixedImages:
         """The images of the routing maps."""
-        return self._fixed(max(1, MAPPED // len(self.evaluator.index.domains)))
+        return self._fixed(MAPPED)
 
     @cached_property
     def projected(self) -> FixedImages:
         """The images of the embedding projector."""
-        return self._fixed(max(1, PROJECTED // len(self.evaluator.index.domains)))
+        return self._fixed(PROJECTED)
 
     def _fixed(self, most: int) -> FixedImages:
         """Some images of each domain's `out` split, evenly over it and so over the classes."""
@@ -178,7 +164,7 @@ class Insight:
         domains = len(evaluator.index.domains)
         for env in range(domains):
             ranks = np.sort(evaluator.ranks(env, "out"))
-            number = min(most, len(ranks))
+            number = min(max(1, most // domains), len(ranks))
             # Other classes from domain to domain, where there are few images of each.
             offset = (env + 0.5) / domains
             places += [

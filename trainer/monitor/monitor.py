@@ -15,12 +15,10 @@ from rich.live import Live
 from torch import Tensor
 
 from trainer.checkpoint.run_folder import RunFolder
-from trainer.monitor.console import Standing, evaluation_line, live, plain_line
+from trainer.monitor.console import Standing, evaluation_line, plain_line
 from trainer.monitor.curves import MEAN_OUT, TARGET, VALIDATION, Curves
-from trainer.monitor.data_wait import Stall, hint
-from trainer.monitor.peak_memory import GIB, peak_bytes
+from trainer.monitor.efficiency import DataWait, hint, image_utilisation, peak_gib
 from trainer.monitor.router_health import RouterHealth
-from trainer.monitor.utilisation import image_utilisation
 from trainer.prepare.parts import Parts
 from trainer.process.world import World
 
@@ -54,27 +52,24 @@ class Monitor:
         first_step: int,
         console: Console,
     ) -> None:
-        self.parts, self.config, self.folder = parts, parts.config, folder
-        self.device, self.console = device, console
-        routed = self.config.moa.routed
-        layers = parts.report.layers if routed else ()
+        self.config, self.folder, self.device, self.console = parts.config, folder, device, console
+        moa, total = self.config.moa, self.config.train.steps
+        layers = parts.report.layers if moa.routed else ()
         self.curves = Curves(self.config, folder.tensorboard, first_step, layers)
-        total, withheld = self.config.train.steps, parts.withheld_names
-        self.standing = Standing(total, first_step, withheld, done=first_step)
+        self.standing = Standing(total, first_step, parts.withheld_names, done=first_step)
         self.every = max(1, min(50, total // 10))  # steps between plain lines and router notes
         balance = "--moa.balance bias, or raise --moa.aux_weight"
-        now = f"now {self.config.moa.balance}, {self.config.moa.aux_weight}"
-        self.health = RouterHealth(f"{balance}; {now}") if routed else None
-        self.stall = Stall()
-        self.utilisation = image_utilisation(
-            self.config, device, len(parts.index.classes), world.size
-        )
+        balance += f"; now {moa.balance}, {moa.aux_weight}"
+        self.health = RouterHealth(balance) if moa.routed else None
+        self.wait = DataWait()
+        classes = len(parts.index.classes)
+        self.utilisation = image_utilisation(self.config, device, classes, world.size)
         self.live: Live | None = None
 
     def __enter__(self) -> "Monitor":
-        """Starts the live display if there is a terminal for it."""
-        self.live = live(self.standing, self.console)
-        if self.live is not None:
+        """Starts the live display if there is a terminal that can move its cursor."""
+        if self.console.is_terminal and os.environ.get("TERM") != "dumb":
+            self.live = Live(self.standing, console=self.console, refresh_per_second=4)
             self.live.start()
         return self
 
@@ -93,28 +88,25 @@ class Monitor:
             perf: `img_s`, `step_ms`, `data_wait_ms`.
         """
         step = int(row["step"])
-        peak = peak_bytes(self.device) / GIB
-        names = ("loss", "ce", "aux_loss", "lr", "grad_norm", "skipped_steps")
-        points = {f"train/{name}": row[name] for name in names if name in row}
-        points |= {f"perf/{name}": value for name, value in perf.items()}
-        points["mem/peak_gib"] = peak
+        peak = peak_gib(self.device)
+        points = {"mem/peak_gib": peak} | {f"perf/{name}": value for name, value in perf.items()}
         if self.utilisation is not None:
             points["perf/mfu"] = self.utilisation * perf["img_s"]
-        points |= {
-            f"data/bad/{name.removeprefix('moa/bad/')}": count
-            for name, count in row.items()
-            if name.startswith("moa/bad/")
-        }
+        for name, value in row.items():
+            if name in ("loss", "ce", "aux_loss", "lr", "grad_norm", "skipped_steps"):
+                points[f"train/{name}"] = value
+            elif name.startswith("moa/bad/"):
+                points[f"data/bad/{name.removeprefix('moa/bad/')}"] = value
         self.curves.scalars(points, step)
         standing = self.standing
         standing.done, standing.row, standing.img_s = step + 1, row, perf["img_s"]
         standing.peak_gib, standing.phase = peak, "training"
         if step > standing.first_step:  # the first step of a start waits for the loaders to start
-            stalls = self.stall.note(perf["data_wait_ms"], perf["step_ms"])
-            standing.wait_share = self.stall.share
+            stalls = self.wait.note(perf["data_wait_ms"], perf["step_ms"])
+            standing.wait_share = self.wait.share
             if stalls:
                 cores = len(os.sched_getaffinity(0))
-                log.warning("%s", hint(self.stall.share, self.config, cores))
+                log.warning("%s", hint(self.wait.share, self.config, cores))
         if self.live is None and (step % self.every == 0 or step + 1 == standing.total):
             log.info("%s", plain_line(standing))
 
@@ -129,10 +121,7 @@ class Monitor:
         selected: tuple[float, float | None],
         averages: Mapping[str, ByDomain],
     ) -> None:
-        """Notes an evaluation.
-
-        With `--eval.mode selection` there are few accuracies, and none of the target before the
-        end.
+        """Notes an evaluation; `--eval.mode selection` gives few accuracies before the end.
 
         Args:
             step: the step evaluated.
@@ -179,7 +168,7 @@ class Monitor:
         if self.health is not None:
             for warning in self.health.note(numbers):
                 log.warning("%s", warning)
-                self.curves.text("router/warnings", warning, step)
+                self.curves.writer.add_text("router/warnings", warning, step)
             points["router/active_warnings"] = float(len(self.health.active))
         self.curves.scalars(points, step)
 

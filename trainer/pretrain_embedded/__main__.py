@@ -1,6 +1,6 @@
-"""Pretrain the embedded backbone on rendered glyphs: ``python -m trainer.pretrain_embedded``.
+"""`python -m trainer.pretrain_embedded`: trains the embedded backbone on rendered glyphs.
 
-Writes ``vit_embedded.safetensors`` and the model card ``README.md`` with the figures of the run.
+Writes `vit_embedded.safetensors` and the model card `README.md` with the figures of the run.
 Images start easy and widen with the step: with random polarity, colours and shapes from the first
 step the loss of a transformer this small stays at chance for hundreds of steps.
 """
@@ -15,51 +15,50 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import matplotlib
+import PIL
 import timm
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from timm.optim import param_groups_weight_decay
+from torch import nn
 from torch.nn import functional as F
 
+from trainer.checkpoint.atomic_text import replace_text
 from trainer.prepare.vit_embedded import GLYPH_CLASSES, WEIGHTS_PATH
 from trainer.pretrain_embedded.glyphs import HELD_OUT_FONTS, TRAIN_FONTS, GlyphBank, GlyphSampler
 
-__all__ = ["PretrainConfig", "PretrainResult", "main", "model_card", "pretrain", "save"]
+log = logging.getLogger(__name__)
 
-_logger = logging.getLogger(__name__)
-_VALIDATION_IMAGES = 4000
+VALIDATION_IMAGES = 4000
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """Settings of one pretraining run; the defaults made the shipped weights."""
+    """Settings of one pretraining run; the defaults made the shipped weights.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: images per step.
+        peak_lr: learning rate after the warmup; a cosine takes it to zero at the last step.
+        warmup_steps: steps over which the learning rate rises linearly from zero.
+        weight_decay: of matrices; biases, norms, class token and positions have none.
+        label_smoothing: of the cross-entropy.
+        easy_until: share of the run during which glyphs are large, centred, upright, white on
+            black.
+        full_from: share of the run from which images have their full range; linear in between.
+        seed: of the initial weights and of the images.
+    """
 
     steps: int = 1200
-    """Number of optimizer steps."""
-
     batch_size: int = 128
-    """Images per step."""
-
     peak_lr: float = 1e-3
-    """Learning rate after the warmup; a cosine takes it to zero at the last step."""
-
     warmup_steps: int = 150
-    """Steps over which the learning rate rises linearly from zero."""
-
     weight_decay: float = 0.05
-    """AdamW weight decay of matrices; biases, norms, class token and positions have none."""
-
     label_smoothing: float = 0.1
-    """Label smoothing of the cross-entropy."""
-
     easy_until: float = 0.06
-    """Fraction of the run during which glyphs are large, centred, upright, white on black."""
-
     full_from: float = 0.45
-    """Fraction of the run from which images have their full range; linear in between."""
-
     seed: int = 0
-    """Seed of the initial weights and of the images."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup_steps < self.steps:
@@ -91,10 +90,10 @@ class PretrainResult:
     """What a finished run produced.
 
     Attributes:
-        model: The trained model, in evaluation mode.
-        losses: Training loss of every step.
-        seconds: Wall-clock time, drawing of the glyphs included.
-        accuracy: Validation accuracy in [0, 1] by the name of the image set.
+        model: in evaluation mode.
+        losses: training loss of every step.
+        seconds: how long it took, drawing of the glyphs included.
+        accuracy: in [0, 1], by the name of the validation set.
     """
 
     model: nn.Module
@@ -103,35 +102,15 @@ class PretrainResult:
     accuracy: dict[str, float]
 
 
-def _optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices only."""
-    plain = {"cls_token", "pos_embed"}
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        groups[parameter.ndim > 1 and name not in plain].append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": groups[True], "weight_decay": config.weight_decay},
-            {"params": groups[False], "weight_decay": 0.0},
-        ],
-        lr=config.peak_lr,
-    )
-
-
 @torch.inference_mode()
-def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of images ``(N, 3, 32, 32)`` whose most likely class is the label."""
-    predicted = torch.cat([model(part).argmax(-1) for part in torch.split(images, 500)])
-    return (predicted == labels).double().mean().item()
-
-
 def _validate(model: nn.Module, fonts: Sequence[str], seed: int) -> dict[str, float]:
-    """Accuracy on plain and on fully varied images of the given fonts."""
-    bank = GlyphBank(fonts)
-    return {
-        name: _accuracy(model, *GlyphSampler(bank, seed).batch(_VALIDATION_IMAGES, difficulty))
-        for name, difficulty in (("plain", 0.0), ("full range", 1.0))
-    }
+    """Accuracy on plain and on fully varied images of some fonts."""
+    bank, accuracy = GlyphBank(fonts), {}
+    for name, difficulty in (("plain", 0.0), ("full range", 1.0)):
+        images, labels = GlyphSampler(bank, seed).batch(VALIDATION_IMAGES, difficulty)
+        predicted = torch.cat([model(part).argmax(-1) for part in torch.split(images, 500)])
+        accuracy[name] = (predicted == labels).double().mean().item()
+    return accuracy
 
 
 def pretrain(
@@ -139,22 +118,21 @@ def pretrain(
     train_fonts: Sequence[str] = TRAIN_FONTS,
     held_out_fonts: Sequence[str] = HELD_OUT_FONTS,
 ) -> PretrainResult:
-    """Train from scratch; equal settings on equal hardware give equal weights.
+    """Trains from scratch; equal settings on equal hardware give equal weights.
 
     Args:
-        config: Settings of the run.
-        train_fonts: Fonts of the training images.
-        held_out_fonts: Fonts of the validation images, which choose nothing; may be empty.
-
-    Returns:
-        The model with its losses, time and accuracy.
+        config: settings.
+        train_fonts: of the training images.
+        held_out_fonts: of the validation images, which choose nothing; may be empty.
     """
     start = time.perf_counter()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = timm.create_model("vit_embedded", num_classes=len(GLYPH_CLASSES))
     sampler = GlyphSampler(GlyphBank(train_fonts), config.seed)
-    optimizer = _optimizer(model, config)
+    undecayed = ("cls_token", "pos_embed")  # beside biases and norms
+    groups = param_groups_weight_decay(model, config.weight_decay, undecayed)
+    optimizer = torch.optim.AdamW(groups, lr=config.peak_lr)
     losses: list[float] = []
     model.train()
     for step in range(config.steps):
@@ -168,9 +146,8 @@ def pretrain(
         optimizer.step()
         losses.append(loss.item())
         if (step + 1) % 100 == 0:
-            recent = sum(losses[-100:]) / 100
-            elapsed = time.perf_counter() - start
-            _logger.info("step %d loss %.3f after %.0f s", step + 1, recent, elapsed)
+            recent, elapsed = sum(losses[-100:]) / 100, time.perf_counter() - start
+            log.info("step %d loss %.3f after %.0f s", step + 1, recent, elapsed)
     seconds = time.perf_counter() - start
     model.eval()
     accuracy = _validate(model, held_out_fonts, config.seed + 1) if held_out_fonts else {}
@@ -178,10 +155,7 @@ def pretrain(
 
 
 def model_card(config: PretrainConfig, result: PretrainResult) -> str:
-    """Describe the weights of a run in Markdown; every figure comes from the arguments."""
-    import matplotlib
-    import PIL
-
+    """The weights of a run in Markdown; every figure comes from the arguments."""
     parameters = sum(parameter.numel() for parameter in result.model.parameters())
     accuracy = "\n".join(f"| {name} | {value:.1%} |" for name, value in result.accuracy.items())
     settings = "\n".join(f"| `{name}` | {value} |" for name, value in asdict(config).items())
@@ -216,7 +190,7 @@ version may give slightly different weights.
 |---|---|
 {accuracy}
 
-{_VALIDATION_IMAGES} images per row. The mean training loss of the last 100 steps was \
+{VALIDATION_IMAGES} images per row. The mean training loss of the last 100 steps was \
 {sum(result.losses[-100:]) / len(result.losses[-100:]):.3f} (label smoothing included).
 
 | setting | value |
@@ -226,25 +200,19 @@ version may give slightly different weights.
 
 
 def save(config: PretrainConfig, result: PretrainResult, folder: Path) -> Path:
-    """Write the weights and the model card; returns the path of the weights.
-
-    Both are written under a temporary name first, so that an interrupted run leaves no half file.
-    """
+    """Writes the weights and the model card, each whole; returns the path of the weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights, card = folder / WEIGHTS_PATH.name, folder / "README.md"
+    weights, part = folder / WEIGHTS_PATH.name, folder / f"{WEIGHTS_PATH.name}.tmp"
     tensors = {name: value.contiguous() for name, value in result.model.state_dict().items()}
-    save_file(
-        tensors, f"{weights}.tmp", metadata={"format": "pt", "classes": " ".join(GLYPH_CLASSES)}
-    )
-    Path(f"{card}.tmp").write_text(model_card(config, result), encoding="utf-8")
-    Path(f"{weights}.tmp").chmod(0o644)  # safetensors makes it private to its owner
-    for path in (weights, card):
-        os.replace(f"{path}.tmp", path)
+    save_file(tensors, part, metadata={"format": "pt", "classes": " ".join(GLYPH_CLASSES)})
+    part.chmod(0o644)  # safetensors makes it private to its owner
+    os.replace(part, weights)
+    replace_text(folder / "README.md", model_card(config, result))
     return weights
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line: pretrain, then write weights and card."""
+    """The command line: trains, then writes weights and card."""
     parser = argparse.ArgumentParser(description="Pretrain the embedded backbone on glyphs.")
     parser.add_argument("--out", type=Path, default=WEIGHTS_PATH.parent, help="output folder")
     parser.add_argument("--seed", type=int, default=PretrainConfig.seed)
@@ -258,8 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.use_deterministic_algorithms(True)
     config = PretrainConfig(seed=options.seed, steps=options.steps)
     result = pretrain(config)
-    _logger.info("accuracy on unseen fonts: %s", result.accuracy)
-    _logger.info("wrote %s", save(config, result, options.out))
+    log.info("accuracy on unseen fonts: %s", result.accuracy)
+    log.info("wrote %s", save(config, result, options.out))
 
 
 if __name__ == "__main__":

@@ -12,15 +12,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
+from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.prepare.vit_embedded import GLYPH_CLASSES, IMAGE_SIZE
 
-__all__ = ["HELD_OUT_FONTS", "TRAIN_FONTS", "GlyphBank", "GlyphSampler"]
-
-TRAIN_FONTS: tuple[str, ...] = (
+TRAIN_FONTS = (
     *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique"),
     *("DejaVuSansMono", "DejaVuSansMono-Bold"),
     *("DejaVuSansMono-Oblique", "DejaVuSansMono-BoldOblique"),
@@ -30,19 +31,15 @@ TRAIN_FONTS: tuple[str, ...] = (
 )
 """Fonts the weights are trained on, by file name without suffix."""
 
-HELD_OUT_FONTS: tuple[str, ...] = ("cmss10", "cmtt10", "STIXGeneralBolIta")
+HELD_OUT_FONTS = ("cmss10", "cmtt10", "STIXGeneralBolIta")
 """Fonts kept for validation only."""
 
-_RENDER = 128  # side of the canvas on which a glyph is rendered, in pixels
-_BANK = 64  # side of a stored distance field
+_RENDER, _BANK = 128, 64  # sides in pixels: of a rendered glyph, of a stored distance field
 _BOX = 0.6875  # longest side of the glyph as a fraction of the canvas
 
 
 def _render(font_path: Path, characters: Iterable[str]) -> Tensor:
-    """Render characters centred and at one size; boolean masks ``(G, 128, 128)``."""
-    import numpy as np
-    from PIL import Image, ImageDraw, ImageFont
-
+    """Characters centred and at one size, as masks [G, 128, 128]."""
     font = ImageFont.truetype(str(font_path), 160)
     masks = []
     for character in characters:
@@ -62,20 +59,13 @@ def _render(font_path: Path, characters: Iterable[str]) -> Tensor:
 
 
 def _distance(mask: Tensor) -> Tensor:
-    """Euclidean distance in pixels from every pixel to the nearest true one, ``(G, H, W)``."""
-    squared = torch.where(mask, 0.0, 1e6)
-    for _ in range(2):  # one axis at a time: the square of the distance is separable
-        nearest = squared.clone()
-        for shift in range(1, mask.shape[-1]):
-            right, left = nearest[..., shift:], nearest[..., :-shift]
-            torch.minimum(right, squared[..., :-shift] + shift**2, out=right)
-            torch.minimum(left, squared[..., shift:] + shift**2, out=left)
-        squared = nearest.transpose(1, 2).contiguous()
-    return squared.sqrt()
+    """Distance in pixels from every pixel to the nearest true one, [G, 128, 128]."""
+    squared = np.stack([distance_transform_edt(~glyph) ** 2 for glyph in mask.numpy()]).round()
+    return torch.from_numpy(squared).float().sqrt()  # torch's root: its last bit is in the weights
 
 
 def _signed_distance(mask: Tensor) -> Tensor:
-    """Distance to the edge, positive inside, in glyph sizes: ``(G, 128, 128)`` to ``(G, 64, 64)``.
+    """Distance to the edge, positive inside, in glyph sizes: [G, 128, 128] to [G, 64, 64].
 
     One glyph size is the longest side of the glyph's bounding box.
     """
@@ -84,12 +74,12 @@ def _signed_distance(mask: Tensor) -> Tensor:
 
 
 class GlyphBank:
-    """Distance fields of every character of every class in the given fonts.
+    """Distance fields of every character of every class in some fonts.
 
     Attributes:
-        fields: Signed distances in glyph sizes, positive inside, ``(G, 64, 64)``.
-        labels: Class index of every glyph, ``(G,)``.
-        weights: Sampling weights that make all classes equally frequent, ``(G,)``.
+        fields: signed distances in glyph sizes, positive inside, [G, 64, 64].
+        labels: class number of every glyph, [G].
+        weights: sampling weights that make all classes equally frequent, [G].
     """
 
     def __init__(self, fonts: Iterable[str], classes: tuple[str, ...] = GLYPH_CLASSES) -> None:
@@ -103,27 +93,18 @@ class GlyphBank:
 
 
 class GlyphSampler:
-    """Draws labelled random images from a bank; equal seeds give equal images.
-
-    Args:
-        bank: The glyphs to draw from.
-        seed: Seed of all randomness of this sampler.
-    """
+    """Draws labelled random images from a bank; equal seeds give equal images."""
 
     def __init__(self, bank: GlyphBank, seed: int) -> None:
-        self._bank = bank
-        self._generator = torch.Generator().manual_seed(seed)
+        self._bank, self._generator = bank, torch.Generator().manual_seed(seed)
 
     def batch(self, size: int, difficulty: float) -> tuple[Tensor, Tensor]:
-        """Draw one batch.
+        """One batch: images [B, 3, 32, 32] in [-1, 1] and class numbers [B].
 
         Args:
-            size: Number of images B.
+            size: B.
             difficulty: 0 draws large, centred, upright glyphs, white on black; 1 draws the full
                 range of places, shapes, strokes, resolutions, polarities, colours and noise.
-
-        Returns:
-            Images ``(B, 3, 32, 32)`` in [-1, 1] and class indices ``(B,)``.
         """
         chosen = torch.multinomial(self._bank.weights, size, True, generator=self._generator)
         distance = self._place(self._bank.fields[chosen], difficulty)
@@ -134,12 +115,12 @@ class GlyphSampler:
         return low + (high - low) * torch.rand(*shape, generator=self._generator)
 
     def _noise(self, batch: int, channels: int, cells: int) -> Tensor:
-        """Smooth noise of about unit variance with ``cells`` cells a side, ``(B, C, S, S)``."""
+        """Smooth noise of about unit variance with `cells` cells a side, [B, C, S, S]."""
         coarse = torch.randn(batch, channels, cells, cells, generator=self._generator)
         return F.interpolate(coarse, IMAGE_SIZE, mode="bicubic", align_corners=False)
 
     def _place(self, fields: Tensor, t: float) -> Tensor:
-        """Scale, turn, shear, shift and bend; returns distances in image pixels ``(B, S, S)``."""
+        """Scale, turn, shear, shift and bend; returns distances in image pixels [B, S, S]."""
         n = len(fields)
         size = self._uniform(0.85 - 0.35 * t, 0.85 + 0.15 * t, n)  # fraction of the image side
         angle = self._uniform(-t, t, n) * math.radians(25)
@@ -183,7 +164,7 @@ class GlyphSampler:
         return torch.where(posterised, (coarse * steps).round() / steps, coarse)
 
     def _paint(self, ink: Tensor, t: float) -> Tensor:
-        """Colour ink and background, add texture and noise; ``(B, S, S)`` to ``(B, 3, S, S)``."""
+        """Colour ink and background, add texture and noise; [B, S, S] to [B, 3, S, S]."""
         n = len(ink)
         tint = 0.2 * self._uniform(-t, t, 2, n, 3, 1, 1)
         dark = self._uniform(0, 0.35 * t, n, 1, 1, 1) + tint[0]

@@ -12,7 +12,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from shards import DataConfig, ShardIndex, eval_transform, evaluation_loader, open_shards
 from trainer.config.run_config import ModelConfig
 from trainer.evaluate.evaluator import Evaluator
-from trainer.evaluate.figures import expected_calibration_error, reliability
+from trainer.evaluate.figures import reliability
 from trainer.evaluate.predictions import Predictions, collect, confusion_matrix, per_class_accuracy
 from trainer.prepare.backbone import Backbone, create_backbone
 from trainer.process.world import World
@@ -46,7 +46,7 @@ def test_predictions_are_the_models_scores_in_the_splits_order(
     index: ShardIndex, backbones: list[Backbone]
 ) -> None:
     models = [backbone.model.train() for backbone in backbones]
-    found = collect(alone(index, backbones[0]), models, 2, "out", features=True)
+    found = collect(alone(index, backbones[0]), models, 2, "out")
     batches = evaluation_loader(
         index, 2, "out", trial_seed=1, holdout_fraction=0.2, batch_size=7,
         transform=eval_transform(backbones[0].data_config),
@@ -56,10 +56,7 @@ def test_predictions_are_the_models_scores_in_the_splits_order(
         assert model.training
         model.eval()
         with torch.no_grad():
-            features = model.forward_head(model.forward_features(images), pre_logits=True)
             torch.testing.assert_close(predictions.logits, model(images), rtol=1e-5, atol=1e-5)
-        assert predictions.features is not None
-        torch.testing.assert_close(predictions.features, features, rtol=1e-5, atol=1e-5)
         assert predictions.labels.tolist() == [int(i) for b in batches for i in b.labels]
         assert predictions.unusable == 0
 
@@ -90,9 +87,6 @@ class Pixels(nn.Module):
         self.head = nn.Linear(10, 10, bias=False)
         nn.init.eye_(self.head.weight)
 
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
     def forward(self, images: Tensor) -> Tensor:
         scores: Tensor = self.head(images[:, 0, 16, :10])
         return scores
@@ -102,13 +96,13 @@ class Pixels(nn.Module):
 def test_every_world_size_gives_the_predictions_of_one_process(
     index: ShardIndex, backbones: list[Backbone], size: int
 ) -> None:
-    (expected,) = collect(alone(index, backbones[0]), [Pixels()], 5, "out", features=True)
+    (expected,) = collect(alone(index, backbones[0]), [Pixels()], 5, "out")
     together, found = Together(size), {}
 
     def rank(number: int) -> None:
         world = World(number, size, number, size)
         member = evaluator(index, backbones[0], world, together.member(number))
-        (found[number],) = collect(member, [Pixels()], 5, "out", features=True)
+        (found[number],) = collect(member, [Pixels()], 5, "out")
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in range(size)]
     for thread in threads:
@@ -120,7 +114,6 @@ def test_every_world_size_gives_the_predictions_of_one_process(
     for predictions in found.values():
         assert torch.equal(predictions.logits, expected.logits)
         assert torch.equal(predictions.labels, expected.labels)
-        assert torch.equal(predictions.features, expected.features)
 
 
 def random_predictions(samples: int, classes: int, sharpness: float) -> Predictions:
@@ -134,7 +127,7 @@ def random_predictions(samples: int, classes: int, sharpness: float) -> Predicti
 @pytest.mark.parametrize("sharpness", [0.1, 1.0, 10.0])
 def test_calibration_error_is_that_of_torchmetrics(sharpness: float) -> None:
     predictions = random_predictions(500, 7, sharpness)
-    found = expected_calibration_error(reliability(predictions))
+    found = reliability(predictions).ece
     expected = multiclass_calibration_error(
         predictions.logits.double().softmax(1), predictions.labels, num_classes=7, n_bins=15
     )
@@ -147,7 +140,7 @@ def test_calibration_error_of_a_known_case() -> None:
     found = reliability(Predictions(logits, torch.tensor([0, 1, 1, 1])), bins=10)
     assert found.samples.tolist() == [0, 0, 0, 0, 0, 0, 0, 4, 0, 0]
     assert found.accuracy[7] == 0.25
-    assert expected_calibration_error(found) == pytest.approx(0.5)
+    assert found.ece == pytest.approx(0.5)
 
 
 def test_confusion_and_per_class_accuracy_count_by_hand() -> None:
@@ -165,9 +158,7 @@ def test_confusion_and_per_class_accuracy_count_by_hand() -> None:
 def test_split_without_samples_has_no_figures(index: ShardIndex, backbones: list[Backbone]) -> None:
     whole = alone(index, backbones[0])
     empty = Evaluator(**{**vars(whole), "holdout_fraction": 0.0})
-    (found,) = collect(empty, [backbones[0].model], 0, "out", features=True)
+    (found,) = collect(empty, [backbones[0].model], 0, "out")
     assert found.logits.shape == (0, 10)
-    assert found.features is not None
-    assert found.features.shape == (0, 128)
     assert confusion_matrix(found).sum() == 0
-    assert expected_calibration_error(reliability(found)) == 0
+    assert reliability(found).ece == 0

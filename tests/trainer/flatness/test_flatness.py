@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from shards import DataConfig, open_shards
 from tests.support.moa_fixtures import images, small_config, stir, tiny_vit
 from tests.support.shards_server import Server
 from trainer.config.run_config import ModelConfig
-from trainer.flatness import __main__ as flatness
+from trainer.flatness import __main__ as flatness, measure as measuring
 from trainer.flatness.surface import (
     Surface,
     adaptive_sharpness,
@@ -68,21 +69,23 @@ def test_largest_eigenvalues_are_those_of_the_dense_hessian(method: str) -> None
     assert top_eigenvalues(surface, 3, seed=0, tolerance=1e-10) == (found, products)
 
 
-class Linear(nn.Module):
-    """Scores that are linear in the weights, for a loss that is their sum."""
+class Linear(Surface):
+    """A loss that is linear in the weights."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.tensor([1.0, -2.0, 0.0, 0.5], dtype=torch.float64))
+    def __init__(self, weights: Tensor, slope: Tensor) -> None:
+        model = nn.Module()
+        model.w = nn.Parameter(weights)
+        super().__init__(model, [(slope, torch.zeros(1))])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.w
+    def _parts(self, weights: Tensor) -> Iterator[Tensor]:
+        for slope, _ in self.samples:
+            yield slope @ weights
 
 
 def test_sharpness_of_a_linear_loss_is_its_closed_form() -> None:
-    slope = torch.tensor([[3.0, 1.0, 7.0, -4.0]], dtype=torch.float64)
-    surface = Surface(Linear(), [(slope, torch.zeros(1))], loss=lambda scores, _: scores.sum())
-    scaled = slope[0] * surface.weights  # the zero weight cannot move, however steep the loss
+    slope = torch.tensor([3.0, 1.0, 7.0, -4.0], dtype=torch.float64)
+    surface = Linear(torch.tensor([1.0, -2.0, 0.0, 0.5], dtype=torch.float64), slope)
+    scaled = slope * surface.weights  # the zero weight cannot move, however steep the loss
     for steps in (2, 5, 10):
         found = adaptive_sharpness(surface, 0.3, steps)
         assert found == pytest.approx(0.3 * float(scaled.norm()), rel=1e-12)
@@ -189,7 +192,7 @@ def test_unknown_domain_is_named(adapter: Path, capsys: pytest.CaptureFixture[st
 def test_output_that_cannot_be_written_is_found_before_the_work(
     name: str, adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(flatness, "measure", None)
+    monkeypatch.setattr(measuring, "measure", None)
     (adapter.parent / "file").write_text("")
     out = adapter.parent / name
     command = ["--adapter", str(adapter), "--samples", "1", "--out", str(out)]
@@ -206,7 +209,7 @@ def test_results_are_printed_although_they_cannot_be_written(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     found = {"weights": 1234567, "loss": 1.5, "eigenvalues": [2.0], "sharpness": 0.25}
-    monkeypatch.setattr(flatness, "measure", lambda *_: found)
+    monkeypatch.setattr(measuring, "measure", lambda *_: found)
     monkeypatch.setattr(flatness, "replace_text", full)
     command = ["--adapter", str(adapter), "--samples", "1", "--out", str(adapter.parent / "out")]
     assert flatness.main(command) == 73
@@ -227,5 +230,5 @@ def test_data_are_given_as_to_an_evaluation(
         assert flatness.main(command) == 2
         assert "data.cache_dir is not set" in capsys.readouterr().err
         command += ["--data.cache_dir", str(tmp_path / "cache"), "--samples", "3"]
-        _, samples = flatness.plan(flatness.parser().parse_args(command))
+        _, samples = measuring.members_and_samples(flatness.parser().parse_args(command))
     assert samples.domains == [1, 1, 1]

@@ -6,8 +6,15 @@ import re
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PathCollection, QuadMesh
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.textpath import TextPath
 from PIL import Image
 from rich.console import Console
 from sklearn.metrics import mutual_info_score
@@ -16,24 +23,14 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.plugins.hparams.metadata import PLUGIN_NAME
 
 from trainer.config.run_config import RunConfig
-from trainer.monitor.console import Display, Standing, evaluation_line, plain_line
+from trainer.evaluate.drawing import confusion_figure, png
+from trainer.monitor.console import Standing, evaluation_line, plain_line
 from trainer.monitor.curves import RESULTS, Curves
-from trainer.monitor.data_wait import WINDOW, Stall, hint
+from trainer.monitor.efficiency import WINDOW, DataWait, hint, peak_flops
+from trainer.monitor.heat_maps import expert_heat_maps, mutual_information, specialisation
 from trainer.monitor.monitor import on_host
-from trainer.monitor.pictures.drawing import expert_colours, font
-from trainer.monitor.pictures.information import mutual_information, specialisation
-from trainer.monitor.pictures.routing_maps import (
-    COLUMNS,
-    GAP,
-    HEADING,
-    LABELS,
-    MARGIN,
-    TILE,
-    Shown,
-    routing_picture,
-)
 from trainer.monitor.router_health import PATIENCE, RouterHealth
-from trainer.monitor.utilisation import peak_flops
+from trainer.monitor.routing_maps import GAP, TILE, Shown, expert_colours, routing_figure
 
 DOMAINS = {"plain": {"in": 0.934, "out": 0.901}, "a_much_longer_name": {"out": 0.5}}
 ROW = {"step": 41, "loss": 1.25, "ce": 1.2, "aux_loss": 0.05, "grad_norm": 2.0, "lr": 1e-3}
@@ -52,25 +49,70 @@ def test_mutual_information_is_scikit_learns_in_bits() -> None:
     assert mutual_information(np.zeros((3, 2))) == 0
 
 
+def drawn(figure: Figure) -> npt.NDArray[np.uint8]:
+    """The figure's own area, without the texts that widen it: uint8 [height, width, 3]."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
 def test_every_patch_has_its_experts_colour_beside_its_image() -> None:
     grids = {
-        "blocks.0.attn.qkv": np.array([[[0, 1], [2, 1]]]),
-        "head": np.array([[[2, 2], [0, 0]]]),
+        "blocks.0.attn.qkv": np.array([[[0, 1], [2, 1]], [[1, 1], [0, 2]]]),
+        "head": np.array([[[2, 2], [0, 0]], [[0, 1], [1, 2]]]),
     }
     pixels = np.zeros((8, 8, 3), dtype=np.uint8)
     pixels[:, 4:] = (10, 200, 30)
-    shown = [Shown(pixels, "sketch", "cat", held_out=True)]
-    picture = routing_picture(shown, grids, ["a", "b", "c"], "title")
-    colours, top, left = expert_colours(3), HEADING + COLUMNS, MARGIN + LABELS
+    shown = [Shown(pixels, "sketch", "cat", held_out=True)] * 2
+    picture = drawn(routing_figure(shown, grids, ["a", "b", "c"], "title"))
+    colours = [tuple(np.round(255 * np.array(to_rgb(c))).astype(int)) for c in expert_colours(3)]
     assert len(set(colours)) == 3
-    assert picture.getpixel((left + TILE // 4, top + 9)) == (0, 0, 0)
-    assert picture.getpixel((left + 3 * TILE // 4, top + 9)) == (10, 200, 30)
+    assert tuple(picture[9, TILE // 4]) == (0, 0, 0)
+    assert tuple(picture[9, 3 * TILE // 4]) == (10, 200, 30)
     for column, grid in enumerate(grids.values(), start=1):
-        for (row, place), expert in np.ndenumerate(grid[0]):
-            x = left + column * (TILE + GAP) + TILE // 4 + place * TILE // 2
-            y = top + TILE // 4 + row * TILE // 2
-            assert picture.getpixel((x, y)) == colours[expert]
+        for (image, row, place), expert in np.ndenumerate(grid):
+            x = column * (TILE + GAP) + TILE // 4 + place * TILE // 2
+            y = image * (TILE + GAP) + TILE // 4 + row * TILE // 2
+            assert tuple(picture[y, x]) == colours[expert]
     assert len(set(expert_colours(24))) == 24
+
+
+def texts(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+
+
+def test_cells_have_the_shares_of_their_row_in_per_cent() -> None:
+    counts = np.zeros((1, 3, 2))
+    counts[0, :2] = [[30, 10], [0, 5]]
+    figure = expert_heat_maps(counts, ["block 0"], ["a", "b", "unseen"], "Experts by class")
+    (cells,) = figure.findobj(QuadMesh)
+    assert np.asarray(cells.get_array()).tolist() == [[0.75, 0.25], [0, 1]]
+    (numbers,) = figure.findobj(PathCollection)
+    assert len(numbers.get_paths()) == 3, "a share of 0 goes without"
+    assert {"Experts by class", "block 0", "a", "b", "e0", "e1"} <= set(texts(figure))
+    assert "unseen" not in texts(figure)
+
+
+NAMES = ["$a_1$ and $b$", "two\nlines", "Жук", "x" * 99]
+
+
+def test_names_are_drawn_as_they_are_written_and_a_long_title_is_not_cut() -> None:
+    confusion = np.arange(16).reshape(4, 4)
+    pictures = [
+        confusion_figure({title: confusion}, NAMES, "title")
+        for title in ("short", "$sketch$ (held out): " + "long " * 40)
+    ]
+    short, long = (Image.open(io.BytesIO(png(picture))) for picture in pictures)
+    assert long.width > short.width + 500
+    for image in (short, long):
+        edge = np.asarray(image.convert("L"))
+        assert (edge[:, [0, -1]] == 255).all(), "nothing reaches the edge"
+    assert not any(t.get_parse_math() for t in pictures[1].findobj(Text) if "$" in t.get_text())
+    assert {"$a_1$ and $b$", "two\\nlines", "Жук", "x" * 23 + "…"} <= set(texts(pictures[1]))
+    assert [len(p.findobj(PathCollection)[0].get_paths()) for p in pictures] == [15, 15]
+    many = confusion_figure({"": np.eye(345, dtype=np.int64)}, ["class"] * 345, "title")
+    assert not many.findobj(PathCollection), "no room for numbers"
+    assert "class" not in texts(many)
 
 
 def stats(load: list[float], entropy: float) -> dict[str, dict[str, list[float]]]:
@@ -113,21 +155,21 @@ def test_concentration_and_saturation_are_told_from_a_lively_router(
 
 
 def test_the_stall_hint_comes_when_waiting_dominates_and_again_only_after_recovery() -> None:
-    stall = Stall()
-    assert stall.share == 0
-    told = [stall.note(waited=80, took=100) for _ in range(WINDOW + 5)]
+    wait = DataWait()
+    assert wait.share == 0
+    told = [wait.note(waited=80, took=100) for _ in range(WINDOW + 5)]
     assert told.index(True) == WINDOW - 1, "a few slow steps are no stall"
     assert sum(told) == 1
-    assert stall.share == pytest.approx(0.8)
-    assert not any(stall.note(waited=1, took=100) for _ in range(WINDOW))
-    assert any(stall.note(waited=80, took=100) for _ in range(WINDOW))
+    assert wait.share == pytest.approx(0.8)
+    assert not any(wait.note(waited=1, took=100) for _ in range(WINDOW))
+    assert any(wait.note(waited=80, took=100) for _ in range(WINDOW))
     text = hint(0.8, RunConfig(), cores=6)
     assert "80 % of the step time" in text
     assert "--data.workers (now 0 per process, on 6 CPU cores)" in text
 
 
 def test_letters_beyond_ascii_are_drawn() -> None:
-    letters = [bytes(font(14).getmask(letter)) for letter in "éñüЖω"]
+    letters = [TextPath((0, 0), letter).vertices.tobytes() for letter in "éñüЖω"]
     assert len(set(letters)) == len(letters), "no box that stands for all of them"
 
 
@@ -141,7 +183,7 @@ def standing() -> Standing:
 @pytest.mark.parametrize("width", [30, 60, 120])
 def test_the_display_fits_any_width_and_keeps_every_number(width: int) -> None:
     file = io.StringIO()
-    Console(file=file, width=width, color_system=None).print(Display(standing()))
+    Console(file=file, width=width, color_system=None).print(standing())
     text = file.getvalue()
     assert "\x1b" not in text
     assert max(map(len, text.splitlines())) <= width
@@ -174,12 +216,17 @@ def test_a_resume_purges_what_it_does_again(tmp_path: Path) -> None:
         writer = curves(tmp_path, start)
         for step in range(start, end):
             writer.scalars({"train/loss": value, "train/ce": math.nan}, step)
-            writer.picture("routing/maps", Image.new("RGB", (4, 4)), step)
+            writer.picture("routing/maps", png(Figure(figsize=(1, 1))), step)
         writer.close(whole=end == 8)
     events = EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload()
     assert [e.step for e in events.Scalars("train/loss")] == list(range(8))
     assert [e.value for e in events.Scalars("train/loss")] == [1.0] * 5 + [2.0] * 3
-    assert [e.step for e in events.Images("routing/maps")] == list(range(8))
+    images = events.Images("routing/maps")
+    assert [e.step for e in images] == list(range(8))
+    assert Image.open(io.BytesIO(images[0].encoded_image_string)).size == (
+        images[0].width,
+        images[0].height,
+    )
     assert "train/ce" not in events.Tags()["scalars"], "what is not finite leaves a gap"
     config = events.Tensors("run/config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "```yaml" in config

@@ -29,7 +29,7 @@ from trainer.config.averages import AverageConfig
 from trainer.config.command_line import parse
 from trainer.config.run_config import ModelConfig, RunConfig
 from trainer.engine.swad import Swad
-from trainer.monitor.utilisation import image_utilisation
+from trainer.monitor.efficiency import image_utilisation
 from trainer.plan.__main__ import main, read_command_line
 from trainer.plan.file_sizes import TEXT_BYTES, adapter_file_bytes, checkpoint_bytes
 from trainer.plan.memory import (

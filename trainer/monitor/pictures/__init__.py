@@ -1,1 +1,0 @@
-"""Pictures of routing for TensorBoard and for folders."""
