@@ -40,8 +40,8 @@ class DataConfig:
     window: int = 0
     """Shards per domain that mode `window` mixes at a time; 0 in the other modes."""
     cache_dir: str | None = None
-    """Folder on the node's own disk for shards of a remote root (`http(s)://...`, `s3://...`, or a
-    command `pipe:... {} ...`), shared by all processes of the node."""
+    """Folder on the node's own disk for shards of a remote root (`http(s)://`, `s3://`, `gs://`,
+    `hf://`, or a command `pipe:... {} ...`), shared by all processes of the node."""
     cache_gib: float = 50.0
     """Largest size of that folder in GiB; the shards wanted longest ago make room for others."""
     fetch_deadline: float = 60.0

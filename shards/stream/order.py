@@ -21,7 +21,7 @@ from shards.randomness import (
     permutation,
     random_words,
 )
-from shards.read.shard_reader import Windows
+from shards.read.remote import Windows
 
 ORDER_ID = "splitmix64-1"
 
