@@ -18,10 +18,10 @@ from pathlib import Path
 
 import filelock
 
+from shards.durable import PARTIAL
 from shards.errors import DataConfigError, OutputError, StorageError
 
 GIB = 2**30
-PARTIAL = ".partial"
 _POLL = 0.1  # seconds between looks for room
 _LONG_AGO = 10 * 365 * 86400  # seconds by which passing files are older than all others
 
