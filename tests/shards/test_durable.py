@@ -29,9 +29,14 @@ def test_a_file_appears_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "table.npy"
     path.write_bytes(b"old")
-    with pytest.raises(RuntimeError), replaced_when_whole(path) as stream:
-        stream.write(b"half")
-        raise RuntimeError
+
+    def interrupted() -> None:
+        with replaced_when_whole(path) as stream:
+            stream.write(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
