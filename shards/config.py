@@ -1,6 +1,7 @@
 """The data section of a run's configuration."""
 
 from dataclasses import dataclass
+from math import inf
 from typing import Literal, get_args
 
 from shards.addresses import is_remote, without_secrets
@@ -40,8 +41,8 @@ class DataConfig:
     window: int = 0
     """Shards per domain that mode `window` mixes at a time; 0 in the other modes."""
     cache_dir: str | None = None
-    """Folder on the node's own disk for shards of a remote root (`http(s)://...`, `s3://...`, or a
-    command `pipe:... {} ...`), shared by all processes of the node."""
+    """Folder on the node's own disk for shards of a remote root (`http(s)://`, `s3://`, `gs://`,
+    `hf://`, or a command `pipe:... {} ...`), shared by all processes of the node."""
     cache_gib: float = 50.0
     """Largest size of that folder in GiB; the shards wanted longest ago make room for others."""
     fetch_deadline: float = 60.0
@@ -74,80 +75,59 @@ class DataConfig:
     are tolerated in any case, unless this is 0."""
 
     def problems(self) -> list[str]:
-        """List everything that is out of range.
+        """Everything that is out of range, one line per problem, each starting with the key."""
+        found = self._dataset_problems() + mode_problems(self.mode, self.window)
+        if self.cache_dir is None and self._is_remote():
+            found.append(cache_dir_missing(str(self.root)))
+        tensors_in_pillow = self.augment_on == "device" and self.decode == "pil"
+        both_lists = self.exclude_list is not None and self.include_list is not None
+        rules = (
+            ("held_out", self.held_out == "",
+             "names no domain; without it the last one is held out"),
+            ("cache_gib", not 0 < self.cache_gib < inf, "must be a finite number > 0"),
+            ("fetch_deadline", not 0 < self.fetch_deadline < inf, "must be a finite number > 0"),
+            ("fetch_retries", self.fetch_retries < 0, "must be 0 or more"),
+            ("workers", self.workers < 0, "must be 0 or more"),
+            ("holdout_fraction", not 0 <= self.holdout_fraction < 1,
+             "must lie in [0, 1); DomainBed uses 0.2"),
+            *((name, getattr(self, name) not in legal, f"must be one of {', '.join(legal)}")
+              for name, legal in _CHOICES.items()),
+            ("augment_on", tensors_in_pillow,
+             "works on tensors, data.decode = 'pil' in Pillow; leave one of them at its default"),
+            ("include_list", both_lists, "not together with data.exclude_list; give one of them"),
+            ("max_bad_fraction", not 0 <= self.max_bad_fraction <= 1, "must lie in [0, 1]"),
+        )  # fmt: skip
+        return found + [
+            f"data.{name} = {getattr(self, name)!r}: {why}" for name, wrong, why in rules if wrong
+        ]
 
-        Returns:
-            One line per problem, each starting with the key; empty when all is well.
-        """
-        found = []
+    def _dataset_problems(self) -> list[str]:
         try:
             dataset_spec(self.dataset)
         except DataConfigError as error:
-            found.append(str(error))
-        else:
-            if self.root is None and self.dataset != "digits":
-                found.append(
-                    f"data.root is not set: dataset {self.dataset!r} is not embedded; give the "
-                    f"folder of its shard set, made by {make_command(self.dataset)}"
-                )
-        if self.held_out == "":
-            found.append("data.held_out = '': names no domain; without it the last one is held out")
-        found += mode_problems(self.mode, self.window)
-        found += self._storage_problems()
-        if self.workers < 0:
-            found.append(f"data.workers = {self.workers}: must be 0 or more")
-        if not 0 <= self.holdout_fraction < 1:
-            found.append(
-                f"data.holdout_fraction = {self.holdout_fraction}: must lie in [0, 1); "
-                "DomainBed uses 0.2"
-            )
-        for name, legal in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in legal:
-                found.append(_choice(f"data.{name}", value, legal))
-        if self.augment_on == "device" and self.decode == "pil":
-            found.append(
-                "data.augment_on = 'device': works on tensors, data.decode = 'pil' in Pillow; "
-                "leave one of them at its default"
-            )
-        if self.exclude_list is not None and self.include_list is not None:
-            found.append(
-                f"data.include_list = {self.include_list!r}: not together with "
-                "data.exclude_list; give one of them"
-            )
-        if not 0 <= self.max_bad_fraction <= 1:
-            found.append(f"data.max_bad_fraction = {self.max_bad_fraction}: must lie in [0, 1]")
-        return found
+            return [str(error)]
+        if self.root is not None or self.dataset == "digits":
+            return []
+        return [
+            f"data.root is not set: dataset {self.dataset!r} is not embedded; give the "
+            f"folder of its shard set, made by {make_command(self.dataset)}"
+        ]
+
+    def _is_remote(self) -> bool:
+        return self.root is not None and is_remote(self.root)
 
     def unused(self) -> list[str]:
-        """Name settings that were given, although only a remote root has a use for them.
+        """Settings that were given, although only a remote root has a use for them.
 
         They are legal, since a job script may turn a local root into a remote one.
         """
-        if self.root is not None and is_remote(self.root):
+        if self._is_remote():
             return []
         names = ("cache_dir", "cache_gib", "fetch_deadline", "fetch_retries")
         return [name for name in names if getattr(self, name) != getattr(DataConfig, name)]
 
-    def _storage_problems(self) -> list[str]:
-        """List what is wrong with how a remote root is reached."""
-        found = []
-        if self.root is not None and is_remote(self.root) and self.cache_dir is None:
-            found.append(cache_dir_missing(self.root))
-        for name in ("cache_gib", "fetch_deadline"):
-            value = getattr(self, name)
-            if not 0 < value < float("inf"):
-                found.append(f"data.{name} = {value}: must be a finite number > 0")
-        if self.fetch_retries < 0:
-            found.append(f"data.fetch_retries = {self.fetch_retries}: must be 0 or more")
-        return found
-
     def resolved_augment(self) -> ResolvedAugment:
-        """Give the augmentation with `auto` replaced by what suits the dataset.
-
-        Returns:
-            `domainbed`, `no_flip` or `none`.
-        """
+        """The augmentation, with `auto` replaced by what suits the dataset."""
         if self.augment != "auto":
             return self.augment
         spec = DATASETS.get(self.dataset)
@@ -155,17 +135,9 @@ class DataConfig:
 
 
 def mode_problems(mode: str, window: int) -> list[str]:
-    """List what is wrong with an order mode and its window.
-
-    Args:
-        mode: What was given as `data.mode`.
-        window: What was given as `data.window`.
-
-    Returns:
-        One line per problem; empty when they fit together.
-    """
-    if mode not in get_args(SamplingMode):
-        return [_choice("data.mode", mode, get_args(SamplingMode))]
+    """What is wrong with `data.mode` and its window: at most one line."""
+    if mode not in (legal := get_args(SamplingMode)):
+        return [f"data.mode = {mode!r}: must be one of {', '.join(legal)}"]
     if mode == "window" and window < 1:
         return [
             f"data.window = {window}: mode window needs the number of shards per domain to mix at "
@@ -177,20 +149,8 @@ def mode_problems(mode: str, window: int) -> list[str]:
 
 
 def cache_dir_missing(root: str) -> str:
-    """Phrase that a remote root needs a cache.
-
-    Args:
-        root: What was given as `data.root`.
-
-    Returns:
-        The problem, beginning with the key.
-    """
+    """The problem of a remote root without a cache."""
     return (
         f"data.cache_dir is not set: data.root = {without_secrets(root)!r} needs a folder on the "
         "node's own disk to keep shards in"
     )
-
-
-def _choice(key: str, value: object, legal: tuple[str, ...]) -> str:
-    """Phrase the problem of a value outside a fixed list."""
-    return f"{key} = {value!r}: must be one of {', '.join(legal)}"

@@ -25,29 +25,12 @@ class StorageError(OSError):
 
 
 def make_command(dataset: str, root: Path | str = "IMAGE_FOLDER", out: Path | str = "SET") -> str:
-    """Phrase the command that makes a shard set, as it can be typed.
-
-    Args:
-        dataset: Name of the dataset.
-        root: Image folder; words in capitals stand for what is not known.
-        out: Folder of the shard set.
-
-    Returns:
-        The command in backquotes.
-    """
+    """The command that makes a shard set, in backquotes; words in capitals for what is unknown."""
     source = "" if dataset == "digits" else f" --root {shlex.quote(str(root))}"
     return f"`python -m shards.writer --dataset {dataset}{source} --out {shlex.quote(str(out))}`"
 
 
 def verify_command(out: Path | str = "SET", *, deep: bool = True) -> str:
-    """Phrase the command that checks a shard set, as it can be typed.
-
-    Args:
-        out: Folder of the shard set.
-        deep: Also decode every image.
-
-    Returns:
-        The command in backquotes.
-    """
+    """The command that checks a shard set, in backquotes; `deep` also decodes every image."""
     command = f"python -m shards.writer --out {shlex.quote(str(out))} --verify"
     return f"`{command} --deep`" if deep else f"`{command}`"

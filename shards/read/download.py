@@ -1,7 +1,11 @@
-"""Where files of a remote shard set come from: servers, commands and registered openers, in chunks.
+"""Bytes of a remote file, in chunks: from a web server, a command, or a file system of fsspec.
 
 Every way gives up when nothing arrives for some seconds, and takes an answer that ends early, or a
 command that ends badly, for an error, never for the end of the file.
+
+Web servers are asked by Python's own client: fsspec's asks twice for every file, takes a busy
+server, a refused connection and a certificate that is not trusted alike for a missing file, and
+ignores a change of `SSL_CERT_FILE`.
 """
 
 import os
@@ -12,20 +16,25 @@ import signal
 import ssl
 import subprocess
 import tempfile
+import threading
 import urllib.error
 import urllib.request
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, wait
+from typing import TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
-from shards.addresses import _COMMAND, without_secrets
+from shards.addresses import COMMAND, without_secrets
 from shards.errors import DamagedDataError, DataConfigError
 
+T = TypeVar("T")
+Chunks = Generator[bytes, None, None]
+
 _CHUNK = 1 << 20
+_BLOCK = 8 << 20  # of a file system, where each read may be a request of its own
 _SERVERS = ("http", "https", "file")  # what Python's own client speaks
 _PASSING_STATUS = {408, 425, 429}  # of the 4xx answers, those that may change by waiting
-
-
-Chunks = Generator[bytes, None, None]
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}  # scheme -> extra of this package
 
 
 class FinalAnswerError(OSError):
@@ -33,17 +42,9 @@ class FinalAnswerError(OSError):
 
 
 def check_remote(root: str) -> None:
-    """Raise unless files of this root can be asked for.
-
-    Args:
-        root: A URL or a command.
-
-    Raises:
-        DataConfigError: If the command has no place for the file name, the URL is none or holds a
-            user name, or nothing opens such URLs.
-    """
+    """Raises `DataConfigError` unless files of this URL or command can be asked for."""
     shown = without_secrets(root)
-    if root.startswith(_COMMAND):
+    if root.startswith(COMMAND):
         if "{}" not in root:
             raise DataConfigError(
                 f"data.root = {shown!r}: the command needs {{}} where the file name belongs, as in "
@@ -58,7 +59,7 @@ def check_remote(root: str) -> None:
             f"data.root = {shown!r}: no URL ({error}); give one as http://HOST:PORT/SET"
         ) from error
     if parts.scheme not in _SERVERS:
-        _check_opener(parts.scheme, shown)
+        _check_file_system(parts.scheme, shown)
     elif "@" in parts.netloc:
         plain = shown.partition("?")[0].rstrip("/")
         raise DataConfigError(
@@ -67,57 +68,53 @@ def check_remote(root: str) -> None:
         )
 
 
-def _check_opener(scheme: str, root: str) -> None:
-    """Raise unless WebDataset has an opener for such URLs."""
-    from webdataset.gopen import gopen_schemes
+def _check_file_system(scheme: str, root: str) -> None:
+    import fsspec
 
-    if scheme not in gopen_schemes:
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except ImportError as error:
+        extra = _EXTRAS.get(scheme)
+        remedy = f"pip install 'moa-trainer[{extra}]'" if extra else str(error)
+        raise DataConfigError(
+            f"data.root = {root!r}: the package for {scheme}:// is not installed; {remedy}"
+        ) from error
+    except ValueError as error:
         raise DataConfigError(
             f"data.root = {root!r}: nothing opens {scheme}://; give a command that writes a file "
-            f"to its output, 'pipe:COMMAND {root.rstrip('/')}/{{}} -', or add an opener for "
-            f"{scheme!r} to gopen_schemes of webdataset.gopen"
-        )
+            f"to its output, 'pipe:COMMAND {root.rstrip('/')}/{{}} -', or add a file system for "
+            f"{scheme!r} with fsspec.register_implementation"
+        ) from error
 
 
 def file_url(root: str, name: str) -> str:
-    """Give the URL or command of one file of a set.
-
-    Args:
-        root: A URL, to whose path the name is added, or a command with `{}` for the name.
-        name: File name.
-
-    Returns:
-        What `fetch` opens.
-    """
-    if root.startswith(_COMMAND):
+    """The URL of one file of a set, its name added to the path, or put for `{}` of a command."""
+    if root.startswith(COMMAND):
         return root.replace("{}", shlex.quote(name))
     parts = urlsplit(root)
     return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
 
 
 def chunks(url: str, stall: float) -> Chunks:
-    """Yield the content of a URL, as soon as there is some.
+    """Yields the content of a URL or command, as soon as there is some.
 
     Args:
-        url: As from `file_url`.
-        stall: Seconds without a byte after which to give up.
-
-    Returns:
-        A generator of bytes; close it if you stop early.
+        url: as from `file_url`.
+        stall: seconds without a byte after which to give up.
 
     Raises:
-        FinalAnswerError: If asking again cannot help.
-        OSError: On any other failure.
+        FinalAnswerError: asking again cannot help.
+        OSError: any other failure.
     """
-    if url.startswith(_COMMAND):
-        return _command_chunks(url.removeprefix(_COMMAND), stall)
+    if url.startswith(COMMAND):
+        return _command_chunks(url.removeprefix(COMMAND), stall)
     if urlsplit(url).scheme in _SERVERS:
-        return _http_chunks(url, stall)
-    return _opener_chunks(url, stall)
+        return _server_chunks(url, stall)
+    return _file_system_chunks(url, stall)
 
 
-def _http_chunks(url: str, stall: float) -> Chunks:
-    """Yield what a server gives; an answer cut short is an error."""
+def _server_chunks(url: str, stall: float) -> Chunks:
+    """What a server gives; an answer cut short is an error."""
     try:
         with urllib.request.urlopen(url, timeout=stall) as response:
             promised, size = response.headers.get("Content-Length"), 0
@@ -139,7 +136,7 @@ def _http_chunks(url: str, stall: float) -> Chunks:
 
 
 def _command_chunks(command: str, stall: float) -> Chunks:
-    """Yield what a shell command writes; it must end with 0."""
+    """What a shell command writes, unless it falls silent; it must end with 0."""
     with tempfile.TemporaryFile() as complaints:
         process = subprocess.Popen(
             command,
@@ -149,14 +146,22 @@ def _command_chunks(command: str, stall: float) -> Chunks:
             stderr=complaints,
             start_new_session=True,  # so that all of a pipeline can be ended
         )
+        assert process.stdout is not None
+        output = process.stdout.fileno()
+        waiter = select.poll()
+        waiter.register(output, select.POLLIN | select.POLLHUP)
         try:
-            yield from _process_chunks(process, stall)
+            while True:
+                if not waiter.poll(1000 * stall):
+                    raise _silence(stall)
+                if not (chunk := os.read(output, _CHUNK)):
+                    break
+                yield chunk
             status = process.wait(timeout=stall)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-            assert process.stdout is not None
             process.stdout.close()
         if status:
             complaints.seek(0)
@@ -164,46 +169,47 @@ def _command_chunks(command: str, stall: float) -> Chunks:
             raise OSError(f"the command ended with {status}{': ' + last if last else ''}")
 
 
-def _process_chunks(process: "subprocess.Popen[bytes]", stall: float) -> Chunks:
-    """Yield what a process writes, unless it falls silent."""
-    assert process.stdout is not None
-    descriptor = process.stdout.fileno()
-    waiter = select.poll()
-    waiter.register(descriptor, select.POLLIN | select.POLLHUP)
-    while True:
-        if not waiter.poll(1000 * stall):
-            raise TimeoutError(f"nothing came for {stall:.1f} s")
-        if not (chunk := os.read(descriptor, _CHUNK)):
-            return
-        yield chunk
+def _file_system_chunks(url: str, stall: float) -> Chunks:
+    """What a file system of fsspec gives; one that hangs is left behind."""
+    import fsspec
+
+    try:
+        system, path = _within(stall, lambda: fsspec.url_to_fs(url))
+        system.invalidate_cache()  # the size it remembers may be that of an earlier file
+        stream = _within(stall, lambda: system.open(path, block_size=_BLOCK))
+        while chunk := _within(stall, lambda: stream.read(_BLOCK)):
+            yield chunk
+        stream.close()
+    except Exception as error:  # each has errors of its own
+        final = isinstance(error, FileNotFoundError | PermissionError)
+        kind = FinalAnswerError if final else OSError
+        raise kind(f"{type(error).__name__}: {error}") from error
 
 
-def _opener_chunks(url: str, stall: float) -> Chunks:
-    """Yield what a registered opener gives; one of its own must bring its own time limits."""
-    from webdataset.gopen import Pipe, gopen
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    """The result of a call that may take that long; then its thread goes on unheard."""
+    result: Future[T] = Future()
 
-    with gopen(url) as stream:
-        if not isinstance(stream, Pipe):
-            while chunk := stream.read(_CHUNK):
-                yield chunk
-            return
+    def run() -> None:
         try:
-            yield from _process_chunks(stream.proc, stall)
-            stream.proc.wait(timeout=stall)
-        except BaseException:
-            stream.proc.kill()
-            stream.ignore_errors = True  # the way it ends now says nothing
-            raise
+            result.set_result(call())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    if not wait([result], seconds).done:
+        raise _silence(seconds)
+    return result.result()
+
+
+def _silence(seconds: float) -> TimeoutError:
+    return TimeoutError(f"nothing came for {seconds:.1f} s")
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raise unless all names are plain file names, since they come from elsewhere.
+    """Raises `DamagedDataError` unless all are plain file names: they come from elsewhere.
 
-    Args:
-        names: File names in an index.
-
-    Raises:
-        DamagedDataError: If one could leave its folder or be more than a name to a shell.
+    None can leave its folder, or be more than a name to a shell.
     """
     for name in names:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):

@@ -1,7 +1,7 @@
 """The index of a shard set: what it holds, where every sample lies, and reads that are checked.
 
-The sample tables are memory-mapped, so loader processes share them; `shards.layout` describes the
-files.
+The sample tables are memory-mapped, so loader processes share them; `shards.read.layout` describes
+the files.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.addresses import is_remote
+from shards.config import DataConfig
 from shards.datasets import nearest
 from shards.errors import DamagedDataError, DamagedSampleError, DataConfigError
 from shards.randomness import Int64Array
@@ -28,8 +29,8 @@ from shards.read.layout import (
     parse_index,
     sample_key,
 )
-from shards.read.remote import DEFAULT_STORAGE, RemoteShards, StorageOptions, fetch_index
-from shards.read.shard_reader import LocalShards, ShardReader, ShardStore
+from shards.read.remote import RemoteShards, fetch_index
+from shards.read.shard_reader import ShardReader
 
 
 class Sample(NamedTuple):
@@ -41,31 +42,31 @@ class Sample(NamedTuple):
 
 
 class Subset(NamedTuple):
-    """The samples that are kept.
-
-    Attributes:
-        kept: For every domain a bool array [num_samples], by ImageFolder rank.
-        fingerprint: Hash of which samples are kept, 16 hexadecimal digits.
-    """
+    """The samples that are kept."""
 
     kept: tuple[npt.NDArray[np.bool_], ...]
+    """For every domain a bool array [num_samples], by place."""
     fingerprint: str
+    """Hash of which samples are kept, 16 hexadecimal digits."""
 
 
 class ShardIndex:
     """A complete shard set, opened for random access.
 
+    A domain is given as its number, which is its place in `domains`, and a sample of it by its
+    place in the domain's sorted file list (the order of `ImageFolder`).
+
     Attributes:
-        root: Folder of the set; of a remote set, the folder in the cache.
-        dataset: Name of the dataset.
-        domains: Domain names in the dataset's order; a domain's number is its place here.
-        classes: Class names; a label is a place here.
-        shards: All shards of the set.
-        sha256: Hash of `index.json`, which contains the hashes of everything else.
-        reader: What reads the shards.
-        remote: Whether shards have to be fetched.
-        subset: The samples that are used; None for all.
-        reported: Keys of the bad samples that the log has named, by whatever loader met them.
+        root: folder of the set; of a remote set, the folder in the cache.
+        dataset: name of the dataset.
+        domains: domain names in the dataset's order.
+        classes: class names; a label is a place here.
+        shards: all shards of the set.
+        sha256: hash of `index.json`, which contains the hashes of everything else.
+        reader: what reads the shards.
+        remote: whether shards have to be fetched.
+        subset: the samples that are used; None for all.
+        reported: keys of the bad samples that the log has named, by whatever loader met them.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class ShardIndex:
         content: dict[str, Any],
         sha256: str,
         tables: Sequence[npt.NDArray[np.void]],
-        reader: ShardReader | None = None,
+        config: DataConfig,
     ) -> None:
         self.root = root
         self.dataset = str(content["dataset"])
@@ -84,7 +85,7 @@ class ShardIndex:
         self.shards = tuple(ShardInfo(**entry) for entry in content["shards"])
         self.sha256 = sha256
         self._tables = tuple(tables)
-        self.reader = reader or ShardReader(LocalShards(root, self.shards))
+        self.reader = ShardReader(root, self.shards, config.fetch_retries)
         self.remote = False
         self.subset: Subset | None = None
         self.reported: set[str] = set()
@@ -93,30 +94,28 @@ class ShardIndex:
     def load(
         cls,
         root: str | Path,
-        options: StorageOptions = DEFAULT_STORAGE,
+        config: DataConfig | None = None,
         dataset: str = "folder",
     ) -> "ShardIndex":
-        """Open a shard set and check that it is whole.
+        """Opens a shard set and checks that it is whole.
 
-        Checks that every shard exists with the size recorded and that the sample tables are
-        unaltered; the shards' own bytes are checked at every read, or at once by `verify_shards`.
+        Every shard must exist with the size recorded, and the sample tables be unaltered; the
+        shards' own bytes are checked at every read, or at once by `verify_shards`.
 
         Args:
-            root: Folder of the set, or the URL or command of a remote one.
-            options: Patience with the storage, and the cache of a remote set.
-            dataset: What it should hold, for the advice how to make a set that is missing.
-
-        Returns:
-            The opened set.
+            root: folder of the set, or the URL or command of a remote one.
+            config: patience with the storage, and the cache of a remote set.
+            dataset: what it should hold, for the advice how to make a set that is missing.
 
         Raises:
-            DataConfigError: If there is no shard set, or one of another format version, or a remote
+            DataConfigError: there is no shard set, or one of another format version, or a remote
                 set lacks a cache.
-            DamagedDataError: If a file is missing, cut short or altered.
-            StorageError: If a remote set cannot be reached.
-            OutputError: If the cache cannot be written.
+            DamagedDataError: a file is missing, cut short or altered.
+            StorageError: a remote set cannot be reached.
+            OutputError: the cache cannot be written.
         """
-        cache = fetch_index(root, options) if is_remote(root) else None
+        config = config or DataConfig()
+        cache = fetch_index(root, config) if is_remote(root) else None
         folder = Path(root).expanduser() if cache is None else cache.folder
         path = folder / INDEX_NAME
         try:
@@ -126,89 +125,47 @@ class ShardIndex:
         content = parse_index(path, data)
         try:
             tables = [load_table(folder, DomainInfo(**entry)) for entry in content["domains"]]
-            index = cls(folder, content, hashlib.sha256(data).hexdigest(), tables)
+            index = cls(folder, content, hashlib.sha256(data).hexdigest(), tables, config)
         except (KeyError, TypeError) as error:
             raise DamagedDataError(
                 f"{path}: field missing or malformed ({error}); {REMEDY}"
             ) from error
         if cache is None:
             index._check_sizes()
-            store: ShardStore = LocalShards(folder, index.shards)
         else:
             index.remote = True
-            store = RemoteShards(str(root), cache, index.shards, options.policy)
-        index.reader = ShardReader(store, options.policy)
+            index.reader.remote = RemoteShards(str(root), cache, index.shards, config)
         return index
 
-    def num_samples(self, env: int) -> int:
-        """Give the number of samples of a domain.
+    def num_samples(self, domain: int) -> int:
+        """How many samples a domain has, before any split."""
+        return len(self._tables[domain])
 
-        Args:
-            env: Number of the domain.
+    def kept(self, domain: int, places: Int64Array) -> Int64Array:
+        """Those of some samples (an int64 array) that the subset keeps, in the same order."""
+        return places if self.subset is None else places[self.subset.kept[domain][places]]
 
-        Returns:
-            All its samples, before any split.
-        """
-        return len(self._tables[env])
+    def labels(self, domain: int) -> Int64Array:
+        """The class numbers of a domain's samples: int64 array [num_samples], by place."""
+        return self._tables[domain]["label"].astype(np.int64)
 
-    def kept(self, env: int, ranks: Int64Array) -> Int64Array:
-        """Take those of some samples that the subset keeps.
+    def table(self, domain: int) -> npt.NDArray[np.void]:
+        """A domain's sample table: read-only array [num_samples] of `TABLE_DTYPE`, by place."""
+        return self._tables[domain]
 
-        Args:
-            env: Number of the domain.
-            ranks: int64 array of ImageFolder ranks.
-
-        Returns:
-            The same without those that are left out, in the same order.
-        """
-        return ranks if self.subset is None else ranks[self.subset.kept[env][ranks]]
-
-    def labels(self, env: int) -> Int64Array:
-        """Give the class numbers of a domain's samples.
-
-        Args:
-            env: Number of the domain.
-
-        Returns:
-            int64 array [num_samples], by ImageFolder rank.
-        """
-        return self._tables[env]["label"].astype(np.int64)
-
-    def table(self, env: int) -> npt.NDArray[np.void]:
-        """Give the sample table of a domain.
-
-        Args:
-            env: Number of the domain.
-
-        Returns:
-            Read-only structured array [num_samples] of `TABLE_DTYPE`, by ImageFolder rank.
-        """
-        return self._tables[env]
-
-    def key(self, env: int, rank: int) -> str:
-        """Give the key of a sample without reading it.
-
-        Args:
-            env: Number of the domain.
-            rank: Place in the domain's sorted file list.
-
-        Returns:
-            The key under which the sample's members stand in its tar file.
-        """
-        return sample_key(self.domain_infos[env].key_prefix, rank)
+    def key(self, domain: int, place: int) -> str:
+        """The key under which a sample's members stand in its tar file; nothing is read."""
+        return sample_key(self.domain_infos[domain].key_prefix, place)
 
     def domain_number(self, name: str, setting: str = "data.held_out") -> int:
-        """Give the number of a domain.
+        """The number of a domain.
 
         Args:
-            name: Name of the domain.
-            setting: What the error says it was given as.
-
-        Returns:
-            Its place in `domains`.
+            name: its name.
+            setting: what the error says it was given as.
 
         Raises:
-            DataConfigError: If the set has no such domain; lists its domains and the nearest name.
+            DataConfigError: the set has no such domain; lists its domains and the nearest name.
         """
         if name not in self.domains:
             raise DataConfigError(
@@ -217,22 +174,15 @@ class ShardIndex:
             )
         return self.domains.index(name)
 
-    def read(self, env: int, rank: int) -> Sample:
-        """Read one sample and check its bytes.
-
-        Args:
-            env: Number of the domain.
-            rank: Place in the domain's sorted file list.
-
-        Returns:
-            The key, the original image bytes and the label.
+    def read(self, domain: int, place: int) -> Sample:
+        """Reads one sample, its original image bytes, and checks them.
 
         Raises:
-            DamagedSampleError: If the bytes are not those the index promises.
-            DamagedDataError: If the shard ends before them.
-            StorageError: If the storage keeps failing.
+            DamagedSampleError: the bytes are not those the index promises.
+            DamagedDataError: the shard ends before them.
+            StorageError: the storage keeps failing.
         """
-        row = self._tables[env][rank]
+        row = self._tables[domain][place]
         shard, offset, size = int(row["shard"]), int(row["offset"]), int(row["size"])
         image = self.reader.read(shard, offset, size)
         sound = _sound(image, row)
@@ -243,18 +193,18 @@ class ShardIndex:
             short = len(image) != size
             found = f"{len(image)} bytes" if short else "another crc32"
             raise (DamagedDataError if short else DamagedSampleError)(
-                f"{self.root / self.shards[shard].file}: sample {self.key(env, rank)} at offset "
-                f"{offset} is damaged ({size} bytes with crc32 {int(row['crc32']):08x} expected, "
-                f"{found} found); {REMEDY}"
+                f"{self.root / self.shards[shard].file}: sample {self.key(domain, place)} at "
+                f"offset {offset} is damaged ({size} bytes with crc32 {int(row['crc32']):08x} "
+                f"expected, {found} found); {REMEDY}"
             )
-        return Sample(self.key(env, rank), image, int(row["label"]))
+        return Sample(self.key(domain, place), image, int(row["label"]))
 
     def close(self) -> None:
-        """Close the shard files; the next read opens them again."""
+        """Closes the shard files; the next read opens them again."""
         self.reader.close()
 
     def _check_sizes(self) -> None:
-        """Raise unless every shard exists with the recorded size."""
+        """Raises unless every shard exists with the recorded size."""
         for shard in self.shards:
             path = self.root / shard.file
             try:
@@ -273,5 +223,5 @@ class ShardIndex:
 
 
 def _sound(image: bytes, row: npt.NDArray[np.void]) -> bool:
-    """Tell whether bytes are those that a row of the table promises."""
+    """Whether bytes are those that a row of the table promises."""
     return len(image) == int(row["size"]) and zlib.crc32(image) == int(row["crc32"])

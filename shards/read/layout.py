@@ -1,7 +1,7 @@
 """The files of a shard set: names, the table's row, and how `index.json` is read and checked.
 
 `index.json` names the domains and classes in order and every shard with its size and sha256. One
-`.npy` table per domain holds a row per sample, row i being the sample of ImageFolder rank i.
+`.npy` table per domain holds a row per sample, by its place in the domain's sorted file list.
 `_info.json` repeats the shard names and counts in the form that timm's WebDataset reader expects.
 """
 
@@ -57,50 +57,28 @@ class DomainInfo:
 
 
 def file_sha256(path: Path) -> str:
-    """Hash a file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its sha256 as 64 hexadecimal digits.
-    """
+    """The hash of a file, as 64 hexadecimal digits."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def key_prefixes(domains: Sequence[str]) -> list[str]:
-    """Turn domain names into key and file name prefixes.
-
-    Args:
-        domains: Domain names in order, any characters.
-
-    Returns:
-        As many different strings of ASCII letters, digits, `_` and `-`.
-    """
+    """Prefixes of keys and file names, one a domain: ASCII letters, digits, `_` and `-`, unique."""
     prefixes: list[str] = []
-    for env, name in enumerate(domains):
+    for domain, name in enumerate(domains):
         prefix = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:48]
         taken = {earlier.lower() for earlier in prefixes}  # some file systems ignore case
-        prefixes.append(prefix if prefix.lower() not in taken else f"{prefix}_env{env}")
+        prefixes.append(prefix if prefix.lower() not in taken else f"{prefix}_env{domain}")
     return prefixes
 
 
-def sample_key(prefix: str, rank: int) -> str:
-    """Build the key of a sample.
-
-    Args:
-        prefix: Key prefix of the domain.
-        rank: Place in the domain's sorted file list.
-
-    Returns:
-        A key without dots.
-    """
-    return f"{prefix}-{rank:07d}"
+def sample_key(prefix: str, place: int) -> str:
+    """The key, without dots, of a sample: its domain's prefix and its place in the file list."""
+    return f"{prefix}-{place:07d}"
 
 
 def no_index(root: Path, error: OSError, dataset: str) -> str:
-    """Phrase the absence of a shard set together with the command that makes one."""
+    """The message that there is no shard set, with the command that makes one."""
     here = f"shard set {str(root)!r} (data.root): the folder"
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         what = f"cannot be read ({error.strerror})"
@@ -115,7 +93,7 @@ def no_index(root: Path, error: OSError, dataset: str) -> str:
 
 
 def parse_index(path: Path, data: bytes) -> dict[str, Any]:
-    """Parse index.json and check its format version."""
+    """The content of index.json, whose format version and digests must be right."""
     try:
         content = json.loads(data)
         version = content["format_version"]
@@ -136,44 +114,34 @@ def parse_index(path: Path, data: bytes) -> dict[str, Any]:
 
 
 def section_digest(value: object) -> str:
-    """Hash one section of index.json, so that an edit by hand is noticed and named.
-
-    Args:
-        value: Anything JSON can hold.
-
-    Returns:
-        sha256 as 64 hexadecimal digits.
-    """
+    """The sha256 of one section of index.json, so that an edit by hand is noticed and named."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def stock_info(domains: Sequence[DomainInfo], shards: Sequence[ShardInfo]) -> dict[str, Any]:
-    """Describe a set for timm's WebDataset reader.
+    """The content of `_info.json`, for timm's WebDataset reader.
+
+    The split `train` holds everything, and one split per domain bears the prefix of its keys, or
+    `env<number>` where timm could not tell that from a file name.
 
     Args:
-        domains: The domains in order.
-        shards: Their shards, domain by domain.
-
-    Returns:
-        The content of `_info.json`: the split `train` holds everything, and one split per domain
-        bears the prefix of its keys, or `env<number>` where timm could not tell that from a file
-        name.
+        domains: the domains in order.
+        shards: their shards, domain by domain.
     """
     splits = {}
     rest = list(shards)
-    for env, domain in enumerate(domains):
+    for number, domain in enumerate(domains):
         mine, samples = [], 0
         while rest and samples < domain.samples:
             mine.append(rest.pop(0))
             samples += mine[-1].samples
         plain = "tar" not in domain.key_prefix and domain.key_prefix != WHOLE_SET
-        name = domain.key_prefix if plain else f"env{env}"
+        name = domain.key_prefix if plain else f"env{number}"
         splits[name] = _split_info(name, mine)
     return {"splits": {WHOLE_SET: _split_info(WHOLE_SET, shards), **splits}}
 
 
 def _split_info(name: str, shards: Sequence[ShardInfo]) -> dict[str, Any]:
-    """Describe one split."""
     return {
         "name": name,
         "num_samples": sum(shard.samples for shard in shards),
@@ -183,7 +151,7 @@ def _split_info(name: str, shards: Sequence[ShardInfo]) -> dict[str, Any]:
 
 
 def load_table(root: Path, info: DomainInfo) -> npt.NDArray[np.void]:
-    """Map a domain's table into memory after checking its hash."""
+    """A domain's table, mapped into memory after a check of its hash."""
     path = root / info.table
     try:
         if file_sha256(path) != info.sha256:
@@ -197,5 +165,5 @@ def load_table(root: Path, info: DomainInfo) -> npt.NDArray[np.void]:
 
 
 def map_table(path: Path) -> npt.NDArray[np.void]:
-    """Map a table into memory, as a plain array: numpy's own kind is slow at giving single rows."""
+    """A table mapped into memory, as a plain array: numpy's own kind is slow at single rows."""
     return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))

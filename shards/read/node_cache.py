@@ -5,6 +5,8 @@ others wait for it or go on. When space is needed, the files that were wanted lo
 and those of the windows being read last. What others are fetching stays, and whoever finds no room
 beside it waits until that is done.
 What is open stays readable after it has gone, so no reader can be disturbed.
+Nothing waits for the disk (fsync): every read is verified, so what a loss of power damaged is
+found and fetched again.
 """
 
 import contextlib
@@ -16,24 +18,16 @@ from pathlib import Path
 
 import filelock
 
+from shards.durable import PARTIAL
 from shards.errors import DataConfigError, OutputError, StorageError
 
-PARTIAL = ".partial"
-_GIB = 2**30
+GIB = 2**30
 _POLL = 0.1  # seconds between looks for room
 _LONG_AGO = 10 * 365 * 86400  # seconds by which passing files are older than all others
 
 
 def cannot_write(path: Path, error: OSError) -> OutputError:
-    """Phrase that a local copy cannot be written.
-
-    Args:
-        path: The copy.
-        error: What the system reported.
-
-    Returns:
-        The error to raise.
-    """
+    """The error to raise when a local copy cannot be written."""
     return OutputError(
         f"data.cache_dir: cannot write {path} ({error.strerror}); free space, or give another"
     )
@@ -43,13 +37,16 @@ class NodeCache:
     """The cache of one shard set within a folder that may hold other sets as well.
 
     Args:
-        root: The folder (`data.cache_dir`); its size is bounded as a whole.
-        name: Name of this set's own folder.
-        limit: Largest size of all sets together, in bytes.
-        patience: Seconds that other processes may fetch the same files, while these leave no room.
+        root: the folder (`data.cache_dir`); its size is bounded as a whole.
+        name: of this set's own folder.
+        limit: largest size of all sets together, in bytes.
+        patience: seconds that other processes may fetch the same files, while these leave no room.
+
+    Attributes:
+        live: files of this set that go last to make room.
 
     Raises:
-        OutputError: If the folder cannot be written.
+        OutputError: the folder cannot be written.
     """
 
     def __init__(self, root: Path, name: str, limit: int, patience: float = 60.0) -> None:
@@ -57,6 +54,7 @@ class NodeCache:
         self.folder = root / name
         self.limit = limit
         self.patience = patience
+        self.live: frozenset[str] = frozenset()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
@@ -68,58 +66,47 @@ class NodeCache:
             ) from error
 
     def path(self, file: str) -> Path:
-        """Give the place of a file, whether it is there or not.
-
-        Args:
-            file: File name.
-
-        Returns:
-            Its path.
-        """
+        """The place of a file, whether it is there or not."""
         return self.folder / file
 
     def holds(self, file: str) -> bool:
-        """Tell whether a file is there, which means whole.
-
-        Args:
-            file: File name.
-
-        Returns:
-            Whether it can be opened now.
-        """
+        """Whether a file is there, which means whole."""
         return self.path(file).exists()
 
     def obtain(
-        self,
-        file: str,
-        size: int,
-        make: Callable[[Path], object],
-        live: Collection[str] = (),
-        wait: bool = True,
+        self, file: str, size: int, make: Callable[[Path], object], *, wait: bool = True
     ) -> bool:
-        """Have a file made unless it is there; meanwhile no other process makes it.
+        """Has a file made unless it is there; meanwhile no other process makes it.
 
         Args:
-            file: File name.
-            size: Its size in bytes.
-            make: Writes it to the path it is given, and verifies it.
-            live: Files of this set that go last to make room.
-            wait: Whether to wait for another process that is making it, or others that take all
+            file: its name.
+            size: bytes to make room for.
+            make: writes it to the path it is given, and verifies it; its errors pass through.
+            wait: whether to wait for another process that is making it, or others that take all
                 room.
 
         Returns:
             Whether the file is there now; False only if that would have meant waiting.
 
         Raises:
-            DataConfigError: If it is larger than the bound.
-            StorageError: If other processes leave no room, and get nowhere.
-            OutputError: If the folder cannot be written.
-            Exception: Whatever else `make` raises.
+            DataConfigError: it is larger than the bound.
+            StorageError: other processes leave no room, and get nowhere.
+            OutputError: the folder cannot be written.
         """
-        lock = filelock.FileLock(self.folder / f"{file}.lock", timeout=-1 if wait else 0)
+        partial = self.path(file + PARTIAL)
         try:
-            with lock:
-                return self.holds(file) or self._make(file, size, make, live, wait)
+            with filelock.FileLock(self.path(f"{file}.lock"), timeout=-1 if wait else 0):
+                if self.holds(file):
+                    return True
+                if not self._reserve(partial, size, wait):
+                    return False
+                try:
+                    make(partial)
+                    with self._room():  # whoever is counting must not miss it
+                        partial.replace(self.path(file))
+                finally:
+                    partial.unlink(missing_ok=True)
+                return True
         except filelock.Timeout:
             return False
         except StorageError:
@@ -128,11 +115,7 @@ class NodeCache:
             raise cannot_write(self.path(file), error) from error
 
     def discard(self, file: str, descriptor: int) -> bool:
-        """Delete a file that proved damaged, unless another process has replaced it already.
-
-        Args:
-            file: File name.
-            descriptor: The file as it was opened.
+        """Deletes a damaged file, which is open, unless another process has replaced it already.
 
         Returns:
             Whether it was deleted.
@@ -148,50 +131,28 @@ class NodeCache:
         return True
 
     def touch(self, files: Collection[str], passing: bool = False) -> None:
-        """Note that files are wanted, so that others go before them.
+        """Notes that files, if there, are wanted: others go before them.
 
         Args:
-            files: File names; those that are not there are ignored.
-            passing: Whether they are wanted just this once, so that they go before all others.
+            files: their names.
+            passing: wanted just this once, so that they go before all others.
         """
         when = time.time() - (_LONG_AGO if passing else 0)
         for file in files:
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 os.utime(self.path(file), (when, when))
-            except FileNotFoundError:
-                pass
 
-    def _make(
-        self,
-        file: str,
-        size: int,
-        make: Callable[[Path], object],
-        live: Collection[str],
-        wait: bool,
-    ) -> bool:
-        """Make room, have the file made under another name, and rename it; False without room."""
-        partial = self.path(file + PARTIAL)
-        if not self._reserve(partial, size, {self.path(name) for name in live}, wait):
-            return False
-        try:
-            make(partial)
-            with self._room():  # whoever is counting must not miss it
-                partial.replace(self.path(file))
-        finally:
-            partial.unlink(missing_ok=True)
-        return True
-
-    def _reserve(self, partial: Path, size: int, live: Collection[Path], wait: bool) -> bool:
-        """Take room for a file, waiting for others to finish theirs if `wait` says so."""
+    def _reserve(self, partial: Path, size: int, wait: bool) -> bool:
+        """Takes room for a file, waiting for others to finish theirs if `wait` says so."""
         name = partial.name.removesuffix(PARTIAL)
         if size > self.limit:
             raise DataConfigError(
-                f"data.cache_gib = {self.limit / _GIB:g}: {self.root} has no room for {name} "
+                f"data.cache_gib = {self.limit / GIB:g}: {self.root} has no room for {name} "
                 f"({size} bytes), however much is deleted; raise it"
             )
         seen: frozenset[str] = frozenset()
         since = time.monotonic()
-        while in_flight := self._take(partial, size, live):
+        while in_flight := self._take(partial, size):
             if not wait:
                 return False
             if in_flight != seen:
@@ -205,8 +166,8 @@ class NodeCache:
             time.sleep(_POLL)
         return True
 
-    def _take(self, partial: Path, size: int, live: Collection[Path]) -> frozenset[str]:
-        """Take room for a file now, or name the unfinished files of others that leave too little.
+    def _take(self, partial: Path, size: int) -> frozenset[str]:
+        """Takes room for a file now, or names the unfinished files of others that leave too little.
 
         Nothing is deleted when that would not be enough.
         """
@@ -218,15 +179,16 @@ class NodeCache:
             room = self.limit - size - sum(status.st_size for status in in_flight.values())
             if room < 0:
                 return frozenset(path.name.removesuffix(PARTIAL) for path in in_flight)
-            self._shrink(room, live)
+            self._shrink(room)
             with partial.open("wb") as stream:
                 stream.truncate(size)  # counts from now on
         return frozenset()
 
-    def _shrink(self, room: int, live: Collection[Path]) -> None:
-        """Delete finished files, the least wanted first, until the others fit into some bytes."""
+    def _shrink(self, room: int) -> None:
+        """Deletes finished files, the least wanted first, until the others fit into some bytes."""
         kept = _statuses(self.root.glob("*/*.tar"))
         total = sum(status.st_size for status in kept.values())
+        live = {self.path(file) for file in self.live}
         for path in sorted(kept, key=lambda path: (path in live, kept[path].st_mtime)):
             if total <= room:
                 return
@@ -234,21 +196,18 @@ class NodeCache:
             total -= kept[path].st_size
 
     def _room(self) -> filelock.BaseFileLock:
-        """Give the lock under which files are counted and get their names."""
+        """The lock under which files are counted and get their names."""
         return filelock.FileLock(self.root / ".room.lock")
 
     def _remove_abandoned(self, partial: Path) -> None:
-        """Delete an unfinished file, unless another process is making it."""
+        """Deletes an unfinished file, unless another process is making it."""
         lock = partial.with_name(f"{partial.name.removesuffix(PARTIAL)}.lock")
-        try:
-            with filelock.FileLock(lock, timeout=0):
-                partial.unlink(missing_ok=True)
-        except filelock.Timeout:
-            pass
+        with contextlib.suppress(filelock.Timeout), filelock.FileLock(lock, timeout=0):
+            partial.unlink(missing_ok=True)
 
 
 def _statuses(paths: Iterable[Path]) -> dict[Path, os.stat_result]:
-    """Ask for the sizes and times of files, except those that are given up meanwhile."""
+    """Sizes and times of files, except those that are given up meanwhile."""
     found = {}
     for path in paths:
         with contextlib.suppress(FileNotFoundError):

@@ -12,42 +12,35 @@ import json
 import logging
 import tarfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from shards.errors import DamagedDataError, DataConfigError, verify_command
-from shards.read.index import Subset
-
-if TYPE_CHECKING:
-    from shards.read.index import ShardIndex
+from shards.read.index import ShardIndex, Subset
 
 log = logging.getLogger(__name__)
 
 
 def read_subset(
-    index: "ShardIndex", exclude_list: str | None, include_list: str | None
+    index: ShardIndex, exclude_list: str | None, include_list: str | None
 ) -> Subset | None:
-    """Read a list and find its samples in a shard set.
+    """The part of a shard set that a list keeps; None without a list.
 
     Args:
-        index: The shard set.
-        exclude_list: File of samples to leave out; None for no such list.
-        include_list: File of the only samples to keep; None for no such list.
-
-    Returns:
-        The part that is kept; None without a list.
+        index: the shard set.
+        exclude_list: file of samples to leave out.
+        include_list: file of the only samples to keep.
 
     Raises:
-        DataConfigError: If a list cannot be read, or names no sample of the set.
-        DamagedDataError: If a shard cannot be searched for paths.
+        DataConfigError: a list cannot be read, or names no sample of the set.
+        DamagedDataError: a shard cannot be searched for paths.
     """
     if exclude_list is None and include_list is None:
         return None
     name = "data.exclude_list" if exclude_list is not None else "data.include_list"
     file = Path(exclude_list or include_list or "")
-    listed = [np.zeros(index.num_samples(env), dtype=np.bool_) for env in range(len(index.domains))]
+    listed = [np.zeros(info.samples, dtype=np.bool_) for info in index.domain_infos]
     entries = set(read_list(f"{name} = {str(file)!r}", file))
     unknown = _mark_keys(index, entries, listed)
     if unknown:
@@ -71,26 +64,26 @@ def read_subset(
 
 
 def _mark_keys(
-    index: "ShardIndex", entries: set[str], listed: list[npt.NDArray[np.bool_]]
+    index: ShardIndex, entries: set[str], listed: list[npt.NDArray[np.bool_]]
 ) -> set[str]:
-    """Mark the samples that are named by key; give the entries that are no keys."""
-    prefixes = {info.key_prefix: env for env, info in enumerate(index.domain_infos)}
+    """Marks the samples that are named by key; the rest are no keys."""
+    prefixes = {info.key_prefix: domain for domain, info in enumerate(index.domain_infos)}
     rest = set()
     for entry in entries:
         prefix, _, number = entry.rpartition("-")
-        env = prefixes.get(prefix, -1)
-        rank = int(number) if number.isdecimal() else -1
-        if env >= 0 and 0 <= rank < len(listed[env]) and index.key(env, rank) == entry:
-            listed[env][rank] = True
+        domain = prefixes.get(prefix, -1)
+        place = int(number) if number.isdecimal() else -1
+        if domain >= 0 and 0 <= place < len(listed[domain]) and index.key(domain, place) == entry:
+            listed[domain][place] = True
         else:
             rest.add(entry)
     return rest
 
 
 def _mark_paths(
-    index: "ShardIndex", entries: set[str], listed: list[npt.NDArray[np.bool_]], name: str
+    index: ShardIndex, entries: set[str], listed: list[npt.NDArray[np.bool_]], name: str
 ) -> set[str]:
-    """Mark the samples that are named by path, in one pass over the shards; give the rest."""
+    """Marks the samples that are named by path, in one pass over the shards; the rest are none."""
     if index.remote:
         raise DataConfigError(
             f"{name}: names samples by path ({min(entries)!r}), which only a local set can look "
@@ -98,7 +91,7 @@ def _mark_paths(
         )
     log.info("%s: looking up %d paths in the shards", name, len(entries))
     rest = set(entries)
-    numbers = {domain: env for env, domain in enumerate(index.domains)}
+    numbers = {name: domain for domain, name in enumerate(index.domains)}
     for shard in index.shards:
         try:
             with tarfile.open(index.root / shard.file, "r:") as archive:
@@ -118,17 +111,14 @@ def _mark_paths(
 
 
 def read_list(setting: str, path: Path) -> list[str]:
-    """Read a list of images or samples, one per line.
+    """The lines of a list of images or samples, without blank ones, outer spaces and `./`.
 
     Args:
-        setting: What the user set, for the error message.
-        path: Text file of paths with forward slashes, or keys. Names of files need not be UTF-8.
-
-    Returns:
-        The lines without blank ones, spaces around them, and `./` before them.
+        setting: what the user set, for the error message.
+        path: text file of paths with forward slashes, or keys; names of files need not be UTF-8.
 
     Raises:
-        DataConfigError: If the file cannot be read, or is no text.
+        DataConfigError: the file cannot be read, or is no text.
     """
     try:
         data = path.expanduser().read_bytes()

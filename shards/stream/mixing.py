@@ -16,7 +16,7 @@ from shards.config import SamplingMode, mode_problems
 from shards.errors import DataConfigError
 from shards.randomness import Int64Array, UInt32Array
 from shards.read.index import ShardIndex
-from shards.read.shard_reader import Windows
+from shards.read.remote import Windows
 from shards.stream.order import ORDER_ID, DomainOrder
 from shards.stream.split import split_indices
 

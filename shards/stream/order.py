@@ -21,7 +21,7 @@ from shards.randomness import (
     random_words,
     sorting_order,
 )
-from shards.read.shard_reader import Windows
+from shards.read.remote import Windows
 
 ORDER_ID = "splitmix64-1"
 

@@ -93,8 +93,8 @@ class DomainStream(DomainMix):
 
     def announce(self, step: int) -> None:
         """Have remote shards fetched one window ahead of a step that is about to be read."""
-        if self.index.remote:
-            self.index.reader.store.expect(self.windows(step))
+        if self.index.reader.remote:
+            self.index.reader.remote.expect(self.windows(step))
 
     def _check_cache(self) -> None:
         """Raise if the shards are remote and the cache cannot hold those read at a time."""
@@ -105,7 +105,8 @@ class DomainStream(DomainMix):
                 f"data.mode {self.mode} needs all shards of the source domains in the cache: raise "
                 "data.cache_gib, or read a few at a time with data.mode window and data.window 4"
             )
-        self.index.reader.store.check_capacity(self.shard_bytes_at_a_time(), remedy)
+        if self.index.reader.remote:
+            self.index.reader.remote.check_capacity(self.shard_bytes_at_a_time(), remedy)
 
     def load(self, domain: int, position: int, place: int) -> LoadedImage:
         """Read, decode and augment one slot's image, or its substitute if it cannot be used.

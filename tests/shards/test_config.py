@@ -7,7 +7,6 @@ import shards
 from shards.config import DataConfig
 from shards.datasets import dataset_spec
 from shards.errors import DataConfigError
-from shards.read.remote import StorageOptions
 
 PACKAGE = Path(__file__).resolve().parents[2] / "shards"
 
@@ -70,12 +69,6 @@ def test_reading_settings_that_can_work(tmp_path: Path) -> None:
         {"augment_on": "device"},
     ):
         assert DataConfig(**change).problems() == []  # type: ignore[arg-type]
-    options = StorageOptions.of(
-        DataConfig(cache_dir="c", cache_gib=0.5, fetch_deadline=9.0, fetch_retries=1)
-    )
-    assert (options.cache_dir, options.cache_bytes) == (Path("c"), 2**29)
-    assert (options.policy.deadline, options.policy.retries) == (9.0, 1)
-    assert options.policy.stall() == 4.5
 
 
 @pytest.mark.parametrize(
@@ -112,13 +105,13 @@ def test_public_names_exist_and_are_documented() -> None:
     for name in shards.__all__:
         assert getattr(shards, name).__doc__, name
     assert sorted(shards.__all__) == shards.__all__
-    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+    with pytest.raises(AttributeError, match="No shards attribute nonsense"):
         shards.nonsense  # noqa: B018
 
 
 def test_package_imports_nothing_it_must_not() -> None:
     forbidden = ("moa", "trainer", "deepspeed", "torch.distributed", "timm")
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = []
             if isinstance(node, ast.Import):

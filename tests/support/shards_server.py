@@ -7,6 +7,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from shards.config import DataConfig
+
 Change = Callable[[bytes], bytes]
 
 
@@ -79,3 +81,15 @@ class Server:
                 self.stopping.wait(30)
             return
         request.wfile.write(content)
+
+
+def remote_config(
+    cache: Path, limit: int = 10**9, deadline: float = 20.0, retries: int = 3
+) -> DataConfig:
+    """How a remote set is reached; `limit` bytes are kept."""
+    return DataConfig(
+        cache_dir=str(cache),
+        cache_gib=limit / 2**30,
+        fetch_deadline=deadline,
+        fetch_retries=retries,
+    )

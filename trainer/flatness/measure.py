@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from shards.stream.evaluation import split_ranks
+from shards.stream.evaluation import split_places
 from trainer.evaluate.combine import models_on
 from trainer.evaluate.data import open_data
 from trainer.evaluate.drawing import literally
@@ -34,7 +34,7 @@ def members_and_samples(args: argparse.Namespace) -> tuple[list[Member], FixedIm
     places = []
     for env in data.envs:
         ranks = np.sort(
-            split_ranks(
+            split_places(
                 data.index, env, args.split, trial_seed=data.trial_seed,
                 holdout_fraction=data.config.holdout_fraction,
             )

@@ -39,7 +39,7 @@ def test_reads_the_original_bytes(index: ShardIndex, tmp_path: Path) -> None:
 
 
 def test_few_files_stay_open(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards.reading, "_MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr(shards.read.shard_reader, "_MAX_OPEN_SHARDS", 2)
     first = [index.read(env, rank) for env in range(3) for rank in range(18)]
     assert len(index.reader._open_files) == 2
     index.close()

@@ -12,10 +12,8 @@ import pytest
 from shards.errors import DataConfigError, StorageError
 from shards.read.index import ShardIndex
 from shards.read.node_cache import NodeCache
-from shards.read.remote import RemoteShards, StorageOptions
-from shards.read.retry import FetchPolicy
 from tests.support.shards_fixtures import damage, make_set
-from tests.support.shards_server import Server
+from tests.support.shards_server import Server, remote_config
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +26,6 @@ def server(local: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with Server(local.root) as server:
         yield server
-
-
-def options(folder: Path) -> StorageOptions:
-    return StorageOptions(cache_dir=folder, policy=FetchPolicy(deadline=20, pause=0))
 
 
 def ten_bytes(path: Path) -> None:
@@ -84,17 +78,17 @@ def test_a_file_larger_than_the_cache_costs_nothing(tmp_path: Path) -> None:
 def test_a_passing_file_goes_first_only_when_it_is_open(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    index = ShardIndex.load(server.url, options(tmp_path))
-    store = index.reader.store
-    assert isinstance(store, RemoteShards)
+    index = ShardIndex.load(server.url, remote_config(tmp_path))
+    assert index.reader.remote is not None
+    cache = index.reader.remote.cache
     wanted = []
 
     def taken_by_another(files: list[str], passing: bool = False) -> None:
         if not wanted:
-            store.cache.path(files[0]).unlink()
+            cache.path(files[0]).unlink()
         wanted.append((files, passing))
 
-    monkeypatch.setattr(store.cache, "touch", taken_by_another)
+    monkeypatch.setattr(cache, "touch", taken_by_another)
     index.read(0, 0)
     file = index.shards[int(index.table(0)[0]["shard"])].file
     assert wanted == [([file], True)]
@@ -105,7 +99,7 @@ def test_a_copy_that_another_process_replaced_stays(
     local: ShardIndex, server: Server, tmp_path: Path
 ) -> None:
     """Each holds the damaged file open; only the first to notice has it fetched again."""
-    indexes = [ShardIndex.load(server.url, options(tmp_path)) for _ in range(4)]
+    indexes = [ShardIndex.load(server.url, remote_config(tmp_path)) for _ in range(4)]
     shard = int(local.table(0)[0]["shard"])
     file = local.shards[shard].file
     for index in indexes:
@@ -121,8 +115,8 @@ def test_a_copy_that_another_process_replaced_stays(
 def test_what_a_loss_of_power_emptied_is_replaced(
     server: Server, tmp_path: Path, name: str
 ) -> None:
-    expected = ShardIndex.load(server.url, options(tmp_path)).sha256
+    expected = ShardIndex.load(server.url, remote_config(tmp_path)).sha256
     (copy,) = tmp_path.glob(f"*/{name}")
     os.truncate(copy, 0)
-    assert ShardIndex.load(server.url, options(tmp_path)).sha256 == expected
+    assert ShardIndex.load(server.url, remote_config(tmp_path)).sha256 == expected
     assert copy.stat().st_size

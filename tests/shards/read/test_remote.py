@@ -1,7 +1,6 @@
 """Shard sets on a server or behind a command: the same data, through a bounded cache."""
 
 import errno
-import io
 import json
 import multiprocessing
 import os
@@ -14,18 +13,16 @@ from pathlib import Path
 import filelock
 import pytest
 import trustme
-from webdataset.gopen import Pipe, gopen_schemes
 
 from shards.config import DataConfig
 from shards.errors import DamagedDataError, DataConfigError, OutputError, StorageError
 from shards.read.download import file_url
 from shards.read.index import ShardIndex
 from shards.read.node_cache import NodeCache
-from shards.read.remote import RemoteShards, StorageOptions
-from shards.read.retry import FetchPolicy, fetch
+from shards.read.retry import fetch
 from shards.write.verify import verify_shards
 from tests.support.shards_fixtures import assert_equal, collect, damage, make_set, stream_of
-from tests.support.shards_server import Server
+from tests.support.shards_server import Server, remote_config
 
 SHARD = "folder-art-000001.tar"
 WINDOW = {"mode": "window", "window": 1}
@@ -44,41 +41,29 @@ def server(local: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve
         yield server
 
 
-def options(cache: Path, limit: int = 10**9, **policy: float) -> StorageOptions:
-    settings = {"deadline": 20.0, "pause": 0.0, **policy}
-    return StorageOptions(
-        cache_dir=cache,
-        cache_bytes=limit,
-        policy=FetchPolicy(**settings),  # type: ignore[arg-type]
-    )
-
-
 def shards_of(index: ShardIndex, keys: list[str]) -> set[str]:
     """The shards that hold these samples."""
     files = set()
     for key in keys:
-        domain, _, rank = key.rpartition("-")
-        row = index.table(index.domain_number(domain))[int(rank)]
+        domain, _, place = key.rpartition("-")
+        row = index.table(index.domain_number(domain))[int(place)]
         files.add(index.shards[int(row["shard"])].file)
     return files
 
 
-@pytest.mark.parametrize("kind", ["http", "pipe", "file", "registered"])
+@pytest.mark.parametrize("kind", ["http", "pipe", "file"])
 def test_remote_data_is_the_local_data(
-    local: ShardIndex, server: Server, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+    local: ShardIndex, server: Server, tmp_path: Path, kind: str
 ) -> None:
-    def opener(url: str, *_: object) -> io.BufferedReader:
-        return (local.root / url.rpartition("/")[2]).open("rb")
-
-    monkeypatch.setitem(gopen_schemes, "s3", opener)
     root = {
         "http": server.url + "/?token=a%20b",
         "pipe": f"pipe:cat {local.root}/{{}} | cat",
         "file": local.root.as_uri(),
-        "registered": "s3://bucket/set",
     }[kind]
-    index = ShardIndex.load(root, options(tmp_path))
+    index = ShardIndex.load(root, remote_config(tmp_path))
     assert index.sha256 == local.sha256
+    assert index.reader.remote is not None
+    assert index.reader.remote.cache.limit == 10**9
     assert_equal(collect(stream_of(index), 0, 4), collect(stream_of(local), 0, 4))
     assert stream_of(index).fingerprint() == stream_of(local).fingerprint()
 
@@ -87,21 +72,21 @@ def test_remote_data_is_the_local_data(
 def test_each_shard_is_fetched_once(
     local: ShardIndex, server: Server, tmp_path: Path, workers: int
 ) -> None:
-    index = ShardIndex.load(server.url, options(tmp_path))
+    index = ShardIndex.load(server.url, remote_config(tmp_path))
     expected = collect(stream_of(local, **WINDOW), 0, 6)
     assert_equal(collect(stream_of(index, **WINDOW), 0, 6, 2, workers=workers), expected)
     keys = [key for step in range(6) for key in stream_of(local, **WINDOW).keys(step)]
     fetched = {name for name in server.requests if name.endswith(".tar")}
     assert shards_of(local, keys) <= fetched
     assert set(server.requests.values()) == {1}
-    again = ShardIndex.load(server.url, options(tmp_path))
+    again = ShardIndex.load(server.url, remote_config(tmp_path))
     assert_equal(collect(stream_of(again, **WINDOW), 0, 6), expected)
     assert all(server.requests[name] == 1 for name in shards_of(local, keys))
 
 
 def read_all(url: str, cache: Path, queue: "multiprocessing.SimpleQueue[object]") -> None:
     try:
-        index = ShardIndex.load(url, options(cache))
+        index = ShardIndex.load(url, remote_config(cache))
         queue.put(sum(len(index.read(env, r).image) for env in range(4) for r in range(18)))
     except Exception as error:
         queue.put(error)
@@ -137,7 +122,7 @@ def test_the_cache_stays_within_its_bound(
     needed = stream_of(local, **WINDOW).shard_bytes_at_a_time()
     total = sum(shard.bytes for shard in local.shards)
     assert needed < 0.7 * total
-    index = ShardIndex.load(server.url, options(tmp_path, needed))
+    index = ShardIndex.load(server.url, remote_config(tmp_path, needed))
     expected = collect(stream_of(local, **WINDOW), 0, 40)
     stream = stream_of(index, **WINDOW)
     for step, batch in enumerate(stream.loader(0, 40)):
@@ -151,7 +136,7 @@ def test_a_set_larger_than_the_cache_needs_windows(
     local: ShardIndex, server: Server, tmp_path: Path
 ) -> None:
     needed = stream_of(local, **WINDOW).shard_bytes_at_a_time()
-    index = ShardIndex.load(server.url, options(tmp_path, needed))
+    index = ShardIndex.load(server.url, remote_config(tmp_path, needed))
     for mode in ("permutation", "replacement"):
         with pytest.raises(
             DataConfigError, match=rf"data.cache_gib = .* GiB .*data.mode {mode} needs all shards"
@@ -165,24 +150,24 @@ def test_a_set_larger_than_the_cache_needs_windows(
 def test_the_next_window_is_fetched_before_it_is_read(
     local: ShardIndex, server: Server, tmp_path: Path
 ) -> None:
-    index = ShardIndex.load(server.url, options(tmp_path))
+    index = ShardIndex.load(server.url, remote_config(tmp_path))
     stream = stream_of(index, **WINDOW)
     next(iter(stream.loader(0, 1)))
-    store = index.reader.store
-    assert isinstance(store, RemoteShards)
-    assert store._thread is not None
-    store._thread.join()
+    remote = index.reader.remote
+    assert remote is not None
+    assert remote._thread is not None
+    remote._thread.join()
     live, following = stream.windows(0)
     assert following
-    held_now = {path.name for path in store.cache.folder.glob("*.tar")}
+    held_now = {path.name for path in remote.cache.folder.glob("*.tar")}
     assert held_now == {local.shards[shard].file for shard in (*live, *following)}
 
 
 def test_passing_files_go_first_and_live_ones_last(tmp_path: Path) -> None:
     cache = NodeCache(tmp_path, "set", 50)
 
-    def have(file: str, live: tuple[str, ...] = ()) -> None:
-        assert cache.obtain(file, 10, lambda path: path.write_bytes(bytes(10)), live)
+    def have(file: str) -> None:
+        assert cache.obtain(file, 10, lambda path: path.write_bytes(bytes(10)))
 
     for number in range(5):
         have(f"{number}.tar")
@@ -193,7 +178,8 @@ def test_passing_files_go_first_and_live_ones_last(tmp_path: Path) -> None:
     for file, gone in (("5.tar", "4.tar"), ("6.tar", "1.tar")):
         have(file)
         assert not cache.holds(gone)
-    have("7.tar", live=("2.tar", "3.tar"))
+    cache.live = frozenset({"2.tar", "3.tar"})
+    have("7.tar")
     assert {p.name for p in cache.folder.glob("*.tar")} == {f"{i}.tar" for i in (2, 3, 5, 6, 7)}
     with pytest.raises(DataConfigError, match=r"has no room for 9\.tar \(51 bytes\)"):
         cache.obtain("9.tar", 51, lambda path: None)
@@ -218,7 +204,7 @@ def test_evaluation_reads_remote_shards_one_after_the_other(
     from tests.shards.stream.test_evaluation import load
 
     largest = max(shard.bytes for shard in local.shards)
-    index = ShardIndex.load(server.url, options(tmp_path, 2 * largest))
+    index = ShardIndex.load(server.url, remote_config(tmp_path, 2 * largest))
     labels = sorted(label for b in load(local, 2, "in") for label in b.labels.tolist())
     found = [label for b in load(index, 2, "in") for label in b.labels.tolist()]
     assert sorted(found) == labels
@@ -253,7 +239,7 @@ def test_every_cut_is_found(local: ShardIndex, server: Server, tmp_path: Path, w
     size = (local.root / SHARD).stat().st_size
     server.script[SHARD] = [lambda data: data[:keep]]
     server.forever.add(SHARD)
-    index = ShardIndex.load(server.url, options(tmp_path, retries=2))
+    index = ShardIndex.load(server.url, remote_config(tmp_path, retries=2))
     with pytest.raises(
         DamagedDataError,
         match=rf"/sets/one/{SHARD}: bytes {keep}, the index promises {size} \(3 attempts\)",
@@ -264,7 +250,7 @@ def test_every_cut_is_found(local: ShardIndex, server: Server, tmp_path: Path, w
     pipe = ShardIndex.load(
         f"pipe:head -c {'$(test {} = ' + SHARD + f' && echo {keep} || echo 99999999)'} "
         f"{local.root}/{{}}",
-        options(tmp_path / "pipe", retries=0),
+        remote_config(tmp_path / "pipe", retries=0),
     )
     with pytest.raises(DamagedDataError, match=rf"bytes {keep}, the index promises {size}"):
         list(stream_of(pipe).loader(0, 9))
@@ -280,14 +266,14 @@ def test_every_flip_is_found(
 
     server.script[SHARD] = [flip]
     server.forever.add(SHARD)
-    index = ShardIndex.load(server.url, options(tmp_path, retries=1))
+    index = ShardIndex.load(server.url, remote_config(tmp_path, retries=1))
     with pytest.raises(
         DamagedDataError, match=rf"{SHARD}: sha256 .*the index promises .*2 attempts"
     ):
         list(stream_of(index).loader(0, 9))
     server.forever.clear()
     server.script[SHARD] = [flip]
-    index = ShardIndex.load(server.url, options(tmp_path, retries=1))
+    index = ShardIndex.load(server.url, remote_config(tmp_path, retries=1))
     assert_equal(collect(stream_of(index), 0, 9), collect(stream_of(local), 0, 9))
 
 
@@ -301,7 +287,7 @@ def test_passing_faults_cost_nothing_but_time(
         if not callable(answers[0]) or name != "index.json":
             server.script[name] = list(answers)  # type: ignore[arg-type]
     deadline = 1.2 if "stall" in answers else 20.0
-    index = ShardIndex.load(server.url, options(tmp_path, deadline=deadline))
+    index = ShardIndex.load(server.url, remote_config(tmp_path, deadline=deadline))
     assert_equal(collect(stream_of(index), 0, 9), collect(stream_of(local), 0, 9))
     assert server.requests[SHARD] == len(answers) + 1
 
@@ -321,7 +307,7 @@ def test_lasting_faults_end_the_run(
 ) -> None:
     server.script[SHARD] = [answer]
     server.forever.add(SHARD)
-    index = ShardIndex.load(server.url, options(tmp_path, retries=2))
+    index = ShardIndex.load(server.url, remote_config(tmp_path, retries=2))
     with pytest.raises(
         StorageError, match=rf"{SHARD}: cannot be had \({match}\) in {attempts} attempts? within 20"
     ):
@@ -335,14 +321,14 @@ def test_a_stall_ends_within_the_deadline(server: Server, tmp_path: Path) -> Non
     with pytest.raises(
         StorageError, match=r"index.json: cannot be had \(.*timed out.*within 0.4 s"
     ):
-        ShardIndex.load(server.url, options(tmp_path, deadline=0.4, retries=1))
+        ShardIndex.load(server.url, remote_config(tmp_path, deadline=0.4, retries=1))
     assert server.requests["index.json"] == 2
     assert time.monotonic() - started < 20, "the server would stay silent for longer"
 
 
 def test_nobody_listens(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"Connection refused.* in 2 attempts"):
-        ShardIndex.load("http://127.0.0.1:9/x", options(tmp_path, retries=1))
+        ShardIndex.load("http://127.0.0.1:9/x", remote_config(tmp_path, retries=1))
 
 
 def children() -> set[str]:
@@ -363,30 +349,14 @@ def test_commands_that_fail(local: ShardIndex, tmp_path: Path, command: str, mat
     root = "pipe:" + command.format(root=local.root)
     root = root if "{}" in root else root + " # {}"
     with pytest.raises(StorageError, match=rf"{match}.* in 2 attempts"):
-        ShardIndex.load(root, options(tmp_path, deadline=0.6, retries=1))
+        ShardIndex.load(root, remote_config(tmp_path, deadline=0.6, retries=1))
     assert children() == before, "what was started was ended"
-
-
-def test_an_opener_of_webdataset_is_ended_too(
-    local: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    commands = iter([["sleep", "60"], ["cat", str(local.root / SHARD)]])
-    monkeypatch.setitem(
-        gopen_schemes, "xx", lambda url, mode, size: Pipe(next(commands), mode=mode, bufsize=size)
-    )
-    policy = FetchPolicy(deadline=0.8, retries=1, pause=0)
-    before = children()
-    found = fetch("xx://a/b", tmp_path / "copy", policy)
-    assert (tmp_path / "copy").read_bytes() == (local.root / SHARD).read_bytes()
-    (info,) = [info for info in local.shards if info.file == SHARD]
-    assert found == info.sha256
-    assert children() == before
 
 
 def test_a_copy_damaged_in_the_cache_is_fetched_again(
     local: ShardIndex, server: Server, tmp_path: Path
 ) -> None:
-    index = ShardIndex.load(server.url, options(tmp_path))
+    index = ShardIndex.load(server.url, remote_config(tmp_path))
     expected = collect(stream_of(local), 0, 9)
     assert_equal(collect(stream_of(index), 0, 9), expected)
     (copy,) = tmp_path.glob(f"*/{SHARD}")
@@ -399,7 +369,7 @@ def test_a_copy_damaged_in_the_cache_is_fetched_again(
 def test_cache_that_cannot_be_written(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"data.cache_dir = '.*/file': cannot be written"):
-        ShardIndex.load(server.url, options(tmp_path / "file"))
+        ShardIndex.load(server.url, remote_config(tmp_path / "file"))
     with pytest.raises(DataConfigError, match=r"data.cache_dir is not set: data.root = 'http"):
         ShardIndex.load(server.url)
     assert not server.requests, "found before anything is asked for"
@@ -409,7 +379,7 @@ def test_cache_that_cannot_be_written(server: Server, tmp_path: Path) -> None:
 def test_full_disk_is_an_output_error(local: ShardIndex, name: str) -> None:
     """/dev/full takes no byte; the table is smaller than a buffer."""
     with pytest.raises(OutputError, match=r"data.cache_dir: cannot write /dev/full"):
-        fetch(file_url(local.root.as_uri(), name), Path("/dev/full"), FetchPolicy(pause=0))
+        fetch(file_url(local.root.as_uri(), name), Path("/dev/full"), DataConfig())
 
 
 def test_whatever_the_cache_cannot_write_is_an_output_error(tmp_path: Path) -> None:
@@ -439,45 +409,45 @@ def test_a_server_with_a_certificate(
     authority.issue_cert("127.0.0.1").configure_cert(tls)
     with Server(local.root, tls) as server:
         with pytest.raises(StorageError, match=r"not trusted: .*SSL_CERT_FILE .* in 1 attempt "):
-            ShardIndex.load(server.url, options(tmp_path / "cache"))
+            ShardIndex.load(server.url, remote_config(tmp_path / "cache"))
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
         server.script[SHARD] = ["cut", 503]
-        index = ShardIndex.load(server.url, options(tmp_path / "cache"))
+        index = ShardIndex.load(server.url, remote_config(tmp_path / "cache"))
         assert_equal(collect(stream_of(index), 0, 9), collect(stream_of(local), 0, 9))
         assert server.requests[SHARD] == 3
 
 
 def test_roots_that_cannot_work(tmp_path: Path) -> None:
-    with pytest.raises(DataConfigError, match=r"nothing opens s3://; .*'pipe:COMMAND s3://b/\{\} "):
-        ShardIndex.load("s3://b/", options(tmp_path))
+    with pytest.raises(DataConfigError, match=r"nothing opens xx://; .*'pipe:COMMAND xx://b/\{\} "):
+        ShardIndex.load("xx://b/", remote_config(tmp_path))
     with pytest.raises(DataConfigError, match=r"the command needs \{\} where the file name"):
-        ShardIndex.load("pipe:cat x", options(tmp_path))
+        ShardIndex.load("pipe:cat x", remote_config(tmp_path))
     with pytest.raises(DataConfigError, match=r"'http://\[bad/x': no URL \(Invalid IPv6"):
-        ShardIndex.load("http://[bad/x", options(tmp_path))
+        ShardIndex.load("http://[bad/x", remote_config(tmp_path))
     with pytest.raises(DataConfigError, match=r"no URL \(Port could not be cast"):
-        ShardIndex.load("http://host:port/x", options(tmp_path))
+        ShardIndex.load("http://host:port/x", remote_config(tmp_path))
 
 
 def test_secrets_in_roots_are_not_told(server: Server, tmp_path: Path) -> None:
     with pytest.raises(DataConfigError, match=r"netrc http://host/set/\{\}'") as refused:
-        ShardIndex.load("http://user:secret@host/set?sig=secret", options(tmp_path))
+        ShardIndex.load("http://user:secret@host/set?sig=secret", remote_config(tmp_path))
     server.script["index.json"] = [404]
     with pytest.raises(StorageError, match=r"/sets/one/index\.json\?\.\.\.: .* 404") as missing:
-        ShardIndex.load(server.url + "?sig=secret", options(tmp_path))
+        ShardIndex.load(server.url + "?sig=secret", remote_config(tmp_path))
     server.script["folder-art.npy"] = [lambda data: data[1:]]
     server.forever.add("folder-art.npy")
     with pytest.raises(DamagedDataError, match=r"/folder-art\.npy\?\.\.\.: sha256") as damaged:
-        ShardIndex.load(server.url + "?sig=secret", options(tmp_path, retries=0))
+        ShardIndex.load(server.url + "?sig=secret", remote_config(tmp_path, retries=0))
     server.script["index.json"] = [lambda data: b"{}"]
     with pytest.raises(DamagedDataError, match="not a shard index") as other:
-        ShardIndex.load(server.url + "?sig=secret", options(tmp_path))
+        ShardIndex.load(server.url + "?sig=secret", remote_config(tmp_path))
     with pytest.raises(StorageError, match="of https://host/x") as command:
         ShardIndex.load(
             "pipe:echo no bucket of https://user:secret@host/x?k=secret >&2; false {}",
-            options(tmp_path, retries=0),
+            remote_config(tmp_path, retries=0),
         )
-    with pytest.raises(DataConfigError, match="nothing opens s3://") as unknown:
-        ShardIndex.load("s3://user:secret@bucket/x?k=secret", options(tmp_path))
+    with pytest.raises(DataConfigError, match="nothing opens xx://") as unknown:
+        ShardIndex.load("xx://user:secret@bucket/x?k=secret", remote_config(tmp_path))
     for caught in (refused, missing, damaged, other, command, unknown):
         assert "secret" not in str(caught.value)
     (problem,) = DataConfig(root="http://host/set?sig=secret").problems()
@@ -491,17 +461,17 @@ def test_file_names_that_are_more_than_names(local: ShardIndex, tmp_path: Path, 
     content["shards"][1]["file"] = name
     (folder / "index.json").write_text(json.dumps(content))
     with pytest.raises(DamagedDataError, match="is no file name of a shard set"):
-        ShardIndex.load(folder.as_uri(), options(tmp_path / "cache"))
+        ShardIndex.load(folder.as_uri(), remote_config(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("text", ["", "<html>", "[]", '{"shards": [{}]}'])
 def test_index_that_is_none(local: ShardIndex, tmp_path: Path, text: str) -> None:
     (tmp_path / "index.json").write_text(text)
     with pytest.raises(DamagedDataError, match=r"index.json: not a shard index"):
-        ShardIndex.load(tmp_path.as_uri(), options(tmp_path / "cache"))
+        ShardIndex.load(tmp_path.as_uri(), remote_config(tmp_path / "cache"))
 
 
 def test_only_the_original_can_be_verified(local: ShardIndex, tmp_path: Path) -> None:
-    index = ShardIndex.load(local.root.as_uri(), options(tmp_path))
+    index = ShardIndex.load(local.root.as_uri(), remote_config(tmp_path))
     with pytest.raises(DataConfigError, match="verify it where it is stored"):
         verify_shards(index, deep=False)

@@ -10,7 +10,6 @@ import torch
 from shards import DataConfig, open_shards
 from shards.errors import DamagedDataError, DataConfigError
 from shards.read.index import ShardIndex
-from shards.read.remote import StorageOptions
 from shards.read.subset import read_subset
 from shards.stream.split import split_indices
 from tests.shards.stream.test_evaluation import load
@@ -166,8 +165,7 @@ def test_lists_that_cannot_work(folder: Path, write: Write, tmp_path: Path) -> N
     only_art = opened(folder, include_list=write("art-0000002"))
     with pytest.raises(DataConfigError, match=r"domain 'sketch': none of its \d+ training images"):
         stream_of(only_art, sources=[3])
-    options = StorageOptions(cache_dir=tmp_path / "cache")
-    remote = ShardIndex.load(folder.as_uri(), options)
+    remote = ShardIndex.load(folder.as_uri(), DataConfig(cache_dir=str(tmp_path / "cache")))
     assert read_subset(remote, write("art-0000002"), None) is not None
     with pytest.raises(DataConfigError, match=r"names samples by path .* name them by key"):
         read_subset(remote, write("art/cat/im002.png"), None)

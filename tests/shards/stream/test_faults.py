@@ -12,7 +12,6 @@ import torch
 from shards.errors import DamagedDataError, DataConfigError, OutputError, StorageError
 from shards.pixels.decoding import Decoder
 from shards.read.index import ShardIndex
-from shards.read.retry import FetchPolicy
 from shards.stream.bad_samples import (
     BadSample,
     check_bad_fraction,
@@ -250,7 +249,8 @@ class FlakyDisk:
 
 def test_storage_errors_are_retried(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = collect(stream_of(index), 0, 1)
-    monkeypatch.setattr(index.reader, "policy", FetchPolicy(retries=2, pause=0))
+    monkeypatch.setattr(index.reader, "retries", 2)
+    monkeypatch.setattr("shards.read.shard_reader.PAUSE", 0)
     disk = FlakyDisk(2)
     monkeypatch.setattr(os, "pread", disk)
     assert_equal(collect(stream_of(index), 0, 1), expected)
@@ -261,7 +261,8 @@ def test_storage_errors_are_retried(index: ShardIndex, monkeypatch: pytest.Monke
 def test_storage_that_keeps_failing_stops_the_run(
     index: ShardIndex, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    monkeypatch.setattr(index.reader, "policy", FetchPolicy(retries=2, pause=0))
+    monkeypatch.setattr(index.reader, "retries", 2)
+    monkeypatch.setattr("shards.read.shard_reader.PAUSE", 0)
     disk = FlakyDisk(10**9)
     monkeypatch.setattr(os, "pread", disk)
     with pytest.raises(StorageError, match=r"\w-\d+\.tar: Input/output error after 3 attempts"):
@@ -276,7 +277,7 @@ def test_what_a_cache_refuses_arrives_as_it_was_raised(
     def full(shard: int) -> int:
         raise kind("the cache is full")
 
-    monkeypatch.setattr(index.reader.store, "open", full)
+    monkeypatch.setattr(index.reader, "_open", full)
     index.close()
     with pytest.raises(kind) as caught:
         list(stream_of(index).loader(0, 1, workers=1))

@@ -21,9 +21,9 @@ import numpy as np
 import pytest
 import torch
 
+from shards.config import DataConfig
 from shards.pixels.decoding import Decoded
 from shards.read.index import ShardIndex
-from shards.read.remote import StorageOptions
 from shards.stream.stream import DomainStream
 from tests.support.shards_fixtures import make_set, small_train_transform
 from tests.support.shards_server import Server
@@ -55,7 +55,7 @@ def remote(local: ShardIndex, tmp_path_factory: pytest.TempPathFactory) -> Itera
     with pytest.MonkeyPatch.context() as patch, Server(local.root) as server:
         patch.setenv("no_proxy", "127.0.0.1")
         yield ShardIndex.load(
-            server.url, StorageOptions(cache_dir=tmp_path_factory.mktemp("cache"))
+            server.url, DataConfig(cache_dir=str(tmp_path_factory.mktemp("cache")))
         )
 
 
