@@ -59,7 +59,7 @@ class Run:
     finished: bool = True
     zero_shot: Row | None = None
 
-    def progress(self) -> str:
+    def how_far(self) -> str:
         """In words, how far an unfinished run is."""
         steps = self.settings.get("train.steps")
         words = f"not finished: evaluated after step {self.rows[-1]['step']}"
