@@ -271,7 +271,7 @@ def test_output_folder_tells_everything(
             assert sum(cell["reliability"]["samples"]) == cell["samples"]
     for name in ("accuracy.png", "confusion.png", "reliability.png"):
         assert (tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG"
-    assert "| ensemble |" in (tmp_path / "out" / "tables.md").read_text()
+    assert "\n| ensemble " in (tmp_path / "out" / "tables.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,32 +1,31 @@
-"""Runs of a grid, held-out domains x seeds x methods, by number; and which of them are done."""
+"""A grid of runs, held-out domains x seeds x methods, by number; and which of them are done."""
 
-from collections.abc import Collection, Sequence
+import argparse
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, groupby, product
 from pathlib import Path
 
 import yaml
 
+from shards.datasets import held_out_names
 from trainer.checkpoint.folder_lock import FolderLock, is_alive
+from trainer.config.command_line import words
 from trainer.config.resume_rules import FREE
 from trainer.config.run_config import RunConfig, dotted, flat
 
-PAIRS = "also hold out every two of them together, for leave-one-domain-out cross-validation"
-"""Help of the flag --pairs."""
-TRIAL_SEED = "one trial seed, and so one split, for all runs (default: each run's seed)"
-"""Help of the flag --trial-seed."""
 OWN = {
     "moa.method": "--methods",
-    "data.held_out": "--held-out",
+    "data.held_out": "--held_out",
     "train.seed": "--seeds",
-    "train.trial_seed": "--trial-seed",
+    "train.trial_seed": "--trial_seed",
     "output_dir": "before the settings of all runs",
 }
 """Settings in which the runs of a grid differ, and the flag of a grid that decides them."""
 
 
 @dataclass(frozen=True)
-class Cell:
+class GridRun:
     """One run of a grid.
 
     Attributes:
@@ -66,14 +65,77 @@ class Grid:
     seeds: tuple[int, ...]
     trial_seed: int | None = None
 
-    def cells(self) -> list[Cell]:
+    def runs(self) -> list[GridRun]:
         """The runs in order of their array index; further seeds come after all others."""
         by_index = product(self.seeds, self.held_out, self.methods)
-        return [Cell(m, held_out, seed, self.trial_seed) for seed, held_out, m in by_index]
+        return [GridRun(m, held_out, seed, self.trial_seed) for seed, held_out, m in by_index]
 
     def extends(self, other: "Grid") -> bool:
         """Whether every index of `other` means the same run here."""
-        return self.cells()[: len(other.cells())] == other.cells()
+        return self.runs()[: len(other.runs())] == other.runs()
+
+    def __str__(self) -> str:
+        lists = (self.methods, self.held_out, map(str, self.seeds))
+        fixed = "" if self.trial_seed is None else f" with trial seed {self.trial_seed}"
+        return " x ".join(f"[{', '.join(names)}]" for names in lists) + fixed
+
+
+def add_grid_flags(
+    result: argparse.ArgumentParser, required: bool, meanings: Mapping[str, str]
+) -> None:
+    """The flags that name a grid and its folder.
+
+    Args:
+        result: the command line.
+        required: whether methods, domains and folder must be given.
+        meanings: of `methods`, `held_out`, `seeds` and `output_dir`, for this command.
+    """
+    kinds: dict[str, Callable[[str], object]] = {
+        "methods": listed, "held_out": listed, "seeds": whole_numbers, "output_dir": Path,
+    }  # fmt: skip
+    for name, kind in kinds.items():
+        must = required and name != "seeds"
+        flags = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))  # the latter is older
+        result.add_argument(*flags, type=kind, required=must, help=meanings[name])
+    result.add_argument(
+        "--pairs", action="store_true",
+        help="also hold out every two of them together, for leave-one-domain-out cross-validation",
+    )  # fmt: skip
+    result.add_argument(
+        "--trial_seed", "--trial-seed", type=int,
+        help="one trial seed, and so one split, for all runs (default: each run's seed)",
+    )  # fmt: skip
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """Argument type: names with commas, each once and at least one."""
+    found = tuple(words(text))
+    if not found:
+        raise argparse.ArgumentTypeError("names nothing")
+    return found
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """Argument type: seeds with commas."""
+    found = listed(text)
+    if wrong := [seed for seed in found if not seed.isdecimal()]:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r}: legal are whole numbers >= 0")
+    return tuple(map(int, found))
+
+
+def with_pairs(held_out: Sequence[str]) -> tuple[str, ...]:
+    """Domains, and every pair of them as `data.held_out` writes it."""
+    return (*held_out, *("+".join(pair) for pair in combinations(held_out, 2)))
+
+
+def unknown_domains(held_out: Iterable[str], known: Sequence[str] | None) -> list[str]:
+    """One line for each domain that the data do not have, where theirs are known yet."""
+    names = {name for text in held_out for name in held_out_names(text, known or ())}
+    return [
+        f"--held_out: no domain {name!r}; legal are {', '.join(known)}"
+        for name in sorted(names)
+        if known and name not in known
+    ]
 
 
 def misplaced(settings: Sequence[str], defaults: Collection[str] = ()) -> list[str]:
@@ -108,11 +170,6 @@ def differences(run: Path, config: RunConfig) -> list[str]:
     ]
 
 
-def with_pairs(held_out: Sequence[str]) -> list[str]:
-    """Domains, and every pair of them as `data.held_out` writes it."""
-    return [*held_out, *("+".join(pair) for pair in combinations(held_out, 2))]
-
-
 @dataclass(frozen=True)
 class Progress:
     """Array indices of a grid by what became of them."""
@@ -127,29 +184,24 @@ def is_finished(run: Path) -> bool:
     return (run / "done").is_file()
 
 
-def progress(root: Path, cells: Sequence[Cell], queued: Collection[int] = ()) -> Progress:
+def progress(root: Path, runs: Sequence[GridRun], queued: Collection[int] = ()) -> Progress:
     """Sorts the runs in `root` into finished, running and missing.
 
     Args:
         root: folder of the run folders.
-        cells: the runs by index.
+        runs: by index.
         queued: indices that SLURM runs, or holds in its queue.
     """
-    finished, running, missing = [], [], []
-    for index, cell in enumerate(cells):
-        run = root / cell.name
-        if is_finished(run):
-            finished.append(index)
-        elif index in queued or _runs_here(run):
-            running.append(index)
+    found: dict[str, list[int]] = {"finished": [], "running": [], "missing": []}
+    for index, run in enumerate(runs):
+        folder = root / run.name
+        if is_finished(folder):
+            found["finished"].append(index)
+        elif index in queued or is_alive(FolderLock(folder).owner()):  # the latter on this machine
+            found["running"].append(index)
         else:
-            missing.append(index)
-    return Progress(tuple(finished), tuple(running), tuple(missing))
-
-
-def _runs_here(run: Path) -> bool:
-    """Whether a process of this machine holds the folder."""
-    return bool(is_alive(FolderLock(run).owner()))
+            found["missing"].append(index)
+    return Progress(*map(tuple, found.values()))
 
 
 def array_expression(indices: Sequence[int]) -> str:
