@@ -12,10 +12,9 @@ from trainer.prepare.provenance import data_hash, split_hash
 from trainer.process.errors import ConfigError
 
 RECORDED = ("dataset", "holdout_fraction", "decode", "truncated")
-"""Fields of the data configuration that an adapter has on record, and the command line may change.
-"""
+"""Data settings that an adapter has on record, and the command line may change."""
 GIVEN = ("root", "cache_dir", "exclude_list", "include_list")
-"""Further fields that only the command line knows."""
+"""Further ones that only the command line knows."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,6 @@ class AdapterData:
 
     Attributes:
         config: how it is read.
-        index: the shard set.
         envs: numbers of the domains asked for.
         trial_seed: seed of the split, whose fraction is the configuration's.
         warnings: what the user should know, one line each.
@@ -43,12 +41,9 @@ class AdapterData:
 
 
 def open_data(args: argparse.Namespace, members: Sequence[Member], **more: Any) -> AdapterData:
-    """Opens the data that `add_shared_flags` and the adapters name.
+    """Opens the data that `add_shared_flags` and the adapters name; `more` settings on top.
 
-    Args:
-        args: the command line.
-        members: the adapters; what the first one on record says is the default.
-        more: further fields of the data configuration.
+    What the first adapter on record says is the default.
 
     Raises:
         ConfigError, DataConfigError: something given cannot work, or fits not these adapters.
@@ -64,9 +59,8 @@ def open_data(args: argparse.Namespace, members: Sequence[Member], **more: Any) 
     check_classes(members, index)
     names = dict.fromkeys(args.domains or index.domains)
     envs = tuple(index.domain_number(name, "--domains") for name in names)
-    seed = args.trial_seed
-    if seed is None:
-        seed = 0 if known is None else known.trial_seed
+    recorded = 0 if known is None else known.trial_seed
+    seed = recorded if args.trial_seed is None else args.trial_seed
     return AdapterData(config, index, envs, seed, _warnings(members, config, index, seed))
 
 

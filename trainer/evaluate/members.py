@@ -27,8 +27,6 @@ class Member:
     Attributes:
         label: a short name, different for each.
         source: where it was read from.
-        info: everything about it that is not a tensor.
-        tensors: its values by name.
     """
 
     label: str
@@ -46,10 +44,9 @@ def read_members(sources: Sequence[str]) -> list[Member]:
         MissingAdapterError: there is none at a place.
         AdapterError, CheckpointError: one is damaged.
     """
-    by_place: dict[str, list[str]] = {}
-    for source in sources:
-        by_place.setdefault(_place(source), []).append(source)
-    for same in by_place.values():
+    places = [s if s.startswith(HUB_PREFIX) else str(Path(s).resolve()) for s in sources]
+    for place in places:
+        same = [source for source, its in zip(sources, places, strict=True) if its == place]
         if len(same) > 1:
             raise ConfigError(
                 f"--adapter: {' and '.join(same)}: one adapter, given twice; give each once"
@@ -63,11 +60,6 @@ def read_members(sources: Sequence[str]) -> list[Member]:
     if problems := disagreements(members):
         raise ConfigError("\n".join(problems))
     return members
-
-
-def _place(source: str) -> str:
-    """Equal for two ways of writing where one adapter lies."""
-    return source if source.startswith(HUB_PREFIX) else str(Path(source).resolve())
 
 
 def labels(sources: Sequence[str]) -> list[str]:
@@ -100,8 +92,9 @@ def _shared(parts: Sequence[Sequence[str]]) -> int:
 def disagreements(members: Sequence[Member]) -> list[str]:
     """Why some adapters cannot share one backbone and one list of classes; one line each."""
     first, found = members[0], []
+    other = first.info
     for member in members[1:]:
-        mine, other = member.info, first.info
+        mine = member.info
         if (mine.base_model, mine.base_sha256) != (other.base_model, other.base_sha256):
             found.append(
                 f"--adapter: {member.source} was trained on {mine.base_model} "
@@ -157,9 +150,8 @@ def base_of(member: Member, weights: str | None) -> Backbone:
             f"--model.weights: {member.source} was trained on {named}, which is not here; give "
             "that file: --model.weights FILE.safetensors"
         )
-    # Random weights follow from the seed and the number of classes, as in training.
     base = ModelConfig(backbone=info.base_model, weights=named)
-    backbone = create_backbone(base, len(info.classes), seed)
+    backbone = create_backbone(base, len(info.classes), seed)  # random ones follow from both
     if backbone.sha256 != info.base_sha256:
         raise ConfigError(
             f"--model.weights {named}: these weights of {backbone.name} have SHA-256 "
@@ -184,9 +176,8 @@ def _right_weights(given: str, recorded: str) -> str:
 
 def held_out_by(members: Sequence[Member], domain: str) -> list[str]:
     """Labels of the adapters that were not trained on a domain."""
-    return [
-        m.label for m in members if m.info.origin is not None and domain in m.info.origin.withheld
-    ]
+    origins = ((member.label, member.info.origin) for member in members)
+    return [label for label, origin in origins if origin and domain in origin.withheld]
 
 
 def check_target(flag: str, folder: Path) -> None:

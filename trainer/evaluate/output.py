@@ -164,11 +164,11 @@ def _write_folder(found: Evaluation, folder: Path) -> None:
 
 def _save_soup(found: Evaluation, folder: Path) -> None:
     """Writes the mean adapter with its figures."""
-    assert found.job.soup is not None
-    info, tensors = found.job.soup
+    mean = found.job.soup
+    assert mean is not None
     accuracies = {k: v for k, v in row(found, SOUP).items() if k.endswith("_acc")}
     try:
         with replaced_folder(folder) as temporary:
-            write_adapter(temporary, tensors, replace(info, results=accuracies))
+            write_adapter(temporary, mean.tensors, replace(mean.info, results=accuracies))
     except OSError as error:
         raise cannot_write("--save", folder, error) from error

@@ -193,7 +193,7 @@ def surface_of(member: "Member", samples: "FixedImages", args: argparse.Namespac
     from trainer.flatness.surface import Surface
 
     backbone = base_of(member, args.weights)
-    (model,) = models_on(backbone.model, [(member.label, member.info, member.tensors)])
+    (model,) = models_on(backbone.model, [member])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     labels = torch.tensor(samples.labels)
     parts = [slice(start, start + args.batch) for start in range(0, len(labels), args.batch)]

@@ -31,7 +31,7 @@ from trainer.evaluate.__main__ import main, parser
 from trainer.evaluate.combine import models_on
 from trainer.evaluate.evaluator import Evaluator
 from trainer.evaluate.job import Evaluation, prepare
-from trainer.evaluate.members import labels
+from trainer.evaluate.members import labels, read_members
 from trainer.evaluate.predictions import collect
 from trainer.prepare.backbone import create_backbone
 from trainer.prepare.parts import build
@@ -155,7 +155,7 @@ def evaluated_bytes(folders: list[Path]) -> int:
     """Peak of making the models of some adapters and running each on one batch of 128."""
     with PeakBytes() as measured:
         backbone = create_backbone(ModelConfig(), 10, seed=0).model
-        models = models_on(backbone, [(f.name, *read_adapter(f)) for f in folders]).eval()
+        models = models_on(backbone, read_members(list(map(str, folders)))).eval()
         images = torch.randn(128, 3, 32, 32)
         with torch.inference_mode():
             for model in models:
@@ -172,7 +172,7 @@ def test_five_adapters_need_little_more_memory_than_one(tmp_path: Path) -> None:
 
 def test_adapters_leave_the_backbone_and_each_other_alone(adapters: list[Path]) -> None:
     backbone = create_backbone(ModelConfig(), 10, seed=0)
-    models = models_on(backbone.model, [(a.name, *read_adapter(a)) for a in adapters])
+    models = models_on(backbone.model, read_members(list(map(str, adapters))))
     assert moa.base_hash(backbone.model) == backbone.sha256
     for model, folder in zip(models, adapters, strict=True):
         _, tensors = read_adapter(folder)
