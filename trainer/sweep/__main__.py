@@ -20,6 +20,7 @@ from trainer.process.ending import conclude
 from trainer.process.errors import ConfigError
 from trainer.process.world import ALONE
 from trainer.sweep.grid import (
+    CONSOLE,
     Grid,
     GridRun,
     add_grid_flags,
@@ -78,11 +79,11 @@ def check(root: Path, runs: Sequence[GridRun], rest: Sequence[str]) -> None:
 
 
 def run_one(folder: Path, settings: Sequence[str]) -> int:
-    """Runs one, its output in `console.txt` of its folder; returns the exit code."""
+    """Runs one, its output in `CONSOLE` of its folder; returns the exit code."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / "trainer" / "run.py"), *settings]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with (folder / "console.txt").open("w", encoding="utf-8") as output:
+    with (folder / CONSOLE).open("w", encoding="utf-8") as output:
         return subprocess.run(
             command, stdout=output, stderr=output, env=environment, check=False
         ).returncode
@@ -101,7 +102,7 @@ def sweep(root: Path, runs: Sequence[GridRun], jobs: int, rest: Sequence[str]) -
         codes = list(track(ended, "runs", total=len(todo), console=console))
     for run, code in zip(todo, codes, strict=True):
         if code:
-            place = root / run.name / "console.txt"
+            place = root / run.name / CONSOLE
             lines = place.read_text(encoding="utf-8", errors="replace").splitlines()
             said = [f": {line}" for line in lines if line.startswith("error")][-1:]
             console.out(f"exit code {code}, see {place}{''.join(said)}")

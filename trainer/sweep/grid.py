@@ -14,6 +14,8 @@ from trainer.config.command_line import words
 from trainer.config.resume_rules import FREE
 from trainer.config.run_config import RunConfig, dotted, flat
 
+CONSOLE = "console.txt"
+"""What a sweep on this machine leaves of a run's output, even of one that did not start."""
 OWN = {
     "moa.method": "--methods",
     "data.held_out": "--held_out",
