@@ -5,7 +5,7 @@ adapters: the models are trees of small modules around the same frozen tensors.
 """
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import chain
 from typing import Any, Literal
@@ -22,16 +22,6 @@ from trainer.process.errors import ConfigError
 Average = Literal["probabilities", "logits"]
 
 
-def twin(model: nn.Module, own: Collection[str]) -> nn.Module:
-    """A copy of a model that shares all its tensors but those named in `own`."""
-    memo: dict[int, Any] = {
-        id(tensor): tensor
-        for name, tensor in chain(model.named_parameters(), model.named_buffers())
-        if name not in own
-    }
-    return copy.deepcopy(model, memo)
-
-
 def models_on(backbone: nn.Module, adapters: Sequence[Member]) -> nn.ModuleList:
     """One model for each adapter, all around the frozen tensors of one fresh backbone on the CPU.
 
@@ -42,7 +32,9 @@ def models_on(backbone: nn.Module, adapters: Sequence[Member]) -> nn.ModuleList:
     """
     models = nn.ModuleList()
     for adapter in adapters:
-        model = twin(backbone, adapter.tensors.keys())
+        tensors = chain(backbone.named_parameters(), backbone.named_buffers())
+        shared: dict[int, Any] = {id(t): t for name, t in tensors if name not in adapter.tensors}
+        model = copy.deepcopy(backbone, shared)  # makes no copy of these
         attach(model, adapter.info, adapter.tensors, adapter.label)
         models.append(model)
     return models

@@ -7,7 +7,7 @@ from typing import Any
 
 from moa.files.origin import Origin
 from shards import DataConfig, Decoder, ShardIndex, open_shards
-from trainer.evaluate.members import Member, check_classes
+from trainer.evaluate.members import Member, class_difference
 from trainer.prepare.provenance import data_hash, split_hash
 from trainer.process.errors import ConfigError
 
@@ -56,7 +56,12 @@ def open_data(args: argparse.Namespace, members: Sequence[Member], **more: Any) 
     if problems := config.problems():
         raise ConfigError("\n".join(problems))
     index = open_shards(config)
-    check_classes(members, index)
+    classes, source = members[0].info.classes, members[0].source
+    if tuple(index.classes) != tuple(classes):
+        raise ConfigError(
+            f"--adapter: {source} {class_difference(classes, index.classes)} in {index.root}; "
+            "evaluate it on data with the same classes in the same order"
+        )
     names = dict.fromkeys(args.domains or index.domains)
     envs = tuple(index.domain_number(name, "--domains") for name in names)
     recorded = 0 if known is None else known.trial_seed

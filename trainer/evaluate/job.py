@@ -109,20 +109,19 @@ def prepare(args: argparse.Namespace) -> Job:
         AdapterError, CheckpointError, DamagedDataError: something read is damaged.
     """
     members = read_members(args.adapter)
-    combine = tuple(args.combine or (("each",) if len(members) == 1 else (ENSEMBLE,)))
+    combine = tuple(args.combine or [ENSEMBLE if len(members) > 1 else "each"])
     if ENSEMBLE in combine and len(members) < 2:
         raise ConfigError("--combine ensemble: needs two adapters or more; give --adapter A B")
-    if args.save is not None and SOUP not in combine:
-        raise ConfigError("--save: writes the soup; give --combine soup as well")
     if args.save is not None:
+        if SOUP not in combine:
+            raise ConfigError("--save: writes the soup; give --combine soup as well")
         check_target("--save", args.save)
     if args.batch < 1:
         raise ConfigError(f"--batch {args.batch}: must be 1 or more")
     mean = soup(members, shown_command(sys.argv)) if SOUP in combine else None
     data = open_data(args, members, workers=args.workers, max_bad_fraction=args.max_bad_fraction)
     splits = SPLITS if args.split == "both" else (args.split,)
-    if data.index.subset is not None:
-        splits = (*splits, LEFT_OUT)
+    splits = splits if data.index.subset is None else (*splits, LEFT_OUT)
     warnings = (*data.warnings, *(start_warning(members) if mean else ()))
     backbone = base_of(members[0], args.weights)
     return Job(members, combine, args.average, mean, backbone, data, splits, args.batch, warnings)

@@ -10,7 +10,6 @@ from moa.files.atomic_folder import holds_current
 from moa.files.hub import HUB_PREFIX, adapter_folder
 from moa.files.reading import AdapterInfo, read_adapter
 from moa.files.saving import check_replaceable
-from shards import ShardIndex
 from trainer.checkpoint.checkpoint import MANIFEST_FILE, verify
 from trainer.config.run_config import ModelConfig
 from trainer.prepare.backbone import Backbone, create_backbone
@@ -85,8 +84,8 @@ def labels(sources: Sequence[str]) -> list[str]:
 
 def _shared(parts: Sequence[Sequence[str]]) -> int:
     """How many parts are equal in all, counted from the start."""
-    equal = [len(set(places)) == 1 for places in zip(*parts, strict=False)]
-    return equal.index(False) if False in equal else len(equal)
+    differs = [len(set(places)) > 1 for places in zip(*parts, strict=False)]
+    return [*differs, True].index(True)
 
 
 def disagreements(members: Sequence[Member]) -> list[str]:
@@ -103,7 +102,7 @@ def disagreements(members: Sequence[Member]) -> list[str]:
             )
         if mine.classes != other.classes:
             found.append(
-                f"--adapter: {member.source} {_class_difference(mine.classes, other.classes)} in "
+                f"--adapter: {member.source} {class_difference(mine.classes, other.classes)} in "
                 f"{first.source}; evaluate adapters of different classes apart"
             )
         elif mine.data_config != other.data_config:
@@ -114,21 +113,12 @@ def disagreements(members: Sequence[Member]) -> list[str]:
     return found
 
 
-def _class_difference(mine: Sequence[str], other: Sequence[str]) -> str:
+def class_difference(mine: Sequence[str], other: Sequence[str]) -> str:
+    """What to say between the names of two places whose classes differ."""
     if len(mine) != len(other):
         return f"knows {len(mine)} classes, not {len(other)} as"
     place = next(i for i, (a, b) in enumerate(zip(mine, other, strict=True)) if a != b)
     return f"has {mine[place]!r} as class {place}, not {other[place]!r} as"
-
-
-def check_classes(members: Sequence[Member], index: ShardIndex) -> None:
-    """Raises `ConfigError` unless the adapters know the classes of the data."""
-    classes = members[0].info.classes
-    if tuple(index.classes) != tuple(classes):
-        raise ConfigError(
-            f"--adapter: {members[0].source} {_class_difference(classes, index.classes)} in "
-            f"{index.root}; evaluate it on data with the same classes in the same order"
-        )
 
 
 def base_of(member: Member, weights: str | None) -> Backbone:

@@ -22,11 +22,7 @@ FORMAT_VERSION = 1
 
 
 def report(found: Evaluation, args: argparse.Namespace) -> None:
-    """Prints, and writes what was asked for.
-
-    Raises:
-        OutputError: a folder cannot be written.
-    """
+    """Prints, and writes what was asked for; `OutputError` if a folder cannot be written."""
     sys.stderr.writelines(f"warning: {line}\n" for line in found.job.warnings)
     console = output_console()
     if args.json:
@@ -82,16 +78,13 @@ def tables(found: Evaluation) -> list[Table]:
         for split in splits
         for what in ("acc %", "class mean %", "ECE %")
     ]
-    rows = [
-        [title, *(text for split in splits for text in _details(cells[env, split]))]
-        for env, title in zip(envs, titles, strict=True)
-    ]
+    rows = []
+    for env, title in zip(envs, titles, strict=True):
+        rows.append([title])
+        for figures in (cells[env, split] for split in splits):
+            shares = (figures.accuracy, figures.class_mean, figures.ece)
+            rows[-1] += [_percent(share, figures) for share in shares]
     return [*result, Table(["domain", *columns], rows, label, align="lr")]
-
-
-def _details(figures: Figures) -> list[str]:
-    shares = (figures.accuracy, figures.class_mean, figures.ece)
-    return [_percent(share, figures) for share in shares]
 
 
 def _percent(value: float, figures: Figures) -> str:
@@ -118,10 +111,10 @@ def document(found: Evaluation) -> dict[str, Any]:
     job = found.job
     domains, classes = job.data.index.domains, tuple(job.data.index.classes)
     results: dict[str, dict[str, dict[str, Any]]] = {}
-    for label, cells in found.results.items():
-        by_domain = results.setdefault(label, {})
-        for (env, split), figures in cells.items():
-            by_domain.setdefault(domains[env], {})[split] = figures.plain(classes)
+    for label, by_split in found.results.items():
+        results[label] = {domains[env]: {} for env, _ in by_split}
+        for (env, split), figures in by_split.items():
+            results[label][domains[env]][split] = figures.plain(classes)
     return {
         "format_version": FORMAT_VERSION,
         "command": shown_command(sys.argv),

@@ -60,7 +60,7 @@ def collect(
         DamagedDataError: too many images could not be used; on all ranks alike.
         EvaluationBrokenOff: the evaluator's `pause` ended it.
     """
-    total = len(evaluator.ranks(env, split))
+    total = evaluator.number(env, split)
     own = [_Own(len(evaluator.index.classes), model if features else None) for model in models]
     labels, places, unusable = [], [], 0
     with evaluating(*models):

@@ -9,6 +9,7 @@ Every rule picks one row of one run; the number to report is always that row's
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -30,7 +31,6 @@ class Choice:
     """What a rule picked in one run.
 
     Attributes:
-        step: the chosen evaluation.
         validation: what the rule ranks by, in steps and between settings.
         accuracy: the number to report, the target's `in` accuracy.
     """
@@ -42,10 +42,7 @@ class Choice:
 
 def num_domains(row: Row) -> int:
     """How many domains a row speaks of."""
-    count = 0
-    while f"env{count}_in_acc" in row:
-        count += 1
-    return count
+    return next(number for number in count() if f"env{number}_in_acc" not in row)
 
 
 def columns_of(kind: str, row: Row) -> dict[str, Any]:

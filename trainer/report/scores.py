@@ -29,11 +29,9 @@ Group = dict[tuple[int, ...], Run]
 
 @dataclass(frozen=True)
 class Score:
-    """What one run contributes to a table.
+    """What one run contributes to the row `label` of a table.
 
     Attributes:
-        run: the run.
-        label: its row.
         choice: the evaluation that the rule picked; None while the run is not finished, or where
             the rule has nothing to go by.
     """
@@ -82,9 +80,8 @@ def scores(
         runs: finished and unfinished ones.
         rule: a name of `selection.RULES`.
         by: settings that set rows apart.
-        kinds: kinds of weights to show.
-        tune: whether runs that differ in settings only are candidates for one cell, among which
-            the rule's validation accuracy decides.
+        kinds: of weights.
+        tune: let the rule's validation accuracy decide among runs that differ in settings only.
 
     Raises:
         ConfigError: two runs claim one cell.
@@ -148,16 +145,13 @@ def _best_candidate(scored: Sequence[Score]) -> Score:
 
 
 def _two_claims(one: Run, other: Run) -> str:
-    differences = differing([one, other])
-    if differences:
+    remedy = "their settings are the same: report one of them"
+    if differences := differing([one, other]):
         named = ", ".join(f"{k} ({', '.join(v)})" for k, v in list(differences.items())[:4])
-        first = next(iter(differences))
         remedy = (
-            f"they differ in {named}: --by {first} gives them rows of their own, --tune lets "
-            "the selection rule choose"
+            f"they differ in {named}: --by {next(iter(differences))} gives them rows of their own, "
+            "--tune lets the selection rule choose"
         )
-    else:
-        remedy = "their settings are the same: report one of them"
     return (
         f"{one.folder} and {other.folder} are the same method, held-out domain and seeds; {remedy}"
     )

@@ -15,19 +15,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from trainer.config.command_line import parse
-from trainer.config.run_config import ROOT, RunConfig
+from trainer.config.run_config import ROOT
 from trainer.process.ending import conclude
-from trainer.process.errors import ConfigError
 from trainer.process.world import ALONE
 from trainer.sweep.grid import (
     CONSOLE,
     Grid,
     GridRun,
     add_grid_flags,
-    differences,
+    check,
     is_finished,
-    misplaced,
-    unknown_domains,
     with_pairs,
 )
 from trainer.tables import output_console
@@ -51,33 +48,6 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def check(root: Path, runs: Sequence[GridRun], rest: Sequence[str]) -> None:
-    """Raises `ConfigError` for what no run could do, or a finished one did otherwise."""
-    from trainer.plan.data import domain_names
-
-    problems: dict[str, None] = dict.fromkeys(misplaced(rest))
-    methods: set[str] = set()
-    config: RunConfig | None = None
-    differing: list[str] = []
-    for run in runs:
-        finished = is_finished(root / run.name) and not differing  # one example is enough
-        if run.method in methods and not finished:
-            continue
-        methods.add(run.method)
-        try:
-            config = parse([*run.settings(root), *rest])
-        except ConfigError as error:
-            problems |= dict.fromkeys(str(error).splitlines())
-            continue
-        if finished:
-            differing = differences(root / run.name, config)
-    if config is not None:
-        unknown = unknown_domains((run.held_out for run in runs), domain_names(config))
-        problems |= dict.fromkeys(unknown)
-    if problems or differing:
-        raise ConfigError("\n".join([*problems, *differing]))
-
-
 def run_one(folder: Path, settings: Sequence[str]) -> int:
     """Runs one, its output in `CONSOLE` of its folder; returns the exit code."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,12 +63,12 @@ def sweep(root: Path, runs: Sequence[GridRun], jobs: int, rest: Sequence[str]) -
     """Runs what is not finished; returns the number of runs that failed."""
     from rich.progress import track  # here: `--help` need not wait for it
 
-    check(root, runs, rest)
+    check(root, runs, rest, parse)
     console = output_console()
     todo = [run for run in runs if not is_finished(root / run.name)]
     console.out(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished before")
     with ThreadPoolExecutor(jobs) as pool:
-        ended = pool.map(lambda r: run_one(root / r.name, [*r.settings(root), *rest]), todo)
+        ended = pool.map(lambda r: run_one(root / r.name, [*r.flags(root), *rest]), todo)
         codes = list(track(ended, "runs", total=len(todo), console=console))
     for run, code in zip(todo, codes, strict=True):
         if code:

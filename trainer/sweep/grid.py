@@ -1,7 +1,7 @@
 """A grid of runs, held-out domains x seeds x methods, by number; and which of them are done."""
 
 import argparse
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, groupby, product
 from pathlib import Path
@@ -13,6 +13,7 @@ from trainer.checkpoint.folder_lock import FolderLock, is_alive
 from trainer.config.command_line import words
 from trainer.config.resume_rules import FREE
 from trainer.config.run_config import RunConfig, dotted, flat
+from trainer.process.errors import ConfigError
 
 CONSOLE = "console.txt"
 """What a sweep on this machine leaves of a run's output, even of one that did not start."""
@@ -47,15 +48,19 @@ class GridRun:
         """Name of its run folder."""
         return f"{self.method}-{self.held_out}-{self.seed}"
 
-    def settings(self, root: Path) -> list[str]:
-        """The flags of `trainer/run.py` that make a run this one, in a folder of `root`."""
-        return [
-            f"--moa.method={self.method}",
-            f"--data.held_out={self.held_out}",
-            f"--train.seed={self.seed}",
-            f"--train.trial_seed={self.seed if self.trial_seed is None else self.trial_seed}",
-            f"--output_dir={root / self.name}",
-        ]
+    def settings(self, root: Path) -> dict[str, str | int]:
+        """The settings that make a run this one, in a folder of `root`."""
+        return {
+            "moa.method": self.method,
+            "data.held_out": self.held_out,
+            "train.seed": self.seed,
+            "train.trial_seed": self.seed if self.trial_seed is None else self.trial_seed,
+            "output_dir": str(root / self.name),
+        }
+
+    def flags(self, root: Path) -> list[str]:
+        """These settings as flags of `trainer/run.py`."""
+        return [f"--{name}={value}" for name, value in self.settings(root).items()]
 
 
 @dataclass(frozen=True)
@@ -130,41 +135,62 @@ def with_pairs(held_out: Sequence[str]) -> tuple[str, ...]:
     return (*held_out, *("+".join(pair) for pair in combinations(held_out, 2)))
 
 
-def unknown_domains(held_out: Iterable[str], known: Sequence[str] | None) -> list[str]:
-    """One line for each domain that the data do not have, where theirs are known yet."""
-    names = {name for text in held_out for name in held_out_names(text, known or ())}
-    return [
-        f"--held_out: no domain {name!r}; legal are {', '.join(known)}"
-        for name in sorted(names)
-        if known and name not in known
-    ]
-
-
-def misplaced(settings: Sequence[str], defaults: Collection[str] = ()) -> list[str]:
-    """One line for each setting given for all runs in which the runs of a grid differ.
+def check(
+    root: Path,
+    runs: Sequence[GridRun],
+    shared: Sequence[str],
+    parse: Callable[[list[str]], RunConfig],
+    defaults: Collection[str] = (),
+) -> None:
+    """Raises `ConfigError` for what no run could do, or a finished one did otherwise.
 
     Args:
-        settings: the flags for all runs.
-        defaults: settings that may be there, since they are the only value of their list.
+        root: folder of the run folders.
+        runs: of a grid.
+        shared: flags of all runs.
+        parse: from a run's flags to its configuration.
+        defaults: settings among `shared` that are the only value of their list in the grid.
     """
-    names = {word.removeprefix("--").partition("=")[0] for word in settings} - set(defaults)
-    return [
+    from trainer.plan.data import domain_names
+
+    given = {word.removeprefix("--").partition("=")[0] for word in shared} - set(defaults)
+    problems = [
         f"--{name}: cannot be the same for every run; give it as {flag}"
         for name, flag in OWN.items()
-        if name in names
+        if name in given
     ]
+    configs: dict[str, RunConfig] = {}
+    for run in {run.method: run for run in reversed(runs)}.values():  # one for each method
+        try:
+            configs[run.method] = parse([*shared, *run.flags(root)])
+        except ConfigError as error:
+            problems += str(error).splitlines()
+    if configs:
+        domains = domain_names(next(iter(configs.values()))) or ()
+        names = {name for run in runs for name in held_out_names(run.held_out, domains)}
+        problems += [
+            f"--held_out: no domain {name!r}; legal are {', '.join(domains)}"
+            for name in sorted(names)
+            if domains and name not in domains
+        ]
+    finished = [run for run in runs if run.method in configs and is_finished(root / run.name)]
+    differing = (differences(root, run, configs[run.method]) for run in finished)
+    problems += next(filter(None, differing), [])  # one example is enough
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
 
 
-def differences(run: Path, config: RunConfig) -> list[str]:
-    """In what a finished run differs from the settings asked for, one line each."""
-    kept = run / "config.yaml"
+def differences(root: Path, run: GridRun, config: RunConfig) -> list[str]:
+    """In what a finished run differs from its method's settings as asked for, one line each."""
+    folder = root / run.name
+    kept = folder / "config.yaml"
     if not kept.is_file():
-        return [f"{run}: holds a finished run without its config.yaml; move that folder away"]
+        return [f"{folder}: holds a finished run without its config.yaml; move that folder away"]
     found = dict(dotted(yaml.safe_load(kept.read_text(encoding="utf-8"))))
-    asked = flat(replace(config, moa=config.moa.resolved()))
+    asked = flat(replace(config, moa=config.moa.resolved())) | run.settings(root)
     return [
-        f"{name}: the finished run in {run} has {found.get(name)!r}, now {value!r}; give another "
-        "--output_dir, or remove that folder"
+        f"{name}: the finished run in {folder} has {found.get(name)!r}, now {value!r}; give "
+        "another --output_dir, or remove that folder"
         for name, value in asked.items()
         if found.get(name) != value
         and (name not in FREE or name == "train.steps")

@@ -22,11 +22,8 @@ from trainer.sweep.grid import (
     Grid,
     add_grid_flags,
     array_expression,
-    differences,
-    is_finished,
-    misplaced,
+    check,
     progress,
-    unknown_domains,
     with_pairs,
 )
 
@@ -155,31 +152,17 @@ def read_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, Path, No
     shared = [f"--recipe={own.recipe}", *rest]
     config = parse_without_data(shared)
     methods, seeds = own.methods or (config.moa.method,), own.seeds or (config.train.seed,)
-    alone = {"moa.method"} if methods == (config.moa.method,) else set()
-    alone |= {"train.seed"} if seeds == (config.train.seed,) else set()
-    domains = domain_names(config)
-    held_out = own.held_out or domains
+    held_out = own.held_out or domain_names(config)
     if held_out is None:
         raise ConfigError("--held_out: the dataset does not fix its domains; list them")
     held_out = with_pairs(held_out) if own.pairs else tuple(held_out)
-    if problems := misplaced(rest, alone) or unknown_domains(held_out, domains):
-        raise ConfigError("\n".join(problems))
-    for method in methods:
-        parse_without_data([*shared, f"--moa.method={method}"])
-    root = own.output_dir or Path("outputs") / Path(own.recipe).stem
     grid = Grid(methods, held_out, seeds, own.trial_seed)
+    root = own.output_dir or Path("outputs") / Path(own.recipe).stem
+    alone = {"moa.method"} if methods == (config.moa.method,) else set()
+    alone |= {"train.seed"} if seeds == (config.train.seed,) else set()
+    check(root, grid.runs(), shared, parse_without_data, alone)
     note = Note(grid, (f"--recipe={own.recipe}", f"--output_dir={root}", *rest))
     return own, root, note, shared
-
-
-def check_finished(root: Path, grid: Grid, shared: Sequence[str]) -> None:
-    """Raises `ConfigError` if the first finished run of a grid was made with other settings."""
-    for run in grid.runs():
-        if is_finished(root / run.name):
-            config = parse_without_data([*shared, *run.settings(root)])
-            if problems := differences(root / run.name, config):
-                raise ConfigError("\n".join(problems))
-            return
 
 
 def command(argv: Sequence[str]) -> None:
@@ -191,7 +174,6 @@ def command(argv: Sequence[str]) -> None:
             f"array index {own.index}: the grid has {len(runs)} runs; submit with "
             f"--array=0-{len(runs) - 1}"
         )
-    check_finished(root, note.grid, shared)
     keep_note(root, note)
     if own.index is None:
         lines = report_lines(root)
@@ -199,7 +181,7 @@ def command(argv: Sequence[str]) -> None:
         if own.job:
             (root / JOBS).mkdir(exist_ok=True)
             (root / JOBS / own.job).touch()
-        lines = [*shared, *runs[own.index].settings(root)]
+        lines = [*shared, *runs[own.index].flags(root)]
     sys.stdout.write("\n".join(lines) + "\n")
 
 
