@@ -66,7 +66,7 @@ def average(members: Sequence[Predictions], kind: Average) -> Predictions:
 
 
 # Settings that count in training only, or for speed.
-MAY_DIFFER = {
+OF_TRAINING = {
     "ep_size", "transport", "kron_impl", "gate_noise", "aux_weight", "expert_dropout",
 }  # fmt: skip
 
@@ -123,7 +123,7 @@ def incompatibilities(members: Sequence[Member]) -> list[str]:
 
 
 def _settings(member: Member) -> dict[str, Any]:
-    return {k: v for k, v in asdict(member.info.moa.resolved()).items() if k not in MAY_DIFFER}
+    return {k: v for k, v in asdict(member.info.moa.resolved()).items() if k not in OF_TRAINING}
 
 
 def _shapes(member: Member) -> dict[str, tuple[int, ...]]:
