@@ -65,8 +65,8 @@ bench: $(VENV)/.installed-test
 METHODS := linear,bias,attention,lora,kadaptation,multi_lora,moa_lora,moa_kron,full
 embedded-table: $(VENV)/.installed-core
 	$(BIN)/python -m trainer.sweep --methods $(METHODS) \
-	  --held-out plain,inverted,outline,coarse,textured,rotated --seeds 0,1,2 \
-	  --jobs $$(nproc) --output-dir outputs/embedded
+	  --held_out plain,inverted,outline,coarse,textured,rotated --seeds 0,1,2 \
+	  --jobs $$(nproc) --output_dir outputs/embedded
 	$(BIN)/python -m trainer.report outputs/embedded --format markdown --compare linear
 
 # Not outputs: results and checkpoints of every run.

@@ -6,6 +6,7 @@ file with the first line of its docstring. A test compares the committed pages w
 
 import argparse
 import ast
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
@@ -19,6 +20,7 @@ from docstring_parser import parse_from_object
 
 from trainer.config.command_line import describe_type
 from trainer.config.run_config import ROOT, RunConfig
+from trainer.tables import Table
 
 FLAGS = """# Flags
 
@@ -62,15 +64,11 @@ def modules_page() -> str:
     """The files of the three packages."""
     parts = [MODULES]
     for package in ("moa", "shards", "trainer"):
-        folders = sorted({path.parent for path in (ROOT / package).glob("**/*.py")})
-        for folder in folders:
-            rows = [
-                (f"`{path.name}`", _first_line(path))
-                for path in sorted(folder.glob("*.py"))
-                if path.name != "__init__.py"
-            ]
-            title = f"## `{folder.relative_to(ROOT)}/`\n\n{_first_line(folder / '__init__.py')}\n"
-            parts.append(f"{title}\n{table(('file', 'what it is for'), rows)}")
+        for init in sorted((ROOT / package).glob("**/__init__.py")):
+            files = sorted(set(init.parent.glob("*.py")) - {init})
+            rows = [(f"`{path.name}`", _first_line(path)) for path in files]
+            title = f"## `{init.parent.relative_to(ROOT)}/`\n\n{_first_line(init)}\n"
+            parts.append(f"{title}\n{_table(('file', 'what it is for'), rows)}")
     return "\n".join(parts)
 
 
@@ -79,43 +77,41 @@ def _first_line(path: Path) -> str:
     return text.split("\n")[0]
 
 
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; not filled up with spaces, so that one cell changes one line."""
+    text = Table(columns, rows).markdown()
+    return re.sub("-{4,}", "---", re.sub(" {2,}", " ", text)) + "\n"
+
+
 def flags_page() -> str:
     """The flags of all commands."""
     parts = [FLAGS, *_sections(RunConfig, "")]
     for module in COMMANDS:
-        parts.append(f"## `python -m {module}`\n")
-        command: argparse.ArgumentParser = command_module(module).parser()
-        rows = list(_options(command, own=module == "trainer.plan"))
-        parts.append(table(("flag", "meaning"), rows))
+        rows = _options(command_module(module).parser(), own=module == "trainer.plan")
+        parts.append(f"## `python -m {module}`\n\n{_table(('flag', 'meaning'), list(rows))}")
     return "\n".join(parts)
 
 
 def _sections(kind: Any, prefix: str) -> Iterator[str]:
     """A table of the plain fields of a dataclass, then one for each section below it."""
-    meanings = {p.arg_name: p.description or "" for p in parse_from_object(kind).params}
-    plain = [entry for entry in fields(kind) if not is_dataclass(entry.type)]
-    title = f"`--{prefix}*`: {first_sentence(kind)}" if prefix else "`deepspeed trainer/run.py`"
-    yield f"## {title}\n"
-    yield table(
-        ("flag", "default", "legal", "meaning"),
-        [
-            (
-                f"`--{prefix}{entry.name}`",
-                shown(entry.default),
-                describe_type(entry.type),
-                meanings.get(entry.name, ""),
-            )
-            for entry in plain
-        ],
-    )
+    about = parse_from_object(kind)
+    meanings = {p.arg_name: p.description or "" for p in about.params}
+    title = f"`--{prefix}*`: {about.short_description}".removesuffix(".")
+    rows = [
+        (
+            f"`--{prefix}{entry.name}`",
+            _shown(entry.default),
+            describe_type(entry.type),
+            meanings.get(entry.name, ""),
+        )
+        for entry in fields(kind)
+        if not is_dataclass(entry.type)
+    ]
+    yield f"## {title if prefix else '`deepspeed trainer/run.py`'}\n"
+    yield _table(("flag", "default", "legal", "meaning"), rows)
     for entry in fields(kind):
         if is_dataclass(entry.type):
             yield from _sections(entry.type, f"{prefix}{entry.name}.")
-
-
-def first_sentence(kind: type) -> str:
-    """What a dataclass is, from its docstring."""
-    return (parse_from_object(kind).short_description or "").removesuffix(".")
 
 
 def _options(parser: argparse.ArgumentParser, own: bool) -> Iterator[tuple[str, str]]:
@@ -125,14 +121,13 @@ def _options(parser: argparse.ArgumentParser, own: bool) -> Iterator[tuple[str, 
         mine = own and action.dest.partition(".")[0] in settings
         if action.dest == "help" or action.help == argparse.SUPPRESS or mine:
             continue
-        names = action.option_strings or [action.dest]
         text = (action.help or "") % {**vars(action), "prog": parser.prog}
         if action.choices is not None:
             text = f"{', '.join(map(str, action.choices))}: {text}"
-        yield ", ".join(f"`{name}`" for name in names), text
+        yield f"`{(action.option_strings or [action.dest])[0]}`", text  # others are older
 
 
-def shown(value: Any) -> str:
+def _shown(value: Any) -> str:
     """A default as a user would write it; empty for none."""
     if value is None or value == ():
         return ""
@@ -141,11 +136,7 @@ def shown(value: Any) -> str:
     return f"`{list(value) if isinstance(value, tuple) else value}`"
 
 
-def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; bars and line ends within cells are taken care of."""
-    lines = [titles, ["---"] * len(titles), *rows]
-    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n"
+PAGES = {"flags": flags_page, "modules": modules_page}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -153,9 +144,6 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog="python -m trainer.reference", description=__doc__)
     result.add_argument("page", choices=list(PAGES), help="which page to print")
     return result
-
-
-PAGES = {"flags": flags_page, "modules": modules_page}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from trainer import tables
 from trainer.process.ending import conclude
 from trainer.process.errors import ConfigError, OutputError
 from trainer.process.world import ALONE
@@ -40,9 +41,9 @@ def bench_command(args: argparse.Namespace) -> None:
     _check(args, parts)
     measured: dict[str, Table] = {}
     for part in parts:
-        for tables in _measure(part, args):
-            measured |= tables
-            _show(tables)
+        for found in _measure(part, args):
+            measured |= found
+            _show(found)
             if args.json:
                 _write(args.json, measured)
 
@@ -186,20 +187,14 @@ def _measure_steps(args: argparse.Namespace) -> "Iterator[dict[str, Table]]":
 
 
 def _show(measured: "dict[str, Table]") -> None:
-    from rich.console import Console
-    from rich.table import Table as RichTable
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
+    console = tables.output_console()
     for title, rows in measured.items():
         columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-        table = RichTable("variant", title=title, title_justify="left")
-        for name in columns:
-            table.add_column(name, justify="right")
-        for variant, row in rows.items():
-            table.add_row(variant, *(_text(row.get(name, "")) for name in columns))
-        console.print(table)
+        lines = [
+            [variant, *(_text(row.get(name, "")) for name in columns)]
+            for variant, row in rows.items()
+        ]
+        tables.Table(["variant", *columns], lines, title, align="lr").show(console)
 
 
 def _text(value: float | str) -> str:

@@ -5,52 +5,37 @@ adapters: the models are trees of small modules around the same frozen tensors.
 """
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import chain
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moa.files.origin import Origin
-from moa.files.reading import AdapterInfo
 from moa.files.saving import attach
-from trainer.evaluate.members import Member
+from trainer.evaluate.members import SOUP, Member
 from trainer.evaluate.predictions import Predictions
 from trainer.process.errors import ConfigError
 
 Average = Literal["probabilities", "logits"]
 
 
-def twin(model: nn.Module, own: Collection[str]) -> nn.Module:
-    """A copy of a model that shares all its tensors but those named in `own`."""
-    memo: dict[int, Any] = {
-        id(tensor): tensor
-        for name, tensor in chain(model.named_parameters(), model.named_buffers())
-        if name not in own
-    }
-    return copy.deepcopy(model, memo)
-
-
-def models_on(
-    backbone: nn.Module, adapters: Sequence[tuple[str, AdapterInfo, Mapping[str, Tensor]]]
-) -> nn.ModuleList:
-    """One model for each adapter, all around the frozen tensors of one backbone.
+def models_on(backbone: nn.Module, adapters: Sequence[Member]) -> nn.ModuleList:
+    """One model for each adapter, all around the frozen tensors of one fresh backbone on the CPU.
 
     What an adapter brings values for, such as a head or an unfrozen bias, is its model's own.
-
-    Args:
-        backbone: a fresh base on the CPU; it keeps its own values.
-        adapters: name, description and values of each.
 
     Raises:
         AdapterError: names or shapes of an adapter do not fit the backbone.
     """
     models = nn.ModuleList()
-    for name, info, tensors in adapters:
-        model = twin(backbone, tensors.keys())
-        attach(model, info, tensors, name)
+    for adapter in adapters:
+        tensors = chain(backbone.named_parameters(), backbone.named_buffers())
+        shared: dict[int, Any] = {id(t): t for name, t in tensors if name not in adapter.tensors}
+        model = copy.deepcopy(backbone, shared)  # makes no copy of these
+        attach(model, adapter.info, adapter.tensors, adapter.label)
         models.append(model)
     return models
 
@@ -62,12 +47,10 @@ def tensor_bytes(model: nn.Module) -> int:
 
 
 def average(members: Sequence[Predictions], kind: Average) -> Predictions:
-    """The ensemble's predictions.
+    """The ensemble's predictions, from what each model says to the same samples.
 
-    Args:
-        members: what each model says to the same samples.
-        kind: `probabilities` takes the mean of the softmax, `logits` of the scores before it. The
-            former lets no model outvote the others by the mere scale of its scores.
+    The mean is taken of the softmax or of the scores before it. The former lets no model outvote
+    the others by the mere scale of its scores.
 
     Returns:
         float64 logits; of mean probabilities, their logarithm.
@@ -83,12 +66,12 @@ def average(members: Sequence[Predictions], kind: Average) -> Predictions:
 
 
 # Settings that count in training only, or for speed.
-FREE = {
+OF_TRAINING = {
     "ep_size", "transport", "kron_impl", "gate_noise", "aux_weight", "expert_dropout",
 }  # fmt: skip
 
 
-def soup(members: Sequence[Member], command: str) -> tuple[AdapterInfo, dict[str, Tensor]]:
+def soup(members: Sequence[Member], command: str) -> Member:
     """The mean of some adapters, tensor by tensor, in fp32.
 
     Sums are taken in float64 and rounded once, so the order of the adapters does not count. Whole
@@ -114,7 +97,8 @@ def soup(members: Sequence[Member], command: str) -> tuple[AdapterInfo, dict[str
         whole = not tensor.is_floating_point()
         mean[name] = value.round().to(tensor.dtype) if whole else value.float()
     first = members[0].info
-    return replace(first, results={}, origin=_origin(members, command)), mean
+    info = replace(first, results={}, origin=_origin(members, command))
+    return Member(SOUP, SOUP, info, mean)
 
 
 def incompatibilities(members: Sequence[Member]) -> list[str]:
@@ -124,7 +108,7 @@ def incompatibilities(members: Sequence[Member]) -> list[str]:
         start = f"--combine soup: {member.source} and {first.source}"
         mine, other = _settings(member), _settings(first)
         differ = [f"moa.{k}: {mine[k]!r} and {other[k]!r}" for k in mine if mine[k] != other[k]]
-        shapes, others = _shapes(member.tensors), _shapes(first.tensors)
+        shapes, others = _shapes(member), _shapes(first)
         if differ:
             found.append(f"{start} differ in {'; '.join(differ)}")
         elif shapes != others:
@@ -139,11 +123,11 @@ def incompatibilities(members: Sequence[Member]) -> list[str]:
 
 
 def _settings(member: Member) -> dict[str, Any]:
-    return {k: v for k, v in asdict(member.info.moa.resolved()).items() if k not in FREE}
+    return {k: v for k, v in asdict(member.info.moa.resolved()).items() if k not in OF_TRAINING}
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+def _shapes(member: Member) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in member.tensors.items()}
 
 
 def _origin(members: Sequence[Member], command: str) -> Origin | None:

@@ -7,15 +7,14 @@ from typing import Any
 
 from moa.files.origin import Origin
 from shards import DataConfig, Decoder, ShardIndex, open_shards
-from trainer.evaluate.members import Member, check_classes
+from trainer.evaluate.members import Member, class_difference
 from trainer.prepare.provenance import data_hash, split_hash
 from trainer.process.errors import ConfigError
 
 RECORDED = ("dataset", "holdout_fraction", "decode", "truncated")
-"""Fields of the data configuration that an adapter has on record, and the command line may change.
-"""
+"""Data settings that an adapter has on record, and the command line may change."""
 GIVEN = ("root", "cache_dir", "exclude_list", "include_list")
-"""Further fields that only the command line knows."""
+"""Further ones that only the command line knows."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,6 @@ class AdapterData:
 
     Attributes:
         config: how it is read.
-        index: the shard set.
         envs: numbers of the domains asked for.
         trial_seed: seed of the split, whose fraction is the configuration's.
         warnings: what the user should know, one line each.
@@ -43,12 +41,9 @@ class AdapterData:
 
 
 def open_data(args: argparse.Namespace, members: Sequence[Member], **more: Any) -> AdapterData:
-    """Opens the data that `add_shared_flags` and the adapters name.
+    """Opens the data that `add_shared_flags` and the adapters name; `more` settings on top.
 
-    Args:
-        args: the command line.
-        members: the adapters; what the first one on record says is the default.
-        more: further fields of the data configuration.
+    What the first adapter on record says is the default.
 
     Raises:
         ConfigError, DataConfigError: something given cannot work, or fits not these adapters.
@@ -61,12 +56,16 @@ def open_data(args: argparse.Namespace, members: Sequence[Member], **more: Any) 
     if problems := config.problems():
         raise ConfigError("\n".join(problems))
     index = open_shards(config)
-    check_classes(members, index)
+    classes, source = members[0].info.classes, members[0].source
+    if tuple(index.classes) != tuple(classes):
+        raise ConfigError(
+            f"--adapter: {source} {class_difference(classes, index.classes)} in {index.root}; "
+            "evaluate it on data with the same classes in the same order"
+        )
     names = dict.fromkeys(args.domains or index.domains)
     envs = tuple(index.domain_number(name, "--domains") for name in names)
-    seed = args.trial_seed
-    if seed is None:
-        seed = 0 if known is None else known.trial_seed
+    recorded = 0 if known is None else known.trial_seed
+    seed = recorded if args.trial_seed is None else args.trial_seed
     return AdapterData(config, index, envs, seed, _warnings(members, config, index, seed))
 
 

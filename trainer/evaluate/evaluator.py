@@ -22,10 +22,10 @@ PAUSE_EVERY = 4
 SPLITS = ("in", "out")
 LEFT_OUT = "left_out"
 """What `data.exclude_list` or `data.include_list` leaves out, evaluated apart."""
-Cell = tuple[int, str]
+DomainSplit = tuple[int, str]
 """(domain number, split)."""
-Counts = dict[tuple[int, str], tuple[int, int, int]]
-"""(domain number, split) -> (correct, total, of which could not be used and were guessed)."""
+SplitCounts = dict[DomainSplit, tuple[int, int, int]]
+"""What was (correct, seen, unusable and so guessed) of each split."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,17 +33,11 @@ class Evaluator:
     """Evaluates a model on domains of a shard set, each sample once whatever the world size.
 
     Attributes:
-        index: the shard set.
         data_config: the backbone's data configuration.
-        trial_seed: seed of the split.
         holdout_fraction: share of the `out` split.
         batch_size: images per process and batch.
-        workers: loader processes.
-        world: this process among those that evaluate together.
-        device: where the model is.
-        dtype: the model's dtype.
-        sum_over_ranks: sum of a tensor over the processes.
-        decoder: decodes the images.
+        device: where the model is, as `dtype` is what it computes in.
+        sum_over_ranks: of a tensor.
         max_bad_fraction: largest share of a split that may be unusable.
         pause: entered by all ranks now and then; may end the evaluation with an error.
         losses: whether the loss is of interest beside the accuracy.
@@ -67,36 +61,39 @@ class Evaluator:
     losses: bool = False
     note: Callable[[int, Tensor, Tensor], object] | None = None
 
-    def cells(self) -> list[Cell]:
-        """All domains and splits."""
+    def domain_splits(self) -> list[DomainSplit]:
+        """All splits of all domains."""
         splits = SPLITS if self.index.subset is None else (*SPLITS, LEFT_OUT)
         return [(env, split) for env in range(len(self.index.domains)) for split in splits]
 
-    def __call__(self, model: nn.Module, cells: Sequence[Cell] | None = None) -> Counts:
-        """Counts of some cells, by default of all; a collective over the processes.
+    def __call__(
+        self, model: nn.Module, places: Sequence[DomainSplit] | None = None
+    ) -> SplitCounts:
+        """The counts alone of `with_losses`."""
+        return self.with_losses(model, places)[0]
 
-        The model is in evaluation mode meanwhile and returns to its mode afterwards.
+    def with_losses(
+        self, model: nn.Module, places: Sequence[DomainSplit] | None = None
+    ) -> tuple[SplitCounts, dict[DomainSplit, float]]:
+        """Counts of some splits, by default of all, and mean cross-entropies if `losses` is set.
+
+        A collective over the processes. The model is in evaluation mode meanwhile and returns to
+        its mode afterwards.
 
         Raises:
             DamagedDataError: too many images of a split could not be used; on all ranks alike.
             EvaluationBrokenOff: `pause` ended it.
         """
-        return self.with_losses(model, cells)[0]
-
-    def with_losses(
-        self, model: nn.Module, cells: Sequence[Cell] | None = None
-    ) -> tuple[Counts, dict[Cell, float]]:
-        """Counts, and each cell's mean cross-entropy if `losses` is set; see `__call__`."""
-        cells = self.cells() if cells is None else cells
+        places = self.domain_splits() if places is None else places
         with evaluating(model):
-            local = [self._count(model, self.batches([model], env, split)) for env, split in cells]
-        counts: Counts = {}
-        losses: dict[Cell, float] = {}
+            local = [self._count(model, self.batches([model], *place)) for place in places]
+        counts: SplitCounts = {}
+        losses: dict[DomainSplit, float] = {}
         total = self.sum_over_ranks(torch.stack(local)).tolist()
-        for cell, (correct, number, unusable, loss) in zip(cells, total, strict=True):
-            self.check_usable(*cell, int(unusable), int(number))
-            counts[cell] = (int(correct), int(number), int(unusable))
-            losses[cell] = loss / number if number else 0.0
+        for place, (correct, number, unusable, loss) in zip(places, total, strict=True):
+            self.check_usable(*place, int(unusable), int(number))
+            counts[place] = (int(correct), int(number), int(unusable))
+            losses[place] = loss / number if number else 0.0
         return counts, losses if self.losses else {}
 
     def batches(self, models: Sequence[nn.Module], env: int, split: str) -> Iterator[Batch]:
@@ -116,8 +113,10 @@ class Evaluator:
             if batch is not None:
                 yield batch
             else:
+                size: Any = self.data_config["input_size"]
+                blank = torch.zeros(1, *size, dtype=self.dtype, device=self.device)
                 for model in models:
-                    model(self._blank())
+                    model(blank)
             if done % PAUSE_EVERY == 0:
                 self.pause()
         self.pause()
@@ -132,11 +131,6 @@ class Evaluator:
     def number(self, env: int, split: str) -> int:
         """How many samples a split has."""
         return len(self.ranks(env, split))
-
-    def _blank(self) -> Tensor:
-        """An image of nothing, [1, 3, H, W]."""
-        size: Any = self.data_config["input_size"]
-        return torch.zeros(1, *size, dtype=self.dtype, device=self.device)
 
     def check_usable(self, env: int, split: str, unusable: int, total: int) -> None:
         """Raises `DamagedDataError` if too many of a split's `total` images were `unusable`."""
@@ -189,7 +183,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             model.train(mode)
 
 
-def accuracies(counts: Counts) -> dict[str, float]:
+def accuracies(counts: SplitCounts) -> dict[str, float]:
     """`env{i}_{split}_acc` in [0, 1] as in DomainBed's rows; a split without samples gives 0.
 
     What a list leaves out gives `moa/env{i}_left_out_acc`. Where images could not be used,

@@ -23,11 +23,9 @@ def add_shared_flags(result: argparse.ArgumentParser) -> None:
         "--data.holdout_fraction", dest="holdout_fraction", type=float,
         help="share of the out split (as the adapters say)",
     )  # fmt: skip
-    for name in ("exclude_list", "include_list"):
-        add(
-            f"--data.{name}", dest=name, metavar="FILE",
-            help="samples to leave out, or to keep; `in` and `out` are without the rest",
-        )  # fmt: skip
+    listed = "samples to leave out, or to keep; `in` and `out` are without the rest"
+    add("--data.exclude_list", dest="exclude_list", metavar="FILE", help=listed)
+    add("--data.include_list", dest="include_list", metavar="FILE", help=listed)
     add("--data.cache_dir", dest="cache_dir", help="where shards of a remote root are kept")
     add(
         "--data.decode", dest="decode", choices=get_args(Decode),
@@ -40,12 +38,7 @@ def add_shared_flags(result: argparse.ArgumentParser) -> None:
 
 
 def add_weights_flag(result: argparse.ArgumentParser, purpose: str = "") -> None:
-    """The weights of the base.
-
-    Args:
-        result: the command line.
-        purpose: what needs them, where that is not the whole command.
-    """
+    """The weights of the base; `purpose` says what needs them where not the whole command does."""
     result.add_argument(
         "--model.weights", dest="weights",
         help=f"{purpose}pretrained, random, or a safetensors file of the base (as the adapter "

@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -10,10 +11,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from moa.files.reading import AdapterInfo
 from trainer.evaluate.combine import Average, average, models_on, soup, start_warning, tensor_bytes
 from trainer.evaluate.data import AdapterData, open_data
-from trainer.evaluate.evaluator import LEFT_OUT, SPLITS, Evaluator
+from trainer.evaluate.evaluator import LEFT_OUT, SPLITS, DomainSplit, Evaluator
 from trainer.evaluate.figures import Figures, figures_of
 from trainer.evaluate.members import (
     ENSEMBLE,
@@ -39,18 +39,17 @@ class Job:
         members: the adapters given.
         combine: what is made of them.
         average: what the ensemble averages.
-        soup: description and values of their mean, if that is wanted.
+        soup: their mean, if that is wanted.
         backbone: a fresh one.
-        data: what they are evaluated on.
-        splits: which splits of each domain.
+        splits: of each domain.
         batch: images per process and batch.
-        warnings: what the user should know.
+        warnings: what the user should know, one line each.
     """
 
     members: list[Member]
     combine: tuple[str, ...]
     average: Average
-    soup: tuple[AdapterInfo, dict[str, Tensor]] | None
+    soup: Member | None
     backbone: Backbone
     data: AdapterData
     splits: tuple[str, ...]
@@ -63,17 +62,16 @@ class Evaluation:
     """What came out.
 
     Attributes:
-        job: what was evaluated.
-        results: label -> (domain number, split) -> figures; the result asked for comes last.
+        results: figures by label and split; the result asked for comes last.
         passes: forward passes of every image.
-        images: images evaluated, once each.
+        images: evaluated, once each.
         seconds: how long that took.
         backbone_bytes: tensors of the backbone.
         adapter_bytes: tensors of the adapters beside it.
     """
 
     job: Job
-    results: dict[str, dict[tuple[int, str], Figures]]
+    results: dict[str, dict[DomainSplit, Figures]]
     passes: int
     images: int
     seconds: float
@@ -111,23 +109,22 @@ def prepare(args: argparse.Namespace) -> Job:
         AdapterError, CheckpointError, DamagedDataError: something read is damaged.
     """
     members = read_members(args.adapter)
-    combine = tuple(args.combine or (("each",) if len(members) == 1 else (ENSEMBLE,)))
+    combine = tuple(args.combine or [ENSEMBLE if len(members) > 1 else "each"])
     if ENSEMBLE in combine and len(members) < 2:
         raise ConfigError("--combine ensemble: needs two adapters or more; give --adapter A B")
-    if args.save is not None and SOUP not in combine:
-        raise ConfigError("--save: writes the soup; give --combine soup as well")
     if args.save is not None:
+        if SOUP not in combine:
+            raise ConfigError("--save: writes the soup; give --combine soup as well")
         check_target("--save", args.save)
     if args.batch < 1:
         raise ConfigError(f"--batch {args.batch}: must be 1 or more")
-    mixed = soup(members, shown_command(sys.argv)) if SOUP in combine else None
+    mean = soup(members, shown_command(sys.argv)) if SOUP in combine else None
     data = open_data(args, members, workers=args.workers, max_bad_fraction=args.max_bad_fraction)
     splits = SPLITS if args.split == "both" else (args.split,)
-    if data.index.subset is not None:
-        splits = (*splits, LEFT_OUT)
-    warnings = (*data.warnings, *(start_warning(members) if mixed else ()))
+    splits = splits if data.index.subset is None else (*splits, LEFT_OUT)
+    warnings = (*data.warnings, *(start_warning(members) if mean else ()))
     backbone = base_of(members[0], args.weights)
-    return Job(members, combine, args.average, mixed, backbone, data, splits, args.batch, warnings)
+    return Job(members, combine, args.average, mean, backbone, data, splits, args.batch, warnings)
 
 
 def evaluate(job: Job, world: World, sum_over_ranks: Callable[[Tensor], Tensor]) -> Evaluation:
@@ -136,11 +133,9 @@ def evaluate(job: Job, world: World, sum_over_ranks: Callable[[Tensor], Tensor])
     Raises:
         DamagedDataError: too many images could not be used.
     """
-    data, adapters = job.data, []
-    if {"each", ENSEMBLE} & set(job.combine):
-        adapters += [(m.label, m.info, m.tensors) for m in job.members]
-    if job.soup is not None:
-        adapters.append((SOUP, *job.soup))
+    data = job.data
+    adapters = list(job.members) if {"each", ENSEMBLE} & set(job.combine) else []
+    adapters += [] if job.soup is None else [job.soup]
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
     backbone_bytes = tensor_bytes(job.backbone.model)
@@ -159,18 +154,16 @@ def evaluate(job: Job, world: World, sum_over_ranks: Callable[[Tensor], Tensor])
         decoder=data.decoder,
         max_bad_fraction=data.config.max_bad_fraction,
     )
-    names = [name for name, _, _ in adapters]
-    results: dict[str, dict[tuple[int, str], Figures]] = {name: {} for name in names}
-    if ENSEMBLE in job.combine:
-        results[ENSEMBLE] = {}
+    names = [adapter.label for adapter in adapters]
+    results: dict[str, dict[DomainSplit, Figures]] = defaultdict(dict)
     started, images = time.perf_counter(), 0
-    for cell in product(data.envs, job.splits):
-        found = dict(zip(names, collect(evaluator, list(models), *cell), strict=True))
+    for place in product(data.envs, job.splits):
+        found = dict(zip(names, collect(evaluator, list(models), *place), strict=True))
         if ENSEMBLE in job.combine:
             alone = [found[member.label] for member in job.members]
             found[ENSEMBLE] = average(alone, job.average)
         for name, predictions in found.items():
-            results[name][cell] = figures_of(predictions)
-        images += next(iter(results.values()))[cell].samples
+            results[name][place] = figures_of(predictions)
+        images += results[names[0]][place].samples
     seconds, own = time.perf_counter() - started, tensor_bytes(models) - backbone_bytes
     return Evaluation(job, results, len(models), images, seconds, backbone_bytes, own)

@@ -10,7 +10,6 @@ from moa.files.atomic_folder import holds_current
 from moa.files.hub import HUB_PREFIX, adapter_folder
 from moa.files.reading import AdapterInfo, read_adapter
 from moa.files.saving import check_replaceable
-from shards import ShardIndex
 from trainer.checkpoint.checkpoint import MANIFEST_FILE, verify
 from trainer.config.run_config import ModelConfig
 from trainer.prepare.backbone import Backbone, create_backbone
@@ -27,8 +26,6 @@ class Member:
     Attributes:
         label: a short name, different for each.
         source: where it was read from.
-        info: everything about it that is not a tensor.
-        tensors: its values by name.
     """
 
     label: str
@@ -46,10 +43,9 @@ def read_members(sources: Sequence[str]) -> list[Member]:
         MissingAdapterError: there is none at a place.
         AdapterError, CheckpointError: one is damaged.
     """
-    by_place: dict[str, list[str]] = {}
-    for source in sources:
-        by_place.setdefault(_place(source), []).append(source)
-    for same in by_place.values():
+    places = [s if s.startswith(HUB_PREFIX) else str(Path(s).resolve()) for s in sources]
+    for place in places:
+        same = [source for source, its in zip(sources, places, strict=True) if its == place]
         if len(same) > 1:
             raise ConfigError(
                 f"--adapter: {' and '.join(same)}: one adapter, given twice; give each once"
@@ -63,11 +59,6 @@ def read_members(sources: Sequence[str]) -> list[Member]:
     if problems := disagreements(members):
         raise ConfigError("\n".join(problems))
     return members
-
-
-def _place(source: str) -> str:
-    """Equal for two ways of writing where one adapter lies."""
-    return source if source.startswith(HUB_PREFIX) else str(Path(source).resolve())
 
 
 def labels(sources: Sequence[str]) -> list[str]:
@@ -93,15 +84,16 @@ def labels(sources: Sequence[str]) -> list[str]:
 
 def _shared(parts: Sequence[Sequence[str]]) -> int:
     """How many parts are equal in all, counted from the start."""
-    equal = [len(set(places)) == 1 for places in zip(*parts, strict=False)]
-    return equal.index(False) if False in equal else len(equal)
+    differs = [len(set(places)) > 1 for places in zip(*parts, strict=False)]
+    return [*differs, True].index(True)
 
 
 def disagreements(members: Sequence[Member]) -> list[str]:
     """Why some adapters cannot share one backbone and one list of classes; one line each."""
     first, found = members[0], []
+    other = first.info
     for member in members[1:]:
-        mine, other = member.info, first.info
+        mine = member.info
         if (mine.base_model, mine.base_sha256) != (other.base_model, other.base_sha256):
             found.append(
                 f"--adapter: {member.source} was trained on {mine.base_model} "
@@ -110,7 +102,7 @@ def disagreements(members: Sequence[Member]) -> list[str]:
             )
         if mine.classes != other.classes:
             found.append(
-                f"--adapter: {member.source} {_class_difference(mine.classes, other.classes)} in "
+                f"--adapter: {member.source} {class_difference(mine.classes, other.classes)} in "
                 f"{first.source}; evaluate adapters of different classes apart"
             )
         elif mine.data_config != other.data_config:
@@ -121,21 +113,12 @@ def disagreements(members: Sequence[Member]) -> list[str]:
     return found
 
 
-def _class_difference(mine: Sequence[str], other: Sequence[str]) -> str:
+def class_difference(mine: Sequence[str], other: Sequence[str]) -> str:
+    """What to say between the names of two places whose classes differ."""
     if len(mine) != len(other):
         return f"knows {len(mine)} classes, not {len(other)} as"
     place = next(i for i, (a, b) in enumerate(zip(mine, other, strict=True)) if a != b)
     return f"has {mine[place]!r} as class {place}, not {other[place]!r} as"
-
-
-def check_classes(members: Sequence[Member], index: ShardIndex) -> None:
-    """Raises `ConfigError` unless the adapters know the classes of the data."""
-    classes = members[0].info.classes
-    if tuple(index.classes) != tuple(classes):
-        raise ConfigError(
-            f"--adapter: {members[0].source} {_class_difference(classes, index.classes)} in "
-            f"{index.root}; evaluate it on data with the same classes in the same order"
-        )
 
 
 def base_of(member: Member, weights: str | None) -> Backbone:
@@ -157,9 +140,8 @@ def base_of(member: Member, weights: str | None) -> Backbone:
             f"--model.weights: {member.source} was trained on {named}, which is not here; give "
             "that file: --model.weights FILE.safetensors"
         )
-    # Random weights follow from the seed and the number of classes, as in training.
     base = ModelConfig(backbone=info.base_model, weights=named)
-    backbone = create_backbone(base, len(info.classes), seed)
+    backbone = create_backbone(base, len(info.classes), seed)  # random ones follow from both
     if backbone.sha256 != info.base_sha256:
         raise ConfigError(
             f"--model.weights {named}: these weights of {backbone.name} have SHA-256 "
@@ -184,9 +166,8 @@ def _right_weights(given: str, recorded: str) -> str:
 
 def held_out_by(members: Sequence[Member], domain: str) -> list[str]:
     """Labels of the adapters that were not trained on a domain."""
-    return [
-        m.label for m in members if m.info.origin is not None and domain in m.info.origin.withheld
-    ]
+    origins = ((member.label, member.info.origin) for member in members)
+    return [label for label, origin in origins if origin and domain in origin.withheld]
 
 
 def check_target(flag: str, folder: Path) -> None:

@@ -3,14 +3,10 @@
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from moa.files.atomic_folder import replaced_folder
 from moa.files.saving import write_adapter
@@ -20,43 +16,26 @@ from trainer.evaluate.job import Evaluation
 from trainer.evaluate.members import SOUP, held_out_by
 from trainer.prepare.provenance import shown_command
 from trainer.process.errors import cannot_write
+from trainer.tables import Table, output_console
 
 FORMAT_VERSION = 1
-WIDTH = 160
-"""Columns of a table that goes into a file or a pipe."""
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table of formatted cells."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
 
 
 def report(found: Evaluation, args: argparse.Namespace) -> None:
-    """Prints, and writes what was asked for.
-
-    Raises:
-        OutputError: a folder cannot be written.
-    """
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    complaints = Console(stderr=True)
-    for line in found.job.warnings:
-        complaints.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
+    """Prints, and writes what was asked for; `OutputError` if a folder cannot be written."""
+    sys.stderr.writelines(f"warning: {line}\n" for line in found.job.warnings)
+    console = output_console()
     if args.json:
         for label in found.results:
-            line = json.dumps({"moa/result": label, **row(found, label)})
-            console.print(line, soft_wrap=True, highlight=False, markup=False)
+            console.out(json.dumps({"moa/result": label, **row(found, label)}))
     else:
-        for grid in grids(found):
-            console.print(_rich(grid))
-        console.print(_cost(found), highlight=False, markup=False, soft_wrap=True)
+        for table in tables(found):
+            table.show(console)
+        console.out(_cost(found))
     if args.output is not None:
         _write_folder(found, args.output)
     if args.save is not None:
-        save_soup(found, args.save)
+        _save_soup(found, args.save)
 
 
 def row(found: Evaluation, label: str) -> dict[str, float]:
@@ -82,39 +61,30 @@ def domain_title(found: Evaluation, env: int) -> str:
     return f"{name} (held out)" if everyone else f"{name} (held out by {', '.join(by)})"
 
 
-def grids(found: Evaluation) -> list[Grid]:
+def tables(found: Evaluation) -> list[Table]:
     """A comparison of all results if there are several, then the details of the last."""
-    job, tables = found.job, []
-    titles = [domain_title(found, env) for env in job.data.envs]
-    for split in job.splits if len(found.results) > 1 else ():
+    envs, splits, result = found.job.data.envs, found.job.splits, []
+    titles = [domain_title(found, env) for env in envs]
+    for split in splits if len(found.results) > 1 else ():
         rows = []
         for label, cells in found.results.items():
-            here = [cells[env, split] for env in job.data.envs]
+            here = [cells[env, split] for env in envs]
             rows.append([label, *(_percent(f.accuracy, f) for f in here), _mean_ece(here)])
-        name = split.replace("_", " ")
-        columns = ["adapter", *titles, "mean ECE %"]
-        tables.append(Grid(f"accuracy %, {name} split", columns, rows))
+        title = f"accuracy %, {split.replace('_', ' ')} split"
+        result.append(Table(["adapter", *titles, "mean ECE %"], rows, title, align="lr"))
     label, cells = next(reversed(found.results.items()))
-    columns = ["domain"]
-    for split in job.splits:
-        columns += [
-            f"{split.replace('_', ' ')} {what}" for what in ("acc %", "class mean %", "ECE %")
-        ]
-    rows = [
-        [title, *_details(cells, env, job.splits)]
-        for env, title in zip(job.data.envs, titles, strict=True)
+    columns = [
+        f"{split.replace('_', ' ')} {what}"
+        for split in splits
+        for what in ("acc %", "class mean %", "ECE %")
     ]
-    return [*tables, Grid(label, columns, rows)]
-
-
-def _details(
-    cells: Mapping[tuple[int, str], Figures], env: int, splits: tuple[str, ...]
-) -> list[str]:
-    texts = []
-    for split in splits:
-        figures = cells[env, split]
-        texts += [_percent(v, figures) for v in (figures.accuracy, figures.class_mean, figures.ece)]
-    return texts
+    rows = []
+    for env, title in zip(envs, titles, strict=True):
+        rows.append([title])
+        for figures in (cells[env, split] for split in splits):
+            shares = (figures.accuracy, figures.class_mean, figures.ece)
+            rows[-1] += [_percent(share, figures) for share in shares]
+    return [*result, Table(["domain", *columns], rows, label, align="lr")]
 
 
 def _percent(value: float, figures: Figures) -> str:
@@ -125,21 +95,6 @@ def _mean_ece(cells: Sequence[Figures]) -> str:
     """Over the cells that have samples."""
     found = [cell.ece for cell in cells if cell.samples]
     return f"{100 * sum(found) / len(found):.1f}" if found else "-"
-
-
-def _rich(grid: Grid) -> Table:
-    table = Table(title=escape(grid.title))
-    for number, name in enumerate(grid.columns):
-        table.add_column(escape(name), justify="right" if number else "left")
-    for cells in grid.rows:
-        table.add_row(*map(escape, cells))
-    return table
-
-
-def _markdown(grid: Grid) -> str:
-    lines = [grid.columns, ["---", *["---:"] * (len(grid.columns) - 1)], *grid.rows]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"**{grid.title}**\n\n{text}\n"
 
 
 def _cost(found: Evaluation) -> str:
@@ -156,10 +111,10 @@ def document(found: Evaluation) -> dict[str, Any]:
     job = found.job
     domains, classes = job.data.index.domains, tuple(job.data.index.classes)
     results: dict[str, dict[str, dict[str, Any]]] = {}
-    for label, cells in found.results.items():
-        by_domain = results.setdefault(label, {})
-        for (env, split), figures in cells.items():
-            by_domain.setdefault(domains[env], {})[split] = figures.plain(classes)
+    for label, by_split in found.results.items():
+        results[label] = {domains[env]: {} for env, _ in by_split}
+        for (env, split), figures in by_split.items():
+            results[label][domains[env]][split] = figures.plain(classes)
     return {
         "format_version": FORMAT_VERSION,
         "command": shown_command(sys.argv),
@@ -193,23 +148,20 @@ def _write_folder(found: Evaluation, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         replace_text(folder / "evaluation.json", json.dumps(document(found)) + "\n")
-        replace_text(folder / "tables.md", "\n".join(map(_markdown, grids(found))))
+        texts = [table.markdown() + "\n" for table in tables(found)]
+        replace_text(folder / "tables.md", "\n".join(texts))
         save_pictures(found, {env: domain_title(found, env) for env in found.job.data.envs}, folder)
     except OSError as error:
         raise cannot_write("--output", folder, error) from error
 
 
-def save_soup(found: Evaluation, folder: Path) -> None:
-    """Writes the mean adapter with its figures.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    assert found.job.soup is not None
-    info, tensors = found.job.soup
+def _save_soup(found: Evaluation, folder: Path) -> None:
+    """Writes the mean adapter with its figures."""
+    mean = found.job.soup
+    assert mean is not None
     accuracies = {k: v for k, v in row(found, SOUP).items() if k.endswith("_acc")}
     try:
         with replaced_folder(folder) as temporary:
-            write_adapter(temporary, tensors, replace(info, results=accuracies))
+            write_adapter(temporary, mean.tensors, replace(mean.info, results=accuracies))
     except OSError as error:
         raise cannot_write("--save", folder, error) from error

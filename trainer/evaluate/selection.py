@@ -9,6 +9,7 @@ Every rule picks one row of one run; the number to report is always that row's
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -17,12 +18,10 @@ OUT_ACCURACY = re.compile(r"env(\d+)_out_acc")
 TRAINING_DOMAIN_VALIDATION = "training_domain_validation"
 ORACLE = "oracle"
 LEAVE_ONE_DOMAIN_OUT = "leave_one_domain_out"
-SIBLINGS = "siblings"
 RULES: dict[str, str] = {
     TRAINING_DOMAIN_VALIDATION: "step with the best mean of the sources' out accuracies",
     ORACLE: "the last step; ranks settings by the target's own out accuracy",
     LEAVE_ONE_DOMAIN_OUT: "step with the best mean over runs that hold out one more domain each",
-    SIBLINGS: "step with the best mean over the runs that hold out each other domain instead",
 }
 """Name and meaning of every rule; the first is the default."""
 
@@ -32,7 +31,6 @@ class Choice:
     """What a rule picked in one run.
 
     Attributes:
-        step: the chosen evaluation.
         validation: what the rule ranks by, in steps and between settings.
         accuracy: the number to report, the target's `in` accuracy.
     """
@@ -44,10 +42,7 @@ class Choice:
 
 def num_domains(row: Row) -> int:
     """How many domains a row speaks of."""
-    count = 0
-    while f"env{count}_in_acc" in row:
-        count += 1
-    return count
+    return next(number for number in count() if f"env{number}_in_acc" not in row)
 
 
 def columns_of(kind: str, row: Row) -> dict[str, Any]:
@@ -65,17 +60,7 @@ def validation_accuracy(row: Row, withheld: Collection[int]) -> float:
 
 
 def training_domain_validation(rows: Sequence[Row], withheld: Collection[int]) -> Row:
-    """The row with the best `validation_accuracy`; the first of equals.
-
-    The number to report is that row's `env{held_out}_in_acc`.
-
-    Args:
-        rows: of one run.
-        withheld: numbers of the domains it was not trained on.
-
-    Raises:
-        ValueError: there is no row.
-    """
+    """The row of a run with the best `validation_accuracy`; `ValueError` if there is none."""
     if not rows:
         raise ValueError("no evaluation to select from")
     return max(rows, key=lambda row: validation_accuracy(row, withheld))
@@ -90,10 +75,8 @@ def by_training_domains(rows: Sequence[Row], held_out: int) -> Choice:
 def by_oracle(rows: Sequence[Row], held_out: int) -> Choice:
     """DomainBed's test-domain validation: the last step, no early stopping.
 
-    It looks at the target's `out` split only to rank runs of different settings.
-
-    Raises:
-        ValueError: there is no row.
+    It looks at the target's `out` split only to rank runs of different settings. Without a row it
+    is a `ValueError`.
     """
     if not rows:
         raise ValueError("no evaluation to select from")
@@ -117,35 +100,12 @@ def by_leaving_one_out(
     Returns:
         The choice; None unless at some step of `rows` every other domain can vote.
     """
-    return _by_votes(rows, held_out, pairs)
-
-
-def by_siblings(
-    rows: Sequence[Row], held_out: int, siblings: Mapping[int, Sequence[Row]]
-) -> Choice | None:
-    """Like `by_leaving_one_out`, with the runs that hold out another domain alone.
-
-    Not a rule of DomainBed: those runs were trained on the target domain. No run beyond the usual
-    one per held-out domain is needed.
-
-    Args:
-        rows: the run that holds out the target.
-        held_out: the target.
-        siblings: by domain v, the rows of the run that holds out v.
-    """
-    return _by_votes(rows, held_out, siblings)
-
-
-def _by_votes(
-    rows: Sequence[Row], held_out: int, voters: Mapping[int, Sequence[Row]]
-) -> Choice | None:
-    """The step of `rows` at which the voters' accuracies on their own domains are best."""
     if not rows:
         return None
     others = [v for v in range(num_domains(rows[0])) if v != held_out]
-    if not set(others) <= set(voters):
+    if not set(others) <= set(pairs):
         return None
-    votes = {v: {row["step"]: row[f"env{v}_in_acc"] for row in voters[v]} for v in others}
+    votes = {v: {row["step"]: row[f"env{v}_in_acc"] for row in pairs[v]} for v in others}
     choices = [
         _choice(row, sum(votes[v][row["step"]] for v in others) / len(others), held_out)
         for row in rows

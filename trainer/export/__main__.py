@@ -6,12 +6,14 @@ adapter, with its paths: read it before you publish it.
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.evaluate.flags import add_weights_flag
 from trainer.process.ending import conclude
+from trainer.process.errors import ConfigError, OutputError, cannot_write
 from trainer.process.world import ALONE
 
 if TYPE_CHECKING:
@@ -45,11 +47,9 @@ def export(args: argparse.Namespace) -> None:
     Raises:
         ConfigError, MissingAdapterError, MoAConfigError: something given cannot work.
         AdapterError, CheckpointError: the adapter is damaged.
-        OutputError: a folder cannot be written.
+        OutputError: a folder or repository cannot be written.
     """
     from trainer.evaluate.members import check_target, read_members
-    from trainer.export.sharing import check_repository, push, write_folder
-    from trainer.process.errors import ConfigError
 
     if not (args.out or args.peft or args.push):
         raise ConfigError("nothing to do: give --out FOLDER, --peft FOLDER or --push ORG/NAME")
@@ -60,15 +60,15 @@ def export(args: argparse.Namespace) -> None:
         if folder is not None:
             check_target(flag, folder)
     if args.push:
-        check_repository(args.push)
+        _check_repository(args.push)
     if args.peft:
-        _write_peft(member, args)
+        _write_peft(member, args.peft, args.weights)
         _say(f"wrote {args.peft} for peft.PeftModel.from_pretrained")
     if args.out:
-        write_folder(member, args.out)
+        _write_folder(member, args.out)
         _say(f"wrote {args.out}")
     if args.push:
-        _say(f"pushed to {push(member, args.push, args.private)}; load it with")
+        _say(f"pushed to {_push(member, args.push, args.private)}; load it with")
         _say(f'moa.load_adapter(model, "hf-hub:{args.push}")')
 
 
@@ -77,20 +77,73 @@ def _say(line: str) -> None:
     sys.stdout.flush()
 
 
-def _write_peft(member: "Member", args: argparse.Namespace) -> None:
+def _write_peft(member: "Member", folder: Path, weights: str | None) -> None:
     import moa
     from moa.files.saving import attach
     from trainer.evaluate.members import base_of
-    from trainer.process.errors import OutputError
 
-    backbone = base_of(member, args.weights)
+    backbone = base_of(member, weights)
     attach(backbone.model, member.info, member.tensors, member.source)
     try:
-        moa.export_peft(backbone.model, args.peft, backbone.name)
+        moa.export_peft(backbone.model, folder, backbone.name)
     except OSError as error:
-        raise OutputError(
-            f"--peft: cannot write {args.peft} ({error.strerror or error})"
+        raise cannot_write("--peft", folder, error) from error
+
+
+def _write_folder(member: "Member", folder: Path) -> None:
+    """Writes configuration, tensors and a fresh card; nothing else of a checkpoint comes along."""
+    from moa.files.atomic_folder import replaced_folder
+    from moa.files.saving import write_adapter
+
+    try:
+        with replaced_folder(folder) as temporary:
+            write_adapter(temporary, member.tensors, member.info)
+    except OSError as error:
+        raise cannot_write("--out", folder, error) from error
+
+
+def _check_repository(name: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ConfigError(
+            f"--push {name!r}: not of the form organisation/name ({_short(error)})"
         ) from error
+
+
+def _push(member: "Member", name: str, private: bool) -> str:
+    """Uploads an adapter in one commit, whole or not at all; returns the repository's address."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    api = HfApi()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "adapter"
+        _write_folder(member, folder)
+        try:
+            address = api.create_repo(name, private=private or None, exist_ok=True)
+            api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload adapter")
+        except LocalTokenNotFoundError as error:
+            raise OutputError(
+                f"--push {name}: no login; set HF_TOKEN, or `hf auth login`"
+            ) from error
+        except HfHubHTTPError as error:
+            reason = f"the hub answers with an error: {_short(error)}"
+            if (status := getattr(error.response, "status_code", None)) in (401, 403):
+                remedy = "this login may not write there; set HF_TOKEN to one that may"
+                reason = f"the hub says {status}: {remedy}"
+            raise OutputError(f"--push {name}: {reason}") from error
+        except (OSError, RuntimeError) as error:
+            reason = f"the hub cannot be reached ({_short(error)})"
+            raise OutputError(f"--push {name}: {reason}") from error
+    return str(address)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def main(argv: Sequence[str]) -> int:

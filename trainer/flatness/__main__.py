@@ -13,15 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Column, Table
-
 from trainer.checkpoint.atomic_text import replace_text
 from trainer.evaluate.flags import add_shared_flags
 from trainer.process.ending import conclude
 from trainer.process.errors import ConfigError, cannot_write
 from trainer.process.world import ALONE
+from trainer.tables import Table, output_console
 
 WHOLE_NUMBERS = (
     ("samples", 32, 1, "samples of each domain"),
@@ -74,11 +71,11 @@ def flatness(args: argparse.Namespace) -> None:
     results = {member.source: measure(member, samples, args) for member in members}
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     text = json.dumps({"settings": settings, "adapters": results}, indent=2)
-    console = Console()
+    console = output_console()
     if args.json:
-        console.print(text, soft_wrap=True, highlight=False, markup=False)
+        console.out(text)
     else:
-        console.print(_table(results, args.rho))
+        _table(results, args.rho).show(console)
     if args.out is None:
         return
     picture = args.out / "flatness.png"
@@ -88,7 +85,7 @@ def flatness(args: argparse.Namespace) -> None:
     except OSError as error:
         raise cannot_write("--out", args.out, error) from error
     if not args.json:
-        console.print(f"slices: {picture}", soft_wrap=True, markup=False)
+        console.out(f"slices: {picture}")
 
 
 def _make_folder(folder: Path) -> None:
@@ -102,13 +99,13 @@ def _make_folder(folder: Path) -> None:
 
 
 def _table(results: Mapping[str, Mapping[str, Any]], rho: float) -> Table:
-    table = Table(Column("adapter", overflow="fold"), "weights", "loss", "largest eigenvalues")
-    table.add_column(f"sharpness ({rho})")
+    columns = ("adapter", "weights", "loss", "largest eigenvalues", f"sharpness ({rho})")
+    rows = []
     for name, found in results.items():
         values = " ".join(f"{value:.4g}" for value in found["eigenvalues"]) or "-"
         loss, sharpness = (f"{found[key]:.4f}" for key in ("loss", "sharpness"))
-        table.add_row(escape(name), f"{found['weights']:,}", loss, values, sharpness)
-    return table
+        rows.append((name, f"{found['weights']:,}", loss, values, sharpness))
+    return Table(columns, rows)
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -1,13 +1,13 @@
 """The figures of an adapter's flatness over fixed samples, and their picture."""
 
 import argparse
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from shards.stream.evaluation import split_places
 from trainer.evaluate.combine import models_on
@@ -30,7 +30,7 @@ def members_and_samples(args: argparse.Namespace) -> tuple[list[Member], FixedIm
     members = read_members(args.adapter)
     data = open_data(args, members)
     for warning in data.warnings:
-        Console(stderr=True).print(f"warning: {warning}", markup=False, soft_wrap=True)
+        sys.stderr.write(f"warning: {warning}\n")
     places = []
     for env in data.envs:
         ranks = np.sort(
@@ -71,7 +71,7 @@ def measure(member: Member, samples: FixedImages, args: argparse.Namespace) -> d
 def _surface_of(member: Member, samples: FixedImages, args: argparse.Namespace) -> Surface:
     """The loss around an adapter, in fp32, over the samples."""
     backbone = base_of(member, args.weights)
-    (model,) = models_on(backbone.model, [(member.label, member.info, member.tensors)])
+    (model,) = models_on(backbone.model, [member])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches = zip(
         torch.split(samples.images.to(device), args.batch),

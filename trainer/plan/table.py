@@ -1,18 +1,14 @@
 """How a plan is shown: titled rows, as tables or as one JSON object."""
 
 import json
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
-
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from trainer.plan.memory import GIB
 from trainer.plan.planning import SHARING, Plan
 from trainer.plan.scaling import Prediction
 from trainer.prepare.batches import Batches
+from trainer.tables import Table, output_console
 
 if TYPE_CHECKING:
     from trainer.plan.data import Request
@@ -102,19 +98,13 @@ def _gib(count: int) -> str:
 
 def show(plan: Plan, request: "Request") -> None:
     """Prints the plan: JSON, or tables."""
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = output_console()
     if request.json:
-        text = json.dumps(asdict(plan) | {"trainable": plan.trainable})
-        console.print(text, soft_wrap=True, highlight=False, markup=False)
+        console.out(json.dumps(asdict(plan) | {"trainable": plan.trainable}))
         return
     for title, rows in sections(plan, request.gpu_memory).items():
-        table = Table("", "", "", title=title, title_justify="left", show_header=False)
-        table.columns[1].justify = "right"
-        for row in rows:
-            table.add_row(*map(escape, row))
-        console.print(table)
+        Table(("", "", ""), rows, title, align="lrl").show(console)
     if plan.run_folder:
-        line = f"run folder: {plan.run_folder}"
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        console.out(f"run folder: {plan.run_folder}")
     for warning in plan.warnings:
-        console.print(f"warning: {warning}", soft_wrap=True, highlight=False, markup=False)
+        console.out(f"warning: {warning}")

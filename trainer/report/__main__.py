@@ -9,40 +9,27 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from rich.console import Console
-
 from trainer.config.command_line import words
-from trainer.evaluate.selection import LEAVE_ONE_DOMAIN_OUT, RULES
-from trainer.process.errors import CheckpointError, ConfigError, OutputError, exit_code
+from trainer.evaluate.selection import RULES
+from trainer.process.ending import conclude
+from trainer.process.errors import CheckpointError, ConfigError
+from trainer.process.world import ALONE
 from trainer.report.comparability import check_comparable, mixed_rows
-from trainer.report.formats import (
-    latex_comparisons,
-    latex_table,
-    markdown_comparisons,
-    markdown_table,
-    score_data,
-    table_data,
-    text_comparisons,
-    text_table,
-)
+from trainer.report.formats import comparison_table, result_table, score_data, table_data
 from trainer.report.runs import Run, find_folders, read_run
 from trainer.report.scores import LAST, Score, scores
 from trainer.report.significance import Comparison, compare
 from trainer.report.tables import ResultTable, averages_table, dataset_table
 from trainer.sweep.slurm_array import progress_lines
+from trainer.tables import output_console
 
-COMPANIONS = {
-    LEAVE_ONE_DOMAIN_OUT: "; --data.held_out A+B trains without two domains, and --pairs of "
-    "trainer.sweep and trainer.sweep.slurm_array runs all pairs"
-}
-"""What to do about runs that a rule misses."""
 UNITS = "held-out accuracy %, mean ± standard error"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Report:
     """Everything that a report shows.
 
@@ -53,10 +40,10 @@ class Report:
         notes: what a reader of the tables should know.
     """
 
-    tables: Sequence[ResultTable]
-    scored: dict[str, list[Score]]
-    comparisons: dict[str, list[Comparison]]
-    notes: Sequence[str]
+    tables: list[ResultTable] = field(default_factory=list)
+    scored: dict[str, list[Score]] = field(default_factory=dict)
+    comparisons: dict[str, list[Comparison]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,37 +53,36 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    result.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
-    result.add_argument(
+    add = result.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    add(
         "--format", choices=["text", "markdown", "latex", "json"], default="text",
         help="default: text",
     )  # fmt: skip
-    result.add_argument(
+    add(
         "--selection", type=words, default=[next(iter(RULES))], metavar="RULE[,RULE]",
         help="; ".join(f"{name}: {meaning}" for name, meaning in RULES.items())
         + f" (default: {next(iter(RULES))})",
     )  # fmt: skip
-    result.add_argument(
+    add(
         "--weights", type=words, default=[LAST], metavar="KIND[,KIND]",
         help="last: the trained weights; others as the runs evaluated them, such as ema, swad or "
         "zero_shot, in rows of their own (default: last)",
     )  # fmt: skip
-    result.add_argument(
+    add(
         "--by", type=words, default=[], metavar="SETTING[,SETTING]",
         help="settings that get rows of their own, such as moa.router,optim.lr",
     )  # fmt: skip
-    result.add_argument(
+    add(
         "--tune", action="store_true",
         help="runs that differ in settings only are candidates; the rule's validation decides",
     )  # fmt: skip
-    result.add_argument(
+    add(
         "--compare", metavar="ROW",
         help="test every row against this one in pairs of equal held-out domain and seeds; all: "
         "each two rows",
     )  # fmt: skip
-    result.add_argument(
-        "--plots", type=Path, metavar="FOLDER", help="write each table as bars, PNG and SVG"
-    )
+    add("--plots", type=Path, metavar="FOLDER", help="write each table as bars, PNG and SVG")
     return result
 
 
@@ -106,83 +92,73 @@ def build(runs: Sequence[Run], args: argparse.Namespace) -> Report:
     Raises:
         ConfigError: they cannot share a table, or an option names nothing that exists.
     """
-    for rule in args.selection:
-        if rule not in RULES:
-            raise ConfigError(f"--selection {rule}: no such rule; legal are {', '.join(RULES)}")
-    notes, tables = check_comparable(runs), []
-    scored: dict[str, list[Score]] = {}
-    comparisons: dict[str, list[Comparison]] = {}
+    if unknown := [rule for rule in args.selection if rule not in RULES]:
+        raise ConfigError(f"--selection {unknown[0]}: no such rule; legal are {', '.join(RULES)}")
+    report = Report(notes=check_comparable(runs))
     for rule in args.selection:
         found = scores(runs, rule, args.by, args.weights, args.tune)
-        missing = [kind for kind in args.weights if not _has(found, kind)]
-        if missing:
-            raise ConfigError(
-                f"--weights {missing[0]}: no run has evaluated such weights (columns "
-                f"moa/{missing[0]}/env0_in_acc ... in results.jsonl, or zero_shot.json)"
-            )
-        scored[rule] = found
-        tables += _tables(found, rule)
+        for kind in args.weights:
+            if kind != LAST and not any(score.label.split()[-1] == kind for score in found):
+                raise ConfigError(
+                    f"--weights {kind}: no run has evaluated such weights (columns "
+                    f"moa/{kind}/env0_in_acc ... in results.jsonl, or zero_shot.json)"
+                )
+        report.scored[rule] = found
+        report.tables += _tables(found, rule)
         if args.compare:
-            comparisons[rule] = compare(found, args.compare)
-            if not comparisons[rule]:
-                notes.append(
+            report.comparisons[rule] = compare(found, args.compare)
+            if not report.comparisons[rule]:
+                report.notes.append(
                     f"--compare {args.compare}: {rule}: no two rows have a finished run of the "
                     "same dataset, held-out domain and seeds"
                 )
-        unmet = [s for s in found if s.run.finished and s.choice is None]
-        if unmet:
-            notes.append(
+        if unmet := [s for s in found if s.run.finished and s.choice is None]:
+            report.notes.append(
                 f"{rule}: {len(unmet)} runs lack the companions that this rule asks for, all of "
-                f"them with eval.mode full, such as those of {unmet[0].run.folder}"
-                f"{COMPANIONS.get(rule, '')}"
+                f"them with eval.mode full, such as those of {unmet[0].run.folder}; "
+                "--data.held_out A+B trains without two domains, and --pairs of trainer.sweep and "
+                "trainer.sweep.slurm_array runs all pairs"
             )
     if not args.tune:
-        notes += mixed_rows((s.label, s.run) for s in next(iter(scored.values())))
-    return Report(tables, scored, comparisons, notes)
-
-
-def _has(found: Iterable[Score], kind: str) -> bool:
-    return kind == LAST or any(score.label.split()[-1] == kind for score in found)
+        report.notes += mixed_rows((s.label, s.run) for s in next(iter(report.scored.values())))
+    return report
 
 
 def _tables(found: Sequence[Score], rule: str) -> list[ResultTable]:
     """A table per dataset in order of appearance, and their averages if there are several."""
     about = f"{UNITS} ({rule.replace('_', ' ')})"
-    datasets = dict.fromkeys(score.run.dataset for score in found)
+    datasets = list(dict.fromkeys(score.run.dataset for score in found))
     suffix = "" if rule == next(iter(RULES)) else f"-{rule}"
     result = [
         dataset_table([s for s in found if s.run.dataset == d], f"{d}: {about}", d + suffix)
         for d in datasets
     ]
     if len(result) > 1:
-        result.append(averages_table(result, list(datasets), f"averages: {about}", suffix))
+        averages = f"averages{suffix}"
+        result.append(averages_table(result, datasets, f"averages: {about}", averages))
     return result
 
 
-def show(report: Report, form: str, console: Console) -> None:
-    """Prints a report."""
+def show(report: Report, form: str) -> None:
+    """Prints a report as `--format` says."""
     if form == "json":
         content = {
             "tables": [table_data(table) for table in report.tables],
-            "comparisons": {r: [vars(c) for c in cs] for r, cs in report.comparisons.items()},
+            "comparisons": {r: [asdict(c) for c in cs] for r, cs in report.comparisons.items()},
             "runs": {r: [score_data(s) for s in found] for r, found in report.scored.items()},
-            "notes": list(report.notes),
+            "notes": report.notes,
         }
-        console.print(json.dumps(content, indent=1), markup=False, soft_wrap=True, highlight=False)
+        sys.stdout.write(json.dumps(content, indent=1) + "\n")
         return
+    tables = [(result_table(table), table.name) for table in report.tables]
+    tables += [(comparison_table(found), "") for found in report.comparisons.values()]
     if form == "text":
-        for table in report.tables:
-            console.print(text_table(table, styled=console.is_terminal))
-        for comparisons in report.comparisons.values():
-            console.print(text_comparisons(comparisons))
+        console = output_console()
+        for table, _ in tables:
+            table.show(console)
         return
-    as_table, as_comparisons = {
-        "markdown": (markdown_table, markdown_comparisons),
-        "latex": (latex_table, latex_comparisons),
-    }[form]
-    parts = [as_table(table) for table in report.tables]
-    parts += [as_comparisons(comparisons) for comparisons in report.comparisons.values()]
-    console.print("\n\n".join(parts), markup=False, soft_wrap=True, highlight=False)
+    parts = [t.latex(name) if form == "latex" else t.markdown() for t, name in tables]
+    sys.stdout.write("\n\n".join(parts) + "\n")
 
 
 def read_all(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
@@ -194,37 +170,39 @@ def read_all(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
             runs.append(read_run(folder))
         except (ConfigError, CheckpointError) as error:
             complaints.append(f"left out: {error}")
-    complaints += [f"not counted: {r.folder}: {r.progress()}" for r in runs if not r.finished]
+    complaints += [f"not counted: {r.folder}: {r.how_far()}" for r in runs if not r.finished]
     return runs, complaints
+
+
+def command(args: argparse.Namespace) -> None:
+    """Prints the report, and on stderr what else there is to say.
+
+    Raises:
+        ConfigError: there is nothing to report, or not as asked for.
+        OutputError: the pictures cannot be written.
+    """
+    runs, complaints = read_all(args.runs)
+    _say(*complaints, *progress_lines(args.runs))
+    if not any(run.finished for run in runs):
+        raise ConfigError("there is no finished run to report")
+    report = build(runs, args)
+    show(report, args.format)
+    _say(*(f"note: {note}" for note in report.notes))
+    if args.plots is not None:
+        from trainer.report.plots import save_plots
+
+        if written := save_plots(report.tables, args.plots):
+            _say(f"pictures: {', '.join(map(str, written))}")
+
+
+def _say(*lines: str) -> None:
+    sys.stderr.writelines(f"{line}\n" for line in lines)
 
 
 def main(argv: Sequence[str]) -> int:
     """Command line; returns the exit code."""
     args = parser().parse_args(argv)
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    aside = Console(stderr=True)
-    runs, complaints = read_all(args.runs)
-    for line in [*complaints, *progress_lines(args.runs)]:
-        aside.print(line, markup=False, soft_wrap=True, highlight=False)
-    try:
-        if not any(run.finished for run in runs):
-            raise ConfigError("there is no finished run to report")
-        report = build(runs, args)
-        show(report, args.format, console)
-        written = []
-        if args.plots is not None:
-            from trainer.report.plots import save_plots
-
-            written = save_plots(list(report.tables), args.plots)
-    except (ConfigError, OutputError) as error:
-        for line in str(error).splitlines():
-            aside.print(f"error: {line}", markup=False, soft_wrap=True, highlight=False)
-        return exit_code(error) or 1
-    for note in report.notes:
-        aside.print(f"note: {note}", markup=False, soft_wrap=True, highlight=False)
-    if written:
-        aside.print(f"pictures: {', '.join(map(str, written))}", markup=False, soft_wrap=True)
-    return 0
+    return conclude(lambda: command(args), ALONE)
 
 
 if __name__ == "__main__":

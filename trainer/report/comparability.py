@@ -15,27 +15,23 @@ MAY_DIFFER = (FREE - {"train.steps"}) | {
 
 
 def check_comparable(runs: Sequence[Run]) -> list[str]:
-    """Refuses runs of one dataset that saw different images or splits.
-
-    Returns:
-        Notes for the reader.
+    """Refuses runs of one dataset that saw different images or splits; returns notes.
 
     Raises:
         ConfigError: names the runs that differ.
     """
-    images: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
-    splits: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    seen: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        if run.data:
-            images[run.dataset][run.data].append(run)
-        if run.split:
-            where = f"{run.dataset}, trial seed {run.seeds[1]}"
-            splits[where][run.split].append(run)
+        trial = f"{run.dataset}, trial seed {run.seeds[1]}"
+        for where, what, digest in (
+            (run.dataset, "images", run.data), (trial, "splits", run.split),
+        ):  # fmt: skip
+            if digest:
+                seen[f"{where}: runs with different {what}"][digest].append(run)
     problems = [
-        f"{where}: runs with different {what} cannot share a table: "
+        f"{what} cannot share a table: "
         + "; ".join(f"{digest} in {_named(group)}" for digest, group in groups.items())
-        for what, kinds in (("images", images), ("splits", splits))
-        for where, groups in kinds.items()
+        for what, groups in seen.items()
         if len(groups) > 1
     ]
     if problems:
@@ -65,9 +61,8 @@ def mixed_rows(labelled: Iterable[tuple[str, Run]]) -> list[str]:
     rows: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for label, run in labelled:
         rows[run.dataset, label].append(run)
-    notes = []
-    for (dataset, label), runs in rows.items():
-        known = [run for run in runs if run.settings]
-        for name, values in differing(known).items():
-            notes.append(f"{dataset}, {label}: runs differ in {name} ({', '.join(values)})")
-    return notes
+    return [
+        f"{dataset}, {label}: runs differ in {name} ({', '.join(values)})"
+        for (dataset, label), runs in rows.items()
+        for name, values in differing([run for run in runs if run.settings]).items()
+    ]

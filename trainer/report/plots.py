@@ -1,5 +1,6 @@
 """Tables as pictures: bars with standard errors, one group per column."""
 
+from collections.abc import Iterable
 from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,41 +11,34 @@ from trainer.report.tables import ResultTable
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FORMATS = ("png", "svg")
+FORMATS: dict[str, dict[str, None]] = {"png": {}, "svg": {"Date": None}}
+"""Kinds of files and their metadata: no date, so that the same numbers give the same file."""
 
 
-def save_plots(tables: list[ResultTable], folder: Path) -> list[Path]:
+def save_plots(tables: Iterable[ResultTable], folder: Path) -> list[Path]:
     """Writes `NAME.png` and `NAME.svg` for every table that has a number.
 
     Raises:
         OutputError: the folder cannot be written.
     """
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
     written = []
-    with mpl.rc_context({"svg.hashsalt": "moa-trainer", "svg.fonttype": "none"}):
-        for table in tables:
-            if not any(cell.mean is not None for cells in table.lines.values() for cell in cells):
-                continue
-            width = 2.0 + 0.28 * len(table.lines) * len(table.columns) + 0.3 * len(table.columns)
-            figure, axes = plt.subplots(
-                figsize=(min(max(width, 6.0), 18.0), 4.2), layout="constrained"
-            )
-            _bars(axes, table)
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                for kind in FORMATS:
-                    path = folder / f"{table.name}.{kind}"
-                    # No date, so that the same numbers give the same file.
-                    figure.savefig(path, dpi=150, metadata={"Date": None} if kind == "svg" else {})
-                    written.append(path)
-            except OSError as error:
-                raise cannot_write("--plots", folder, error) from error
-            finally:
-                plt.close(figure)
+    for table in tables:
+        if not any(cell.mean is not None for cells in table.lines.values() for cell in cells):
+            continue
+        width = 2.0 + (0.28 * len(table.lines) + 0.3) * len(table.columns)
+        figure = Figure(figsize=(min(max(width, 6.0), 18.0), 4.2), layout="constrained")
+        _bars(figure.subplots(), table)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for kind, metadata in FORMATS.items():
+                written.append(folder / f"{table.name}.{kind}")
+                with rc_context({"svg.hashsalt": "moa-trainer", "svg.fonttype": "none"}):
+                    figure.savefig(written[-1], dpi=150, metadata=metadata)
+        except OSError as error:
+            raise cannot_write("--plots", folder, error) from error
     return written
 
 

@@ -15,9 +15,8 @@ from trainer.checkpoint.run_folder import ZERO_SHOT, read_rows
 from trainer.config.run_config import dotted
 from trainer.evaluate.selection import Row, num_domains
 from trainer.process.errors import CheckpointError, ConfigError
+from trainer.sweep.grid import CONSOLE, is_finished
 
-CONSOLE = "console.txt"
-"""What `trainer.sweep` leaves of a run's output, even of one that did not start."""
 BASE = "model.base_hash"
 """What stands beside a run's settings for the weights it started from."""
 Seeds = tuple[int, int]
@@ -29,19 +28,16 @@ class Run:
     """One run folder.
 
     Attributes:
-        folder: where it is.
-        dataset: its dataset's name here, such as `officehome`.
+        dataset: its name here, such as `officehome`.
         method: `moa.method`, or DomainBed's algorithm.
-        domains: all domain names in order.
+        domains: all names in order.
         held_out: numbers of the domains left out; one, or two for cross-validation.
-        seeds: seed and trial seed.
         rows: complete evaluations in order.
         settings: dotted settings, and the hash of the base weights as `BASE`; of a folder of
             DomainBed's, neither.
         hparams_seed: DomainBed's number of the settings; 0 in runs of ours.
         data: hash of the images; empty if not recorded.
         split: hash of the split of all domains; empty if not recorded.
-        finished: whether it is done.
         zero_shot: the row of a classifier made from text, before training.
     """
 
@@ -59,34 +55,26 @@ class Run:
     finished: bool = True
     zero_shot: Row | None = None
 
-    def progress(self) -> str:
+    def how_far(self) -> str:
         """In words, how far an unfinished run is."""
         steps = self.settings.get("train.steps")
         words = f"not finished: evaluated after step {self.rows[-1]['step']}"
         words += f" of {steps}" if steps else ""
-        lock = FolderLock(self.folder)
-        owner = lock.owner()
+        owner = FolderLock(self.folder).owner()
         if owner and is_alive(owner) is not False:
             return f"{words}, in use by {describe(owner)}"
         return f"{words}; the command that started it continues it"
 
 
 def find_folders(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
-    """Run folders among `paths` and directly below them, sorted there, each once.
-
-    Returns:
-        The folders, and one complaint for each path that holds none.
-    """
+    """Run folders among `paths` and directly below, each once; a complaint for each without."""
     found: dict[Path, None] = {}
     complaints = []
     for path in paths:
         inside = sorted(path.iterdir()) if path.is_dir() else []
         below = [p for p in inside if _is_run(p)]
-        complaints += [
-            f"{p}: no run; see {p / CONSOLE}"
-            for p in inside
-            if p not in below and (p / CONSOLE).is_file()
-        ]
+        consoles = [p / CONSOLE for p in inside if p not in below and (p / CONSOLE).is_file()]
+        complaints += [f"{console.parent}: no run; see {console}" for console in consoles]
         if _is_run(path):
             found[path] = None
         elif below:
@@ -112,7 +100,7 @@ def read_run(folder: Path) -> Run:
         ConfigError: it holds no evaluation yet.
         CheckpointError: what it holds cannot be read.
     """
-    finished = (folder / "done").is_file()
+    finished = is_finished(folder)
     results, config = folder / "results.jsonl", folder / "config.yaml"
     rows = read_rows(results, torn=not finished) if results.is_file() else []
     if not (rows or finished):  # with eval.mode selection, complete rows come at the end
@@ -134,6 +122,8 @@ def read_run(folder: Path) -> Run:
         if not held_out or not all(0 <= env < count for env in held_out):
             raise ValueError(f"test_envs {list(held_out)} of {count} domains")
         _check(rows, count, results.is_file())
+        text = folder / ZERO_SHOT
+        (zero_shot,) = read_rows(text) if text.is_file() else (None,)
         return Run(
             folder=folder,
             dataset=dataset,
@@ -147,7 +137,7 @@ def read_run(folder: Path) -> Run:
             data=str(rows[0].get("moa/data_hash", "")),
             split=str(rows[0].get("moa/split_hash", "")),
             finished=finished,
-            zero_shot=_zero_shot(folder),
+            zero_shot=zero_shot,
         )
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder}: its results cannot be read ({error!r})") from error
@@ -173,14 +163,6 @@ def _seeds(args: Mapping[str, Any]) -> Seeds:
     hparams = int(args.get("hparams_seed", 0))
     derived = seed_hash(args["dataset"], args["algorithm"], args["test_envs"], hparams, trial)
     return (trial if seed == derived else seed, trial)
-
-
-def _zero_shot(folder: Path) -> Row | None:
-    file = folder / ZERO_SHOT
-    if not file.is_file():
-        return None
-    (row,) = read_rows(file)
-    return row
 
 
 def _domains(

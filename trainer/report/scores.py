@@ -1,18 +1,16 @@
 """From runs to scores: the rows of a table, and the number each run contributes by a rule."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from trainer.evaluate.selection import (
     LEAVE_ONE_DOMAIN_OUT,
     ORACLE,
-    SIBLINGS,
     Choice,
-    Row,
     by_leaving_one_out,
     by_oracle,
-    by_siblings,
     by_training_domains,
     columns_of,
     num_domains,
@@ -25,15 +23,15 @@ LAST = "last"
 """The trained weights themselves, among the kinds of weights that a run evaluates."""
 BEFORE = "zero_shot"
 """The classifier made from text, before training."""
+Group = dict[tuple[int, ...], Run]
+"""Runs of one row, seeds and settings, by the domains they hold out."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """What one run contributes to a table.
+    """What one run contributes to the row `label` of a table.
 
     Attributes:
-        run: the run.
-        label: its row.
         choice: the evaluation that the rule picked; None while the run is not finished, or where
             the rule has nothing to go by.
     """
@@ -82,73 +80,54 @@ def scores(
         runs: finished and unfinished ones.
         rule: a name of `selection.RULES`.
         by: settings that set rows apart.
-        kinds: kinds of weights to show.
-        tune: whether runs that differ in settings only are candidates for one cell, among which
-            the rule's validation accuracy decides.
+        kinds: of weights.
+        tune: let the rule's validation accuracy decide among runs that differ in settings only.
 
     Raises:
         ConfigError: two runs claim one cell.
     """
-    seen = [(label_of(run, by, kind), of_weights(run, kind)) for kind in kinds for run in runs]
-    groups: dict[tuple[object, ...], dict[tuple[int, ...], Run]] = defaultdict(dict)
-    cells: dict[tuple[object, ...], list[tuple[str, Run]]] = defaultdict(list)
-    for label, run in seen:
+    groups: dict[tuple[object, ...], Group] = defaultdict(dict)
+    cells: dict[tuple[object, ...], list[tuple[str, Run, Group]]] = defaultdict(list)
+    for kind, run in product(kinds, runs):
+        label, seen = label_of(run, by, kind), of_weights(run, kind)
         row = (run.dataset, label, run.seeds)
+        group = groups[(*row, _candidate(run) if tune else None)]
         if run.finished:
-            groups[(*row, _candidate(run) if tune else None)][run.held_out] = run
-        if len(run.held_out) == 1 and run.rows:
-            cells[(*row, run.held_out[0])].append((label, run))
+            group[run.held_out] = seen
+        if len(run.held_out) == 1 and seen.rows:
+            cells[(*row, run.held_out)].append((label, seen, group))
     found = []
     for claims in cells.values():
         if len(claims) > 1 and not tune:
             raise ConfigError(_two_claims(claims[0][1], claims[1][1]))
-        scored = []
-        for label, run in claims:
-            group = groups[(run.dataset, label, run.seeds, _candidate(run) if tune else None)]
-            choice = choose(rule, run, group) if run.finished else None
-            scored.append(Score(run, label, choice))
+        scored = [
+            Score(run, label, choose(rule, run, group) if run.finished else None)
+            for label, run, group in claims
+        ]
         found.append(_best_candidate(scored))
     return found
 
 
-def choose(rule: str, run: Run, group: Mapping[tuple[int, ...], Run]) -> Choice | None:
-    """Applies a rule to a finished run.
-
-    Args:
-        rule: a name of `selection.RULES`.
-        run: holds out one domain.
-        group: runs of the same row, seeds and settings, by the domains they hold out.
-    """
+def choose(rule: str, run: Run, group: Group) -> Choice | None:
+    """Applies a rule of `selection.RULES` to a finished run that holds out one domain."""
     (held_out,) = run.held_out
     if rule == ORACLE:
         return by_oracle(run.rows, held_out)
-    if rule in (LEAVE_ONE_DOMAIN_OUT, SIBLINGS) and not evaluated_in_full(run):
+    if rule != LEAVE_ONE_DOMAIN_OUT:
+        return by_training_domains(run.rows, held_out)
+    if not evaluated_in_full(run):
         return None
-    if rule == LEAVE_ONE_DOMAIN_OUT:
-        pairs = {e: r.rows for (e,), r in _others(group, held_out, pairs=True)}
-        return by_leaving_one_out(run.rows, held_out, pairs)
-    if rule == SIBLINGS:
-        single: dict[int, Sequence[Row]] = {
-            e: r.rows for (e,), r in _others(group, held_out, pairs=False)
-        }
-        return by_siblings(run.rows, held_out, single)
-    return by_training_domains(run.rows, held_out)
+    pairs = {
+        sum(held) - held_out: other.rows
+        for held, other in group.items()
+        if len(held) == 2 and held_out in held and evaluated_in_full(other)
+    }
+    return by_leaving_one_out(run.rows, held_out, pairs)
 
 
 def evaluated_in_full(run: Run) -> bool:
     """Whether all domains were evaluated at every evaluation, not at the selected and last only."""
     return run.settings.get("eval.mode") != "selection"
-
-
-def _others(
-    group: Mapping[tuple[int, ...], Run], held_out: int, pairs: bool
-) -> Iterable[tuple[tuple[int, ...], Run]]:
-    """Runs that hold out one domain besides (`pairs`) or instead of `held_out`; that domain."""
-    for held, run in group.items():
-        others = tuple(env for env in held if env != held_out)
-        wanted = len(others) == 1 and len(held) == (2 if pairs else 1)
-        if wanted and evaluated_in_full(run):
-            yield others, run
 
 
 def _candidate(run: Run) -> tuple[object, ...]:
@@ -166,16 +145,13 @@ def _best_candidate(scored: Sequence[Score]) -> Score:
 
 
 def _two_claims(one: Run, other: Run) -> str:
-    differences = differing([one, other])
-    if differences:
+    remedy = "their settings are the same: report one of them"
+    if differences := differing([one, other]):
         named = ", ".join(f"{k} ({', '.join(v)})" for k, v in list(differences.items())[:4])
-        first = next(iter(differences))
         remedy = (
-            f"they differ in {named}: --by {first} gives them rows of their own, --tune lets "
-            "the selection rule choose"
+            f"they differ in {named}: --by {next(iter(differences))} gives them rows of their own, "
+            "--tune lets the selection rule choose"
         )
-    else:
-        remedy = "their settings are the same: report one of them"
     return (
         f"{one.folder} and {other.folder} are the same method, held-out domain and seeds; {remedy}"
     )

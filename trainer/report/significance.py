@@ -12,7 +12,7 @@ domains, and with few domains it cannot give a small p (2 / 2^domains at the lea
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -33,14 +33,11 @@ class Comparison:
     """One method against another.
 
     Attributes:
-        method: the one.
-        baseline: the other.
         difference: mean over pairs of the one's accuracy minus the other's.
-        pairs: number of pairs.
         better: pairs in which the one is better.
         p_pairs: two-sided p if pairs flip one by one.
         p_domains: the same if all pairs of a held-out domain flip together.
-        p_adjusted: `p_pairs` times Holm's factor for all comparisons made with it.
+        p_adjusted: `p_pairs` adjusted by Holm for all comparisons made with it.
     """
 
     method: str
@@ -50,17 +47,15 @@ class Comparison:
     better: int
     p_pairs: float
     p_domains: float
-    p_adjusted: float
+    p_adjusted: float = 1.0
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:
     """Two-sided p of a mean difference under flips of each difference's sign."""
     from scipy.stats import permutation_test  # here: it takes a second to import
 
-    if not any(differences):
-        return 1.0
-    if len(differences) == 1:
-        return 1.0  # both of its signs are equally far from zero
+    if not any(differences) or len(differences) == 1:
+        return 1.0  # both signs of one difference are equally far from zero
     result = permutation_test(
         (np.asarray(differences, dtype=np.float64),),
         lambda x, axis: np.mean(x, axis=axis),
@@ -101,31 +96,26 @@ def compare(scored: Sequence[Score], baseline: str) -> list[Comparison]:
         couples = [(label, baseline) for label in results if label != baseline]
     else:
         raise ConfigError(f"--compare {baseline}: no such row; legal are all, {', '.join(results)}")
-    raw = [(a, b, _paired(results[a], results[b])) for a, b in couples]
-    raw = [(a, b, pairs) for a, b, pairs in raw if pairs]
-    p_values = [sign_flip_p(list(pairs.values())) for _, _, pairs in raw]
-    return [
-        Comparison(
-            method=a,
-            baseline=b,
-            difference=float(np.mean(list(pairs.values()))),
-            pairs=len(pairs),
-            better=sum(value > 0 for value in pairs.values()),
-            p_pairs=p,
-            p_domains=sign_flip_p(_by_domain(pairs)),
-            p_adjusted=adjusted,
-        )
-        for (a, b, pairs), p, adjusted in zip(raw, p_values, holm(p_values), strict=True)
-    ]
+    found = [_compared(a, b, results[a], results[b]) for a, b in couples]
+    found = [comparison for comparison in found if comparison.pairs]
+    adjusted = holm([comparison.p_pairs for comparison in found])
+    return [replace(c, p_adjusted=p) for c, p in zip(found, adjusted, strict=True)]
 
 
-def _paired(one: Mapping[Pair, float], other: Mapping[Pair, float]) -> dict[Pair, float]:
-    return {pair: one[pair] - other[pair] for pair in one if pair in other}
-
-
-def _by_domain(pairs: Mapping[Pair, float]) -> list[float]:
-    """Sum of the differences of each held-out domain."""
-    sums: dict[tuple[str, int], float] = defaultdict(float)
+def _compared(
+    method: str, baseline: str, one: Mapping[Pair, float], other: Mapping[Pair, float]
+) -> Comparison:
+    pairs = {pair: one[pair] - other[pair] for pair in one if pair in other}
+    differences = list(pairs.values())
+    by_domain: dict[tuple[str, int], float] = defaultdict(float)
     for (dataset, env, _), difference in pairs.items():
-        sums[dataset, env] += difference
-    return list(sums.values())
+        by_domain[dataset, env] += difference
+    return Comparison(
+        method,
+        baseline,
+        difference=float(np.mean(differences)) if pairs else 0.0,
+        pairs=len(pairs),
+        better=sum(difference > 0 for difference in differences),
+        p_pairs=sign_flip_p(differences),
+        p_domains=sign_flip_p(list(by_domain.values())),
+    )

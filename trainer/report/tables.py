@@ -1,12 +1,13 @@
-"""From scores to tables: mean and standard error per cell, averages, the best of each column.
+"""From scores to results: mean and standard error per cell, averages, the best of each column.
 
 The conventions are DomainBed's: mean over repetitions, error = population standard deviation /
 sqrt(repetitions), averages of unrounded means.
 """
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 from trainer.report.runs import Seeds
 from trainer.report.scores import Score
@@ -47,17 +48,13 @@ class ResultTable:
     columns: tuple[str, ...]
     lines: Mapping[str, tuple[Cell, ...]]
 
-    def best(self) -> set[tuple[str, int]]:
-        """(row label, column number) of the highest unrounded mean of every column."""
+    def best(self) -> set[tuple[int, int]]:
+        """(row, column) of the highest unrounded means of each column."""
         found = set()
-        for number in range(len(self.columns)):
-            known = {
-                label: cells[number].mean
-                for label, cells in self.lines.items()
-                if cells[number].mean is not None
-            }
-            top = max((mean for mean in known.values() if mean is not None), default=None)
-            found |= {(label, number) for label, mean in known.items() if mean == top}
+        for column, cells in enumerate(zip(*self.lines.values(), strict=True)):
+            means = [-inf if cell.mean is None else cell.mean for cell in cells]
+            top = max(means)
+            found |= {(row, column) for row, mean in enumerate(means) if mean == top > -inf}
         return found
 
     def repetitions(self) -> int:
@@ -78,39 +75,37 @@ def cell_of(values: Mapping[Seeds, float], unfinished: int = 0) -> Cell:
     return Cell(values, mean, error if len(values) > 1 else None, unfinished)
 
 
-def average(cells: Sequence[Cell]) -> Cell:
-    """The plain mean of unrounded means; missing if one of them is.
-
-    If all cells have the same repetitions, `values` holds each repetition's own mean, and the error
-    is taken over those.
-    """
+def mean_of(cells: Sequence[Cell]) -> float | None:
+    """The plain mean of unrounded means; None if one of them is missing."""
     means = [cell.mean for cell in cells if cell.mean is not None]
-    if not means or len(means) < len(cells):
-        return Cell()
+    return statistics.fmean(means) if len(means) == len(cells) else None
+
+
+def average(cells: Sequence[Cell]) -> Cell:
+    """`mean_of` some cells; if all have the same repetitions, with an error.
+
+    Then `values` holds each repetition's own mean, and the error is taken over those.
+    """
+    mean = mean_of(cells)
     repetitions = {frozenset(cell.values) for cell in cells}
-    if len(repetitions) > 1 or not cells[0].values:
-        return Cell(mean=statistics.fmean(means))
+    if mean is None or len(repetitions) > 1 or not cells[0].values:
+        return Cell(mean=mean)
     by_repetition = {
         seeds: statistics.fmean(cell.values[seeds] for cell in cells) for seeds in cells[0].values
     }
-    error = cell_of(by_repetition).error
-    return Cell(by_repetition, statistics.fmean(means), error)
+    return Cell(by_repetition, mean, cell_of(by_repetition).error)
 
 
-def dataset_table(scored: Iterable[Score], title: str, name: str) -> ResultTable:
+def dataset_table(scored: Sequence[Score], title: str, name: str) -> ResultTable:
     """Rows against held-out domains, all scores being of one dataset.
 
     All domains of the dataset get a column, and an empty cell where there is no run.
     """
-    scored = list(scored)
     domains = scored[0].run.domains
-    labels = dict.fromkeys(score.label for score in scored)
     lines = {}
-    for label in labels:
-        cells = [
-            _cell([s for s in scored if s.label == label and s.run.held_out == (env,)])
-            for env in range(len(domains))
-        ]
+    for label in dict.fromkeys(score.label for score in scored):
+        row = [s for s in scored if s.label == label]
+        cells = [_cell([s for s in row if s.run.held_out == (e,)]) for e in range(len(domains))]
         lines[label] = (*cells, average(cells))
     return ResultTable(title, name, (*domains, AVERAGE), lines)
 
@@ -121,18 +116,15 @@ def _cell(scored: Sequence[Score]) -> Cell:
 
 
 def averages_table(
-    tables: Sequence[ResultTable], datasets: Sequence[str], title: str, suffix: str = ""
+    tables: Sequence[ResultTable], datasets: Sequence[str], title: str, name: str
 ) -> ResultTable:
     """Rows against datasets: each dataset's average over its held-out domains.
 
     As in DomainBed, a dataset's entry is the mean over domains within each repetition, then over
     repetitions, and the last column the plain mean over datasets.
     """
-    labels = dict.fromkeys(label for table in tables for label in table.lines)
     lines = {}
-    for label in labels:
+    for label in dict.fromkeys(label for table in tables for label in table.lines):
         cells = [table.lines[label][-1] if label in table.lines else Cell() for table in tables]
-        means = [cell.mean for cell in cells if cell.mean is not None]
-        overall = statistics.fmean(means) if len(means) == len(cells) else None
-        lines[label] = (*cells, Cell(mean=overall))
-    return ResultTable(title, f"averages{suffix}", (*datasets, AVERAGE), lines)
+        lines[label] = (*cells, Cell(mean=mean_of(cells)))
+    return ResultTable(title, name, (*datasets, AVERAGE), lines)

@@ -14,16 +14,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from trainer.checkpoint.atomic_text import replace_text
-from trainer.config.command_line import OwnFlags, words
+from trainer.config.command_line import OwnFlags, parse_without_data
+from trainer.process.ending import conclude
 from trainer.process.errors import ConfigError
-from trainer.sweep.cells import (
-    PAIRS,
-    TRIAL_SEED,
+from trainer.process.world import ALONE
+from trainer.sweep.grid import (
     Grid,
+    add_grid_flags,
     array_expression,
-    differences,
-    is_finished,
-    misplaced,
+    check,
     progress,
     with_pairs,
 )
@@ -41,14 +40,14 @@ class Note:
     arguments: tuple[str, ...]
 
     def submit_line(self, indices: Sequence[int]) -> str:
-        """The command that runs some of the cells."""
-        grid = self.grid
-        lists = {"methods": grid.methods, "held-out": grid.held_out, "seeds": grid.seeds}
-        words = [f"--{name}={','.join(map(str, values))}" for name, values in lists.items()]
-        if grid.trial_seed is not None:
-            words.append(f"--trial-seed={grid.trial_seed}")
+        """The command that runs some of the runs."""
+        lists = asdict(self.grid)
+        trial_seed = lists.pop("trial_seed")
+        flags = [f"--{name}={','.join(map(str, values))}" for name, values in lists.items()]
+        if trial_seed is not None:
+            flags.append(f"--trial_seed={trial_seed}")
         array = f"--array={array_expression(indices)}"
-        return shlex.join(["sbatch", array, "slurm/leave_one_out.sh", *words, *self.arguments])
+        return shlex.join(["sbatch", array, "slurm/leave_one_out.sh", *flags, *self.arguments])
 
 
 def read_note(root: Path) -> Note:
@@ -86,9 +85,8 @@ def keep_note(root: Path, note: Note) -> Note:
             note = replace(note, grid=old.grid)
         elif not note.grid.extends(old.grid):
             raise ConfigError(
-                f"output_dir: {root} holds the grid {describe(old.grid)}, not "
-                f"{describe(note.grid)}; only further seeds may be added at the end: give another "
-                "--output_dir"
+                f"output_dir: {root} holds the grid {old.grid}, not {note.grid}; only further "
+                "seeds may be added at the end: give another --output_dir"
             )
         if note == old:
             return note
@@ -97,25 +95,17 @@ def keep_note(root: Path, note: Note) -> Note:
     return note
 
 
-def describe(grid: Grid) -> str:
-    """The three lists, for messages."""
-    lists = (grid.methods, grid.held_out, tuple(map(str, grid.seeds)))
-    fixed = "" if grid.trial_seed is None else f" with trial seed {grid.trial_seed}"
-    return " x ".join(f"[{', '.join(names)}]" for names in lists) + fixed
-
-
 def report_lines(root: Path) -> list[str]:
     """Which runs of a grid are finished, running and missing, and the line that fills the gaps."""
     note = read_note(root)
-    cells = note.grid.cells()
-    jobs = sorted(path.name for path in (root / JOBS).glob("*"))
-    found = progress(root, cells, queued_indices(jobs))
+    runs = note.grid.runs()
+    found = progress(root, runs, queued_indices(path.name for path in (root / JOBS).glob("*")))
     lines = [
-        f"{root}: {len(cells)} runs, {len(found.finished)} finished, "
+        f"{root}: {len(runs)} runs, {len(found.finished)} finished, "
         f"{len(found.running)} running or queued, {len(found.missing)} missing"
     ]
     for what, indices in (("running or queued", found.running), ("missing", found.missing)):
-        lines += [f"{what}: {index} {cells[index].name}" for index in indices]
+        lines += [f"{what}: {index} {runs[index].name}" for index in indices]
     return [*lines, note.submit_line(found.missing)] if found.missing else lines
 
 
@@ -140,14 +130,11 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     result.add_argument("--recipe", default="embedded", help="default: embedded")
-    result.add_argument("--methods", type=words, help="default: the recipe's")
-    result.add_argument(
-        "--held-out", "--held_out", type=words, help="default: every domain of the dataset"
-    )
-    result.add_argument("--pairs", action="store_true", help=PAIRS)
-    result.add_argument("--seeds", type=words, help="default: the recipe's")
-    result.add_argument("--trial-seed", "--trial_seed", type=int, help=TRIAL_SEED)
-    result.add_argument("--output_dir", "--output-dir", type=Path, help="default: outputs/RECIPE")
+    meanings = {
+        "methods": "default: the recipe's", "held_out": "default: every domain of the dataset",
+        "seeds": "default: the recipe's", "output_dir": "default: outputs/RECIPE",
+    }  # fmt: skip
+    add_grid_flags(result, required=False, meanings=meanings)
     result.add_argument("--index", type=int, help="print the settings of this run alone")
     result.add_argument("--job", help="with --index: the array job that runs it")
     return result
@@ -159,61 +146,34 @@ def read_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, Path, No
     Raises:
         ConfigError: a setting that cannot work, or domains that nothing tells.
     """
-    from shards.datasets import held_out_names
-    from trainer.config.command_line import parse_without_data
     from trainer.plan.data import domain_names
 
     own, rest = parser().parse_known_args(argv)
     shared = [f"--recipe={own.recipe}", *rest]
     config = parse_without_data(shared)
-    methods, seeds = own.methods or [config.moa.method], own.seeds or [str(config.train.seed)]
-    alone = {
-        "moa.method": methods == [config.moa.method],
-        "train.seed": seeds == [str(config.train.seed)],
-    }
-    if problems := misplaced(rest, [name for name, is_default in alone.items() if is_default]):
-        raise ConfigError("\n".join(problems))
-    domains = domain_names(config)
-    held_out = own.held_out or domains
+    methods, seeds = own.methods or (config.moa.method,), own.seeds or (config.train.seed,)
+    held_out = own.held_out or domain_names(config)
     if held_out is None:
-        raise ConfigError("--held-out: the dataset does not fix its domains; list them")
-    held_out = with_pairs(held_out) if own.pairs else held_out
-    parts = [name for text in held_out for name in held_out_names(text, domains or ())]
-    if unknown := [name for name in parts if domains and name not in domains]:
-        raise ConfigError(f"--held-out = {unknown[0]!r}: legal are {', '.join(domains or ())}")
-    if not all(seed.isdecimal() for seed in seeds):
-        raise ConfigError(f"--seeds = {','.join(seeds)!r}: legal are whole numbers >= 0")
-    for method in methods:
-        parse_without_data([*shared, f"--moa.method={method}"])
-    lists = (tuple(methods), tuple(held_out), tuple(map(int, seeds)))
-    grid = Grid(*lists, own.trial_seed)
+        raise ConfigError("--held_out: the dataset does not fix its domains; list them")
+    held_out = with_pairs(held_out) if own.pairs else tuple(held_out)
+    grid = Grid(methods, held_out, seeds, own.trial_seed)
     root = own.output_dir or Path("outputs") / Path(own.recipe).stem
+    alone = {"moa.method"} if methods == (config.moa.method,) else set()
+    alone |= {"train.seed"} if seeds == (config.train.seed,) else set()
+    check(root, grid.runs(), shared, parse_without_data, alone)
     note = Note(grid, (f"--recipe={own.recipe}", f"--output_dir={root}", *rest))
     return own, root, note, shared
-
-
-def check_finished(root: Path, grid: Grid, shared: Sequence[str]) -> None:
-    """Raises `ConfigError` if the first finished run of a grid was made with other settings."""
-    from trainer.config.command_line import parse_without_data
-
-    for cell in grid.cells():
-        if is_finished(root / cell.name):
-            config = parse_without_data([*shared, *cell.settings(root)])
-            if problems := differences(root / cell.name, config):
-                raise ConfigError("\n".join(problems))
-            return
 
 
 def command(argv: Sequence[str]) -> None:
     """Reads the command line, notes the grid and prints what was asked for."""
     own, root, note, shared = read_command_line(argv)
-    cells = note.grid.cells()
-    if own.index is not None and not 0 <= own.index < len(cells):
+    runs = note.grid.runs()
+    if own.index is not None and not 0 <= own.index < len(runs):
         raise ConfigError(
-            f"array index {own.index}: the grid has {len(cells)} runs; submit with "
-            f"--array=0-{len(cells) - 1}"
+            f"array index {own.index}: the grid has {len(runs)} runs; submit with "
+            f"--array=0-{len(runs) - 1}"
         )
-    check_finished(root, note.grid, shared)
     keep_note(root, note)
     if own.index is None:
         lines = report_lines(root)
@@ -221,27 +181,17 @@ def command(argv: Sequence[str]) -> None:
         if own.job:
             (root / JOBS).mkdir(exist_ok=True)
             (root / JOBS / own.job).touch()
-        lines = [*shared, *cells[own.index].settings(root)]
+        lines = [*shared, *runs[own.index].flags(root)]
     sys.stdout.write("\n".join(lines) + "\n")
 
 
 def main(argv: Sequence[str]) -> int:
     """Command line; returns the exit code."""
-    if {"-h", "--help"} & set(argv):
-        parser().print_help()
-        return 0
-    from trainer.process.ending import conclude
-    from trainer.process.world import ALONE
-
     return conclude(lambda: command(argv), ALONE)
 
 
 def queued_indices(jobs: Iterable[str]) -> set[int]:
-    """Array indices that run or wait to; empty without SLURM, and for jobs it has forgotten.
-
-    Args:
-        jobs: numbers of array jobs.
-    """
+    """Indices of some array jobs that run or wait to; none without SLURM or of jobs it forgot."""
     found: set[int] = set()
     for job in jobs:
         command = ["squeue", "--noheader", "--array", f"--job={job}", "--format=%K"]

@@ -4,12 +4,11 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.evaluate.selection import Row, training_domain_validation, validation_accuracy
 from trainer.prepare.parts import Parts
+from trainer.tables import Table
 
 
 def closing_table(
@@ -24,25 +23,27 @@ def closing_table(
         facts: what else to tell.
     """
     selected, held_out = training_domain_validation(rows, withheld), withheld[0]
-    table = Table(title=f"Selected step {selected['step']} (training-domain validation)")
-    table.add_column("domain")
-    table.add_column("in accuracy %", justify="right")
-    table.add_column("out accuracy %", justify="right")
-    for i, name in enumerate(domains):
-        cells = (f"{100 * selected[f'env{i}_{split}_acc']:.1f}" for split in ("in", "out"))
-        table.add_row(escape(f"{name} (held out)" if i in withheld else name), *cells)
-    table.add_section()
-    table.add_row("validation (mean source out)", "", f"{_percent(selected, withheld)}")
-    target = 100 * selected[f"env{held_out}_in_acc"]
-    table.add_row(escape(f"held-out accuracy, {domains[held_out]}"), f"[bold]{target:.1f}", "")
-    table.add_section()
-    for name, value in facts.items():
-        table.add_row(name, value, "")
-    return table
-
-
-def _percent(row: Row, withheld: Sequence[int]) -> str:
-    return f"{100 * validation_accuracy(row, withheld):.1f}"
+    shown = {key: f"{100 * selected[key]:.1f}" for key in selected if key.endswith("_acc")}
+    lines = [
+        (f"{name} (held out)" if i in withheld else name,
+         *(shown[f"env{i}_{split}_acc"] for split in ("in", "out")))
+        for i, name in enumerate(domains)
+    ]  # fmt: skip
+    validation = f"{100 * validation_accuracy(selected, withheld):.1f}"
+    lines += [
+        ("validation (mean source out)", "", validation),
+        (f"held-out accuracy, {domains[held_out]}", shown[f"env{held_out}_in_acc"], ""),
+        *((name, value, "") for name, value in facts.items()),
+    ]
+    number = len(domains)
+    return Table(
+        ("domain", "in accuracy %", "out accuracy %"),
+        lines,
+        f"Selected step {selected['step']} (training-domain validation)",
+        align="lr",
+        bold={(number + 1, 1)},
+        sections=(number - 1, number + 1),
+    )
 
 
 def show_result(parts: "Parts", folder: "RunFolder", console: "Console") -> None:
@@ -66,7 +67,7 @@ def show_result(parts: "Parts", folder: "RunFolder", console: "Console") -> None
         accuracy = rows[-1].get(f"moa/{name}/env{parts.held_out}_in_acc")
         if accuracy is not None:
             facts[f"held-out accuracy, {average.name}"] = f"{100 * accuracy:.1f}"
-    console.print(closing_table(rows, parts.index.domains, parts.withheld, facts))
+    closing_table(rows, parts.index.domains, parts.withheld, facts).show(console)
     for line in (
         f"run folder: {folder.path}",
         *([f"routing map: {folder.routing}"] if folder.routing.exists() else []),

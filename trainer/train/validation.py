@@ -9,7 +9,7 @@ from trainer.checkpoint.run_folder import RunFolder, read_rows
 from trainer.engine.averaging import Averages, prefixed
 from trainer.engine.collectives import from_main
 from trainer.engine.engine import Engine
-from trainer.evaluate.evaluator import SPLITS, Cell, Evaluator, accuracies
+from trainer.evaluate.evaluator import SPLITS, DomainSplit, Evaluator, accuracies
 from trainer.evaluate.selection import columns_of, training_domain_validation, validation_accuracy
 from trainer.monitor.insight import Insight
 from trainer.monitor.monitor import Monitor
@@ -51,9 +51,9 @@ class Validation:
         last = self.config.train.steps - 1
         self.insight = Insight(evaluator, engine.module, parts.withheld, last)
 
-    def _cells(self) -> list[Cell]:
+    def _cells(self) -> list[DomainSplit]:
         """What an evaluation looks at while the run trains."""
-        cells, withheld = self.evaluator.cells(), self.parts.withheld
+        cells, withheld = self.evaluator.domain_splits(), self.parts.withheld
         if not self.closes:
             return cells
         return [(env, split) for env, split in cells if split == "out" and env not in withheld]
@@ -106,7 +106,7 @@ class Validation:
         if monitor is not None and results.exists():
             for complete in read_rows(results):
                 missing.pop(complete["step"], None)
-        cells = [cell for cell in self.evaluator.cells() if cell not in self._cells()]
+        cells = [cell for cell in self.evaluator.domain_splits() if cell not in self._cells()]
         for step in from_main(list(missing)):
             own = step == last
             held = nullcontext() if own else self.engine.holding(from_main(selected.tensors))
@@ -138,7 +138,7 @@ class Validation:
     def _is_regular(self, step: int) -> bool:
         return step % self.config.train.eval_every == 0
 
-    def _loss(self, losses: Mapping[Cell, float]) -> float:
+    def _loss(self, losses: Mapping[DomainSplit, float]) -> float:
         """The unweighted mean loss of the sources' `out` splits; a collective."""
         found = [
             loss
@@ -148,7 +148,7 @@ class Validation:
         # From one rank: the others' sums may differ in the last bit, and a valley with it.
         return from_main(sum(found) / len(found)) if found else 0.0
 
-    def _of_averages(self, averages: Averages, cells: Sequence[Cell]) -> dict[str, float]:
+    def _of_averages(self, averages: Averages, cells: Sequence[DomainSplit]) -> dict[str, float]:
         """Accuracies of each average, in the model's place for a while."""
         found: dict[str, float] = {}
         for name, values in averages.whole().items():

@@ -31,7 +31,7 @@ from trainer.evaluate.__main__ import main, parser
 from trainer.evaluate.combine import models_on
 from trainer.evaluate.evaluator import Evaluator
 from trainer.evaluate.job import Evaluation, prepare
-from trainer.evaluate.members import labels
+from trainer.evaluate.members import labels, read_members
 from trainer.evaluate.predictions import collect
 from trainer.prepare.backbone import create_backbone
 from trainer.prepare.parts import build
@@ -155,7 +155,7 @@ def evaluated_bytes(folders: list[Path]) -> int:
     """Peak of making the models of some adapters and running each on one batch of 128."""
     with PeakBytes() as measured:
         backbone = create_backbone(ModelConfig(), 10, seed=0).model
-        models = models_on(backbone, [(f.name, *read_adapter(f)) for f in folders]).eval()
+        models = models_on(backbone, read_members(list(map(str, folders)))).eval()
         images = torch.randn(128, 3, 32, 32)
         with torch.inference_mode():
             for model in models:
@@ -172,7 +172,7 @@ def test_five_adapters_need_little_more_memory_than_one(tmp_path: Path) -> None:
 
 def test_adapters_leave_the_backbone_and_each_other_alone(adapters: list[Path]) -> None:
     backbone = create_backbone(ModelConfig(), 10, seed=0)
-    models = models_on(backbone.model, [(a.name, *read_adapter(a)) for a in adapters])
+    models = models_on(backbone.model, read_members(list(map(str, adapters))))
     assert moa.base_hash(backbone.model) == backbone.sha256
     for model, folder in zip(models, adapters, strict=True):
         _, tensors = read_adapter(folder)
@@ -271,7 +271,7 @@ def test_output_folder_tells_everything(
             assert sum(cell["reliability"]["samples"]) == cell["samples"]
     for name in ("accuracy.png", "confusion.png", "reliability.png"):
         assert (tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG"
-    assert "| ensemble |" in (tmp_path / "out" / "tables.md").read_text()
+    assert "\n| ensemble " in (tmp_path / "out" / "tables.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -306,8 +306,9 @@ def test_the_mean_ece_is_over_the_domains_that_have_samples(
         capsys, "--adapter", *adapters[:2], "--domains", "plain", "rotated", "--data.exclude_list",
         list_file, "--output", tmp_path / "out",
     )  # fmt: skip
-    tables = (tmp_path / "out" / "tables.md").read_text().split("**accuracy %, left out split**")
-    lines = [line for line in tables[1].splitlines() if line.startswith("| a0 |")]
+    text = re.sub(" +", " ", (tmp_path / "out" / "tables.md").read_text())
+    table = text.partition("**accuracy %, left out split**")[2]
+    lines = [line for line in table.splitlines() if line.startswith("| a0 |")]
     ece, accuracy = (100 * found[0][f"moa/env0_left_out_{name}"] for name in ("ece", "acc"))
     assert found[0]["moa/env5_left_out_samples"] == 0
     assert lines[0] == f"| a0 | {accuracy:.1f} | - | {ece:.1f} |"

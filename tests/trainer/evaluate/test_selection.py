@@ -7,7 +7,6 @@ from trainer.evaluate.selection import (
     Choice,
     by_leaving_one_out,
     by_oracle,
-    by_siblings,
     by_training_domains,
     num_domains,
     training_domain_validation,
@@ -51,4 +50,3 @@ def test_leave_one_out_asks_runs_that_saw_neither_domain() -> None:
     assert by_leaving_one_out(ROWS, 2, late) == Choice(5, pytest.approx(0.5), 0.80)
     assert by_leaving_one_out(ROWS, 2, {0: without_0, 1: []}) is None
     assert by_leaving_one_out([], 2, pairs) is None
-    assert by_siblings(ROWS, 2, pairs) == chosen, "the same vote, over other runs"

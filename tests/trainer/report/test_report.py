@@ -35,9 +35,10 @@ def flat_run(folder: Path, accuracy: float, held_out: int = 0, **facts: Any) -> 
 
 
 def outcome(capsys: Capture, *arguments: object) -> tuple[int, str, str]:
+    """Exit code, output without the spaces that fill up columns, and errors."""
     code = main([str(a) for a in arguments])
     captured = capsys.readouterr()
-    return code, captured.out, captured.err
+    return code, re.sub(" +", " ", captured.out), captured.err
 
 
 @pytest.fixture
@@ -188,14 +189,11 @@ def test_rules_need_their_runs(tmp_path: Path, capsys: Capture) -> None:
             row[env] = (accuracy, 0.5)
             rows.append(evaluation(step, *row))
         write_run(tmp_path / f"run{env}", rows, held_out=(env,), domains=DOMAINS)
-    code, out, _ = outcome(capsys, tmp_path, "--selection=siblings,oracle", "--format=json")
+    code, out, _ = outcome(capsys, tmp_path, "--selection=oracle", "--format=json")
     assert code == 0
     report = json.loads(out)
-    # Domain 0 is judged by 1 and 2 (0.25 against 0.7), 1 by 0 and 2 (0.6 against 0.35) ...
-    assert [run["step"] for run in report["runs"]["siblings"]] == [50, 0, 0]
-    assert [run["accuracy"] for run in report["runs"]["siblings"]] == [0.1, 0.2, 0.3]
     assert [run["accuracy"] for run in report["runs"]["oracle"]] == [0.1, 0.8, 0.6]
-    assert {table["name"] for table in report["tables"]} == {"digits-siblings", "digits-oracle"}
+    assert [table["name"] for table in report["tables"]] == ["digits-oracle"]
     code, out, err = outcome(capsys, tmp_path, "--selection=leave_one_domain_out")
     assert (code, "3 runs lack the companions" in err) == (0, True)
     assert "--data.held_out A+B" in err
@@ -213,8 +211,8 @@ def test_rules_need_their_runs(tmp_path: Path, capsys: Capture) -> None:
     assert [run["step"] for run in runs_found] == [0, 0, 50]
     config = tmp_path / "run0" / "config.yaml"  # as if it had evaluated all domains twice only
     config.write_text(config.read_text().replace("mode: full", "mode: selection"))
-    code, _, err = outcome(capsys, tmp_path, "--selection=siblings,leave_one_domain_out")
-    assert (code, err.count("all of them with eval.mode full")) == (0, 2)
+    code, _, err = outcome(capsys, tmp_path, "--selection=leave_one_domain_out")
+    assert (code, err.count("all of them with eval.mode full")) == (0, 1)
     code, _, err = outcome(capsys, tmp_path, "--selection=best")
     assert (code, "legal are training_domain_validation, oracle" in err) == (2, True)
 

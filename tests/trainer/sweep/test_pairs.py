@@ -16,7 +16,7 @@ from trainer.prepare.parts import build
 from trainer.process.errors import ConfigError
 from trainer.process.world import ALONE
 from trainer.report.runs import read_run
-from trainer.sweep.cells import with_pairs
+from trainer.sweep.grid import with_pairs
 
 
 def test_names_of_one_domain_or_several() -> None:
@@ -28,7 +28,7 @@ def test_names_of_one_domain_or_several() -> None:
 
 
 def test_every_pair_once() -> None:
-    assert with_pairs(["a", "b", "c"]) == ["a", "b", "c", "a+b", "a+c", "b+c"]
+    assert with_pairs(["a", "b", "c"]) == ("a", "b", "c", "a+b", "a+c", "b+c")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Array bookkeeping: indices, cells, what is finished, and the line that fills the gaps."""
+"""Array bookkeeping: indices, runs, what is finished, and the line that fills the gaps."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from trainer.checkpoint.folder_lock import identity
 from trainer.config.command_line import parse_without_data
 from trainer.config.run_config import as_plain
 from trainer.process.errors import ConfigError
-from trainer.sweep.cells import Cell, Grid, array_expression, progress
+from trainer.sweep.grid import Grid, GridRun, array_expression, progress
 from trainer.sweep.slurm_array import Note, keep_note, main, progress_lines, read_note
 
 GRID = Grid(("linear", "moa_kron"), ("art", "Real World"), (0, 1))
@@ -37,11 +37,11 @@ def test_array_expression_is_short() -> None:
 
 
 def test_every_combination_has_one_index() -> None:
-    cells = GRID.cells()
-    assert len({cell.name for cell in cells}) == len(cells) == 8
-    assert cells[0] == Cell("linear", "art", 0)
-    assert cells[3] == Cell("moa_kron", "Real World", 0)
-    assert cells[4:] == [Cell(c.method, c.held_out, 1) for c in cells[:4]]
+    runs = GRID.runs()
+    assert len({cell.name for cell in runs}) == len(runs) == 8
+    assert runs[0] == GridRun("linear", "art", 0)
+    assert runs[3] == GridRun("moa_kron", "Real World", 0)
+    assert runs[4:] == [GridRun(c.method, c.held_out, 1) for c in runs[:4]]
 
 
 def test_further_seeds_keep_the_indices() -> None:
@@ -51,16 +51,16 @@ def test_further_seeds_keep_the_indices() -> None:
 
 
 def test_progress_by_what_the_folders_hold(tmp_path: Path) -> None:
-    cells = GRID.cells()
+    runs = GRID.runs()
     for index in (0, 1, 2):
-        (tmp_path / cells[index].name).mkdir()
-    (tmp_path / cells[0].name / "done").touch()
+        (tmp_path / runs[index].name).mkdir()
+    (tmp_path / runs[0].name / "done").touch()
     alive, gone = identity(), {**identity(), "pid": 2**22 + 1}
-    (tmp_path / cells[1].name / "owner.json").write_text(json.dumps(alive))
-    (tmp_path / cells[2].name / "owner.json").write_text(json.dumps(gone))
+    (tmp_path / runs[1].name / "owner.json").write_text(json.dumps(alive))
+    (tmp_path / runs[2].name / "owner.json").write_text(json.dumps(gone))
     assert alive["host"] == socket.gethostname()
     assert alive["pid"] == os.getpid()
-    found = progress(tmp_path, cells, queued={0, 5})
+    found = progress(tmp_path, runs, queued={0, 5})
     assert found.finished == (0,)
     assert found.running == (1, 5)
     assert found.missing == (2, 3, 4, 6, 7)
@@ -83,7 +83,7 @@ def test_line_to_submit_survives_a_shell(tmp_path: Path) -> None:
     line = Note(replace(GRID, trial_seed=3), ("--data.root=my shards",)).submit_line([1, 2])
     assert shlex.split(line) == [
         "sbatch", "--array=1-2", "slurm/leave_one_out.sh", "--methods=linear,moa_kron",
-        "--held-out=art,Real World", "--seeds=0,1", "--trial-seed=3", "--data.root=my shards",
+        "--held_out=art,Real World", "--seeds=0,1", "--trial_seed=3", "--data.root=my shards",
     ]  # fmt: skip
 
 
@@ -151,7 +151,7 @@ def test_lists_that_are_not_given_come_from_the_settings(
     given = ["--moa.method=lora", "--train.seed=4", "--held_out=photo"]
     assert main(["--recipe=pacs", *given, f"--output_dir={tmp_path / 'pacs'}"]) == 0
     line = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    assert {"--array=0", "--methods=lora", "--seeds=4", "--held-out=photo"} <= set(line)
+    assert {"--array=0", "--methods=lora", "--seeds=4", "--held_out=photo"} <= set(line)
     assert main([*line[3:], "--index=0"]) == 0, "the printed line stands for itself"
 
 
@@ -187,17 +187,17 @@ def test_pairs_come_after_the_domains(tmp_path: Path, capsys: pytest.CaptureFixt
     ("wrong", "message"),
     [
         (["--index=4"], "array index 4: the grid has 4 runs; submit with --array=0-3"),
-        (["--held-out=photos"], "--held-out = 'photos': legal are art_painting, cartoon"),
-        (["--held-out=photo+photos"], "--held-out = 'photos': legal are art_painting, cartoon"),
-        (["--seeds=a"], "--seeds = 'a': legal are whole numbers"),
+        (["--held_out=photos"], "--held_out: no domain 'photos'; legal are art_painting, cartoon"),
+        (["--held-out=photo+photos"], "--held_out: no domain 'photos'; legal are art_painting"),
+        (["--seeds=a"], "--seeds: 'a': legal are whole numbers"),
         (["--methods=moa_cron"], "did you mean 'moa_kron'?"),
         (
             ["--train.trial_seed=0"],
-            "--train.trial_seed: cannot be the same for every run; give it as --trial-seed",
+            "--train.trial_seed: cannot be the same for every run; give it as --trial_seed",
         ),
         (["--moa.method=lora", "--methods=lora,linear"], "give it as --methods"),
         (["--train.seed=1", "--seeds=1,2"], "give it as --seeds"),
-        (["--data.held_out=photo"], "give it as --held-out"),
+        (["--data.held_out=photo"], "give it as --held_out"),
         (["--train.stepz=3"], "unknown setting; did you mean 'train.steps'?"),
         (["--recipe=nothing"], "no file or recipe 'nothing'"),
     ],

@@ -46,7 +46,7 @@ def test_mistakes_are_found_before_any_run(
     assert run(tmp_path, held_out="plane,plain+outlines") == 2
     error = capsys.readouterr().err
     for name in ("plane", "outlines"):
-        assert f"--held-out: no domain {name!r}; legal are plain, inverted" in error
+        assert f"--held_out: no domain {name!r}; legal are plain, inverted" in error
     own = ["--data.held_out=inverted", "--train.seed=5", f"--output_dir={tmp_path}"]
     assert run(tmp_path, *own) == 2
     error = capsys.readouterr().err
