@@ -17,11 +17,11 @@ from trainer.process.errors import ConfigError
 RECIPES = Path(__file__).resolve().parent / "recipes"
 DEFAULT_RECIPE = "embedded"
 ALIASES = {"deepspeed_config": "ds_config"}
+"""Former and foreign names of settings, in flags and recipes alike -> today's."""
+
 SECTIONS = {key.partition(".")[0] for key in flat_fields(RunConfig()) if "." in key}
-LAUNCHER_FLAGS = (
-    "local_rank",
-    "local-rank",
-)  # appended by launchers; the rank is in the environment
+LAUNCHER_FLAGS = ("local_rank", "local-rank")
+"""Appended by launchers; the rank is in the environment."""
 
 
 class OwnFlags(argparse.ArgumentParser):
@@ -59,25 +59,48 @@ def parse(argv: Sequence[str]) -> RunConfig:
     Raises:
         ConfigError: unknown keys, values of a wrong type or out of range; all of them, one a line.
     """
+    config = _read(argv)
+    config.check()
+    return config
+
+
+def parse_without_data(argv: Sequence[str]) -> RunConfig:
+    """Like `parse`, but the folder of the data may be missing."""
+    config = _read(argv)
+    data = replace(config.data, root=config.data.root or "none needed")
+    replace(config, data=data).check()
+    return config
+
+
+def _read(argv: Sequence[str]) -> RunConfig:
+    """The configuration, every value of its type and not yet checked further."""
     parser = build_parser()
     if {"-h", "--help"} & set(argv):
         parser.parse_args(["--help"])
-    pairs, problems = _split(argv)
-    recipe = next((value for key, value in reversed(pairs) if key == "recipe"), DEFAULT_RECIPE)
+    given, problems = _split(argv)
+    recipe = next((value for key, value in reversed(given) if key == "recipe"), DEFAULT_RECIPE)
     from_recipe, recipe_problems = _read_recipe(recipe)
-    given = [(key, value, "") for key, value in pairs if key != "recipe"]
-    settings = [(key, value, f" (recipe {recipe})") for key, value in from_recipe] + given
     problems += recipe_problems
-    for key, value, source in settings:
-        problems += _check(parser, key, value, source)
+    settings = [(key, value, f" (recipe {recipe})") for key, value in from_recipe]
+    settings += [(key, value, "") for key, value in given if key != "recipe"]
+    namespace = _parse_at_once(parser, [(key, value) for key, value, _ in settings])
+    if namespace is None:
+        problems += [line for setting in settings for line in _check(parser, *setting)]
     if problems:
         raise ConfigError("\n".join(problems))
-    namespace = parser.parse_args([f"--{key}={value}" for key, value, _ in settings])
     del namespace["recipe"]
     config = parser.instantiate_classes(namespace)
-    run = RunConfig(**{entry.name: config[entry.name] for entry in fields(RunConfig)})
-    run.check()
-    return run
+    return RunConfig(**{entry.name: config[entry.name] for entry in fields(RunConfig)})
+
+
+def _parse_at_once(parser: ArgumentParser, settings: Sequence[tuple[str, str]]) -> Any:
+    """A namespace, or None if something is wrong: jsonargparse tells the first mistake only."""
+    if not flat_fields(RunConfig()).keys() >= {key for key, _ in settings}:
+        return None
+    try:
+        return parser.parse_args([f"--{key}={value}" for key, value in settings])
+    except ArgumentError:
+        return None
 
 
 def _split(argv: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
@@ -122,7 +145,8 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
             text = (
                 value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True)
             )
-            pairs.append((f"{prefix}{key}", text.removesuffix("...\n").strip()))
+            name = ALIASES.get(f"{prefix}{key}", f"{prefix}{key}")
+            pairs.append((name, text.removesuffix("...\n").strip()))
     return pairs
 
 
@@ -163,16 +187,6 @@ def describe_type(kind: Any) -> str:
     if get_origin(kind) is tuple:
         return f"a list [a, b, ...] of which each is {describe_type(get_args(kind)[0])}"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
-
-
-def parse_without_data(argv: Sequence[str]) -> RunConfig:
-    """Like `parse`, but the folder of the data may be missing."""
-    try:
-        return parse(argv)
-    except ConfigError:
-        # With some folder given, everything else that is wrong shows up again.
-        config = parse(["--data.root=none needed", *argv])
-    return replace(config, data=replace(config.data, root=None))
 
 
 def words(text: str) -> list[str]:

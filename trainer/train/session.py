@@ -11,7 +11,6 @@ from trainer.config.run_config import RunConfig
 from trainer.process.ending import conclude
 from trainer.process.stopping import Stopping, seconds_of
 from trainer.process.world import World, world_from_environment
-from trainer.train.closing import show_result
 
 if TYPE_CHECKING:
     from trainer.prepare.parts import Parts
@@ -39,6 +38,7 @@ def run(config: RunConfig, world: World, stopping: Stopping) -> None:
     from trainer.checkpoint.run_folder import RunFolder
     from trainer.monitor.console import set_up_logging, terminal
     from trainer.prepare.parts import build
+    from trainer.train.closing import show_result
     from trainer.train.resume import Start, find_start
 
     if config.train.time_limit is not None:
