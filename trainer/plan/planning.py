@@ -27,7 +27,6 @@ from trainer.prepare.backbone import outline
 from trainer.prepare.batches import Batches, batch_arithmetic
 from trainer.prepare.footprint import Footprint, measure, roles, weights_of
 from trainer.prepare.parts import check_expert_parallel
-from trainer.prepare.tokens import tokens_per_image
 
 if TYPE_CHECKING:
     from trainer.plan.data import Request
@@ -88,7 +87,8 @@ def make_plan(config: RunConfig, request: "Request") -> Plan:
     """
     domains, sources, classes, sizes = known_data(config, request)
     world = request.world_size
-    model, report = outline(config.model, config.moa, classes)
+    backbone, report = outline(config.model, config.moa, classes)
+    model = backbone.model
     batches = batch_arithmetic(config, world, domains, sources, sizes)
     sharding = _sharding(config, world, batches.global_batch, report.trainable)
     tensors = adapter_state_dict(model)
@@ -97,8 +97,8 @@ def make_plan(config: RunConfig, request: "Request") -> Plan:
     footprint = measure(model, batches.micro_batch, config.train.eval_batch)
     memory = _memory(config, model, sharding, footprint)
     used = gpu_bytes(memory)
-    tokens, rates = tokens_per_image(model), Rates(flops=FLOPS[sharding.precision])
-    load = load_of(model, footprint, batches, sharding, tokens)
+    rates = Rates(flops=FLOPS[sharding.precision])
+    load = load_of(model, footprint, batches, sharding)
     return Plan(
         run=_settings(config, sharding, len(report.layers), classes),
         roles=roles(model),
@@ -111,7 +111,7 @@ def make_plan(config: RunConfig, request: "Request") -> Plan:
         batches=batches,
         warnings=tuple(memory_warnings(used, request.gpu_memory, report.trainable, sharding)),
         load=load,
-        traffic=_traffic(model, tokens, batches, sharding.working_bytes),
+        traffic=_traffic(model, footprint.tokens, batches, sharding.working_bytes),
         rates=rates,
         predictions=_predictions(load, world, rates),
         run_folder=_run_folder(config),

@@ -100,7 +100,6 @@ def load_of(
     footprint: "Footprint",
     batches: "Batches",
     sharding: "Sharding",
-    tokens: int,
 ) -> Load:
     """The load of a planned run.
 
@@ -109,7 +108,6 @@ def load_of(
         footprint: what was measured of it.
         batches: batch arithmetic.
         sharding: what the DeepSpeed JSON says.
-        tokens: of an adapted layer, per image.
 
     Raises:
         MoAConfigError: a transport that cannot work.
@@ -118,7 +116,7 @@ def load_of(
     from moa.parallel.placement import resolve_transport, traffic
 
     layers = [layer for _, layer in moa_layers(model)]
-    ep_size, transport, expert_bytes = 1, None, 0.0
+    ep_size, transport, expert_bytes, tokens = 1, None, 0.0, footprint.tokens
     width, pieces = sharding.working_bytes, batches.accumulation
     if layers and layers[0].config.mixes and layers[0].config.ep_size > 1:
         ep_size = layers[0].config.ep_size

@@ -126,16 +126,19 @@ def _finish(
     return Backbone(model, name, kept, sha256, projection)
 
 
-def outline_backbone(config: ModelConfig, num_classes: int, seed: int) -> Backbone:
-    """The same model on the meta device, without weights or hash; `seed` is not needed.
+def outline(
+    config: ModelConfig, settings: moa.MoAConfig, num_classes: int
+) -> tuple[Backbone, moa.InjectReport]:
+    """The same model on the meta device, without weights or hash, adapters injected.
 
     Raises:
-        ConfigError: the name is unknown.
+        ConfigError, MoAConfigError: as when the run itself is built.
     """
-    name = check_backbone(config)
+    # Weights are not needed here, and may lie on another machine.
+    name = check_backbone(replace(config, weights="random"))
     with torch.device("meta"):
         model = timm.create_model(config.backbone, pretrained=False, num_classes=num_classes)
-    return _finish(model, name, config, "")
+    return _finish(model, name, config, ""), moa.inject(model, settings)
 
 
 def _no_weights(config: ModelConfig, name: str, reason: str) -> str:
@@ -146,22 +149,3 @@ def _no_weights(config: ModelConfig, name: str, reason: str) -> str:
             "the hub's cache and set HF_HOME; --model.weights random trains from scratch"
         )
     return f"model.weights: {config.weights!r} does not fit {name} ({reason})"
-
-
-def outline(
-    config: ModelConfig, settings: moa.MoAConfig, num_classes: int
-) -> tuple[nn.Module, moa.InjectReport]:
-    """The model of a run on the meta device, adapters injected, fp32, in training mode.
-
-    Raises:
-        ConfigError, MoAConfigError: as when the run itself is built.
-    """
-    # Weights are not needed here, and may lie on another machine.
-    check_backbone(replace(config, weights="random"))
-    with torch.device("meta"):
-        model: nn.Module = timm.create_model(
-            config.backbone, pretrained=False, num_classes=num_classes
-        )
-    if config.grad_checkpointing:
-        model.set_grad_checkpointing(True)  # type: ignore[operator]
-    return model.train(), moa.inject(model, settings)

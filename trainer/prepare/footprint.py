@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import moa
-from moa.layers.layer import MoALinear
+from moa.layers.layer import MoALinear, moa_layers
 from moa.model.injection import classifier
 
 _PARTS = (
@@ -60,6 +60,7 @@ class Footprint:
         forward: FLOPs per image.
         backward: FLOPs per image, with what the fused attention computes anew.
         recomputed: FLOPs per image of checkpointing's second forward.
+        tokens: see `forward_only`.
     """
 
     images: int
@@ -69,6 +70,7 @@ class Footprint:
     forward: int
     backward: int
     recomputed: int
+    tokens: int = 0
 
 
 def roles(model: nn.Module) -> dict[str, int]:
@@ -113,14 +115,16 @@ def measure(model: nn.Module, micro_batch: int, eval_batch: int) -> Footprint:
         model.set_grad_checkpointing(False)  # type: ignore[operator]
         plain, _ = _step(model, micro_batch)
         model.set_grad_checkpointing(True)  # type: ignore[operator]
+    evaluation, tokens = forward_only(model, eval_batch)
     return Footprint(
         images=micro_batch,
         kept=kept,
         peak=meter.peak,
-        evaluation=_evaluation_peak(model, eval_batch),
+        evaluation=evaluation,
         forward=meter.forward // micro_batch,
         backward=plain.backward // micro_batch,
         recomputed=(meter.backward - plain.backward) // micro_batch,
+        tokens=tokens,
     )
 
 
@@ -217,15 +221,29 @@ def _step(model: nn.Module, batch: int) -> tuple[Meter, int]:
     return meter, kept
 
 
-def _evaluation_peak(model: nn.Module, batch: int) -> int:
-    meter, images = Meter(model), blank_images(model, batch)
+def forward_only(model: nn.Module, batch: int) -> tuple[int, int]:
+    """Evaluates a batch.
+
+    Returns:
+        Largest number of bytes alive at once, and the most tokens of an image that an adapted layer
+        sees: pyramids have more in their first blocks, and backbones tell it in different ways, or
+        not at all. 0 without adapters.
+    """
+    meter, images, seen = Meter(model), blank_images(model, batch), [0]
+
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0].numel() // (layer.in_features * batch))  # type: ignore[operator]
+
+    hooks = [layer.register_forward_pre_hook(note) for _, layer in moa_layers(model)]
     was_training = model.training
     model.eval()
     with torch.no_grad(), fused_attention(), meter:
         meter.note(images)
         model(images)
     model.train(was_training)
-    return meter.peak
+    for hook in hooks:
+        hook.remove()
+    return meter.peak, max(seen)
 
 
 def blank_images(model: nn.Module, batch: int) -> Tensor:

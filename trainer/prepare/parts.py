@@ -1,7 +1,7 @@
 """Builds the parts of a run from its configuration; every mistake in it shows up here."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,11 +24,11 @@ from shards.datasets import held_out_names
 from shards.stream.evaluation import Split, split_ranks
 from trainer.config import deepspeed_json
 from trainer.config.run_config import RunConfig
-from trainer.prepare.backbone import check_backbone, create_backbone, outline, outline_backbone
+from trainer.prepare.backbone import check_backbone, create_backbone, outline
 from trainer.prepare.batches import batch_arithmetic
+from trainer.prepare.footprint import forward_only
 from trainer.prepare.provenance import origin_of
 from trainer.prepare.text_head import use_text_head
-from trainer.prepare.tokens import tokens_per_image
 from trainer.process.errors import ConfigError
 from trainer.process.world import World
 
@@ -63,9 +63,9 @@ class Parts:
         config = self.config
         if config.moa.ep_size == 1 or config.moa.transport != "auto":
             return 0
-        model, _ = outline(config.model, config.moa, len(self.index.classes))
+        backbone, _ = outline(config.model, config.moa, len(self.index.classes))
         images = self.stream.global_batch // (world.size * config.train.accumulation)
-        return images * tokens_per_image(model)
+        return images * forward_only(backbone.model, 1)[1]
 
     @property
     def held_out(self) -> int:
@@ -92,14 +92,13 @@ def build(config: RunConfig, world: World) -> Parts:
     """
     config, index, withheld, sharded = _checked(config, world)
     settings = config.train
-    # Under ZeRO-3 one process reads the weights and hands out their parts.
-    whole = world.is_main or not sharded
-    create = create_backbone if whole else outline_backbone
-    backbone = create(config.model, len(index.classes), settings.seed)
     head: dict[str, Any] = {}
-    if config.model.head_init == "text" and world.is_main:  # the engine hands out the main rank's
-        head = use_text_head(config, index, withheld, backbone)
-    with nullcontext() if whole else torch.device("meta"):
+    if sharded and not world.is_main:  # one process reads the weights and hands out their parts
+        backbone, report = outline(config.model, config.moa, len(index.classes))
+    else:
+        backbone = create_backbone(config.model, len(index.classes), settings.seed)
+        if config.model.head_init == "text" and world.is_main:  # the engine hands out its head
+            head = use_text_head(config, index, withheld, backbone)
         report = moa.inject(backbone.model, config.moa)
     on_device = config.data.augment_on == "device"
     make_transform = loader_transform if on_device else train_transform

@@ -45,9 +45,16 @@ from trainer.plan.planning import Plan, make_plan
 from trainer.plan.scaling import FLOPS as RATES
 from trainer.prepare.backbone import outline
 from trainer.prepare.batches import batch_arithmetic
-from trainer.prepare.footprint import FLOPS, Footprint, Weights, measure, roles, weights_of
+from trainer.prepare.footprint import (
+    FLOPS,
+    Footprint,
+    Weights,
+    forward_only,
+    measure,
+    roles,
+    weights_of,
+)
 from trainer.prepare.parts import build
-from trainer.prepare.tokens import tokens_per_image
 from trainer.process.world import World
 
 GIB = 2**30
@@ -81,14 +88,15 @@ def real(config: moa.MoAConfig, grad_checkpointing: bool = False, classes: int =
 
 def planned(config: moa.MoAConfig, grad_checkpointing: bool = False, classes: int = 7) -> nn.Module:
     base = ModelConfig(backbone="vit_embedded", grad_checkpointing=grad_checkpointing)
-    return outline(base, config, classes)[0]
+    return outline(base, config, classes)[0].model
 
 
 @pytest.mark.parametrize("backbone", TABLE)
 def test_trainable_counts_are_those_of_the_design(backbone: str) -> None:
     for (name, options), wanted in zip(COLUMNS.items(), TABLE[backbone], strict=True):
         config = moa.MoAConfig(**options)
-        model, report = outline(ModelConfig(backbone=backbone), config, 345)
+        outlined, report = outline(ModelConfig(backbone=backbone), config, 345)
+        model = outlined.model
         counts = roles(model)
         width = model.get_classifier().in_features  # type: ignore[operator]
         assert counts.pop("head") == 345 * (width + 1)
@@ -495,8 +503,8 @@ def test_accumulation_reaches_the_prediction() -> None:
 def test_what_is_sent_is_what_the_layers_send() -> None:
     plan = plan_of("--moa.ep_size=2", "--world-size=2", "--moa.transport=all_to_all")
     config, _ = read_command_line(["--moa.ep_size=2"])
-    model, _ = outline(config.model, config.moa, 10)
-    layers = [layer for _, layer in moa_layers(model)]
+    backbone, _ = outline(config.model, config.moa, 10)
+    layers = [layer for _, layer in moa_layers(backbone.model)]
     sent = traffic(layers, 17 * plan.batches.per_process, 2, 2)
     assert plan.load.expert_bytes == sent["all_to_all"]
     assert plan.load.transport == "all_to_all"
@@ -528,8 +536,8 @@ def test_backbones_of_all_builds_are_planned(name: str) -> None:
     assert plan.load.modules == BACKBONES[name][1]
     assert plan.footprint.forward > 0
     settings = moa.MoAConfig(kron_dim=32, blocks="all")
-    model, _ = outline(ModelConfig(backbone=name), settings, 7)
-    assert tokens_per_image(model) == BACKBONES[name][0]
+    model = outline(ModelConfig(backbone=name), settings, 7)[0].model
+    assert forward_only(model, 1)[1] == plan.footprint.tokens == BACKBONES[name][0]
     assert model.training
 
 
