@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.config.averages import AverageConfig
-from trainer.prepare.footprint import Weights
+from trainer.plan.sizes import Weights
 
 if TYPE_CHECKING:
     from trainer.prepare.footprint import Footprint

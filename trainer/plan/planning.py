@@ -11,7 +11,6 @@ from moa.layers.layer import moa_layers
 from moa.parallel.placement import traffic
 from trainer.config import deepspeed_json
 from trainer.config.run_config import RunConfig
-from trainer.plan import file_sizes
 from trainer.plan.data import domain_names, known_data
 from trainer.plan.memory import (
     Sharding,
@@ -23,9 +22,10 @@ from trainer.plan.memory import (
     read_sharding,
 )
 from trainer.plan.scaling import FLOPS, WORLDS, Load, Prediction, Rates, load_of, predict
+from trainer.plan.sizes import adapter_file_bytes, checkpoint_bytes, roles, weights_of
 from trainer.prepare.backbone import outline
 from trainer.prepare.batches import Batches, batch_arithmetic
-from trainer.prepare.footprint import Footprint, measure, roles, weights_of
+from trainer.prepare.footprint import Footprint, measure
 from trainer.prepare.parts import check_expert_parallel
 
 if TYPE_CHECKING:
@@ -103,8 +103,8 @@ def make_plan(config: RunConfig, request: "Request") -> Plan:
         run=_settings(config, sharding, len(report.layers), classes),
         roles=roles(model),
         total=report.total,
-        adapter_bytes=file_sizes.adapter_file_bytes(tensors),
-        checkpoint_bytes=file_sizes.checkpoint_bytes(tensors, moved, classes, config.average),
+        adapter_bytes=adapter_file_bytes(tensors),
+        checkpoint_bytes=checkpoint_bytes(tensors, moved, classes, config.average),
         memory=memory,
         gpu_bytes=used,
         footprint=footprint,

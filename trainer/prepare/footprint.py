@@ -20,31 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import moa
-from moa.layers.layer import MoALinear, moa_layers
-from moa.model.injection import classifier
-
-_PARTS = (
-    ("experts", ".experts."),
-    ("experts", ".shared_expert."),
-    ("routers", ".router."),
-    ("rule", ".kron_rule."),
-)
-"""Role of an adapter's tensor -> what its name holds."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Weights:
-    """The numbers of a model.
-
-    Attributes:
-        trainable: numbers that train.
-        frozen: numbers that do not, buffers that follow the precision included.
-        buffer_bytes: bytes of whole-number buffers.
-    """
-
-    trainable: int
-    frozen: int
-    buffer_bytes: int
+from moa.layers.layer import moa_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,36 +47,6 @@ class Footprint:
     backward: int
     recomputed: int
     tokens: int = 0
-
-
-def roles(model: nn.Module) -> dict[str, int]:
-    """Trainable numbers of an injected model by what they are for; roles without any are left out.
-
-    `added biases` are the layers' own beside Kronecker experts, `backbone` what `full`, `bias` and
-    `attention` train.
-    """
-    head = {id(p) for p in classifier(model).parameters()}
-    biases = {id(m.bias) for m in model.modules() if isinstance(m, MoALinear)}
-    counts = dict.fromkeys(("experts", "routers", "rule", "added biases", "backbone", "head"), 0)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            if id(parameter) in head:
-                role = "head"
-            elif id(parameter) in biases:
-                role = "added biases"
-            else:
-                role = next((r for r, part in _PARTS if part in f".{name}"), "backbone")
-            counts[role] += parameter.numel()
-    return {role: count for role, count in counts.items() if count}
-
-
-def weights_of(model: nn.Module) -> Weights:
-    """The numbers of a model as memory sees them."""
-    tensors = [*model.parameters(), *model.buffers()]
-    trainable = sum(t.numel() for t in tensors if t.requires_grad)
-    floating = sum(t.numel() for t in tensors if t.is_floating_point())
-    others = sum(t.untyped_storage().nbytes() for t in tensors if not t.is_floating_point())
-    return Weights(trainable=trainable, frozen=floating - trainable, buffer_bytes=others)
 
 
 def measure(model: nn.Module, micro_batch: int, eval_batch: int) -> Footprint:

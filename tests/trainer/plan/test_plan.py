@@ -31,7 +31,6 @@ from trainer.config.run_config import ModelConfig, RunConfig
 from trainer.engine.swad import Swad
 from trainer.monitor.utilisation import image_utilisation
 from trainer.plan.__main__ import main, read_command_line
-from trainer.plan.file_sizes import TEXT_BYTES, adapter_file_bytes, checkpoint_bytes
 from trainer.plan.memory import (
     CONTEXT_BYTES,
     Sharding,
@@ -43,17 +42,17 @@ from trainer.plan.memory import (
 )
 from trainer.plan.planning import Plan, make_plan
 from trainer.plan.scaling import FLOPS as RATES
-from trainer.prepare.backbone import outline
-from trainer.prepare.batches import batch_arithmetic
-from trainer.prepare.footprint import (
-    FLOPS,
-    Footprint,
+from trainer.plan.sizes import (
+    TEXT_BYTES,
     Weights,
-    forward_only,
-    measure,
+    adapter_file_bytes,
+    checkpoint_bytes,
     roles,
     weights_of,
 )
+from trainer.prepare.backbone import outline
+from trainer.prepare.batches import batch_arithmetic
+from trainer.prepare.footprint import FLOPS, Footprint, forward_only, measure
 from trainer.prepare.parts import build
 from trainer.process.world import World
 
