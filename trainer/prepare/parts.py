@@ -1,6 +1,6 @@
 """Builds the parts of a run from its configuration; every mistake in it shows up here."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -83,14 +83,19 @@ class Parts:
         return tuple(self.index.domains[env] for env in self.withheld)
 
 
-def build(config: RunConfig, world: World) -> Parts:
+def build(config: RunConfig, world: World, problems: Sequence[str] = ()) -> Parts:
     """Builds and checks all parts; what needs no weights first, and all of that together.
+
+    Args:
+        config: the run.
+        world: its processes.
+        problems: what else was found wrong with the configuration.
 
     Raises:
         ConfigError, MoAConfigError, DataConfigError: a setting that cannot work.
         DamagedDataError: the shard set is not what its index promises.
     """
-    config, index, withheld, sharded = _checked(config, world)
+    config, index, withheld, sharded = _checked(config, world, [*problems])
     settings = config.train
     head: dict[str, Any] = {}
     if sharded and not world.is_main:  # one process reads the weights and hands out their parts
@@ -129,7 +134,7 @@ def build(config: RunConfig, world: World) -> Parts:
 
 
 def _checked(
-    config: RunConfig, world: World
+    config: RunConfig, world: World, problems: list[str]
 ) -> tuple[RunConfig, ShardIndex, tuple[int, ...], bool]:
     """Finds every mistake that shows without weights.
 
@@ -141,7 +146,6 @@ def _checked(
         ConfigError: all of them, one a line.
         DamagedDataError: the shard set is not what its index promises.
     """
-    problems: list[str] = []
     with _noted(problems):
         check_backbone(config.model)
     sharded, global_batch = False, None
