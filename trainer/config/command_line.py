@@ -27,9 +27,17 @@ LAUNCHER_FLAGS = ("local_rank", "local-rank")
 class OwnFlags(argparse.ArgumentParser):
     """Flags of a command beside those of a run; a mistake is a `ConfigError`, too."""
 
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        """Takes `--a-flag` for `--a_flag` as well, as flags were once spelt."""
+        return super().add_argument(*names, *_with_dashes(names), **options)
+
     def error(self, message: str) -> NoReturn:
         """Raises what `trainer.process.ending.conclude` prints."""
         raise ConfigError(message)
+
+
+def _with_dashes(names: Sequence[str]) -> list[str]:
+    return [old for name in names if (old := name.replace("_", "-")) not in names]
 
 
 def build_parser() -> ArgumentParser:

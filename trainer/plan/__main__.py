@@ -18,11 +18,11 @@ from trainer.process.world import ALONE
 
 
 def _add_own(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--world-size", default="1", metavar="N", help="processes (default: 1)")
+    parser.add_argument("--world_size", default="1", metavar="N", help="processes (default: 1)")
     parser.add_argument(
-        "--gpu-memory", metavar="GIB", help="memory of a GPU; says whether the run fits"
+        "--gpu_memory", metavar="GIB", help="memory of a GPU; says whether the run fits"
     )
-    parser.add_argument("--num-classes", metavar="N", help="default: the dataset's, where known")
+    parser.add_argument("--num_classes", metavar="N", help="default: the dataset's, where known")
     parser.add_argument(
         "--domains", metavar="D", help="with the held-out one; default: the dataset's, where known"
     )
@@ -40,9 +40,9 @@ def read_command_line(argv: Sequence[str]) -> tuple[RunConfig, Request]:
     given, rest = own.parse_known_args(argv)
     problems: list[str] = []
     request = Request(
-        world_size=_number(given.world_size, "--world-size", int, 1, problems) or 1,
-        gpu_memory=_number(given.gpu_memory, "--gpu-memory", float, 0, problems),
-        num_classes=_number(given.num_classes, "--num-classes", int, 1, problems),
+        world_size=_number(given.world_size, "--world_size", int, 1, problems) or 1,
+        gpu_memory=_number(given.gpu_memory, "--gpu_memory", float, 0, problems),
+        num_classes=_number(given.num_classes, "--num_classes", int, 1, problems),
         domains=_number(given.domains, "--domains", int, 2, problems),
         json=given.json,
     )

@@ -62,7 +62,7 @@ def known_data(config: RunConfig, request: Request) -> tuple[int, int, int, dict
     classes = request.num_classes or classes
     missing = [
         f"{flag}: dataset {spec.name!r} does not fix it; give a number"
-        for flag, value in (("--domains", number), ("--num-classes", classes))
+        for flag, value in (("--domains", number), ("--num_classes", classes))
         if value is None
     ]
     if number is None or classes is None:

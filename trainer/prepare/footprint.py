@@ -178,7 +178,7 @@ def forward_only(model: nn.Module, batch: int) -> tuple[int, int]:
     meter, images, seen = Meter(model), blank_images(model, batch), [0]
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen.append(inputs[0].numel() // (layer.in_features * batch))  # type: ignore[operator]
+        seen.append(inputs[0].numel() // (batch * inputs[0].shape[-1]))
 
     hooks = [layer.register_forward_pre_hook(note) for _, layer in moa_layers(model)]
     was_training = model.training

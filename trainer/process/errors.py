@@ -6,7 +6,7 @@ from moa.errors import AdapterError, MissingAdapterError, MoAConfigError
 from shards.errors import (
     DamagedDataError,
     DataConfigError,
-    OutputError as ShardOutputError,
+    OutputError as OutputError,
     StorageError,
 )
 
@@ -45,10 +45,6 @@ class PeerLostError(RuntimeError):
         self.code = code
 
 
-class OutputError(OSError):
-    """The output folder cannot be written or is in use."""
-
-
 def cannot_write(flag: str, folder: Path, error: OSError) -> OutputError:
     """What to raise when a command cannot write the folder that `flag` names."""
     reason = error.strerror or error
@@ -66,7 +62,6 @@ EXIT_CODES: dict[type[Exception], int] = {
     StorageError: FAILED,
     TrainingInvalidError: TRAINING_INVALID,
     OutputError: CANNOT_WRITE,
-    ShardOutputError: CANNOT_WRITE,
 }
 """Errors that are the user's to mend: shown as plain lines, without a traceback."""
 
