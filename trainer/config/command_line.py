@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from trainer.config.run_config import RunConfig, flat_fields
+from trainer.config.run_config import RunConfig, dotted, flat_fields
 from trainer.process.errors import ConfigError
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -139,22 +139,17 @@ def _read_recipe(name: str) -> tuple[list[tuple[str, str]], list[str]]:
         return [], [f"--recipe: {path} is not YAML: {' '.join(str(error).split())}"]
     if not isinstance(content, dict):
         return [], [f"--recipe: {path} must hold `section:` with `field: value` under it"]
-    return list(_flatten(content)), []
+    return _texts(content), []
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    pairs: list[tuple[str, str]] = []
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            pairs += _flatten(value, f"{prefix}{key}.")
-        elif value is None and f"{prefix}{key}" in SECTIONS:
+def _texts(content: dict[str, Any]) -> list[tuple[str, str]]:
+    """Settings as a command line would give them."""
+    pairs = []
+    for key, value in dotted(content):
+        if value is None and key in SECTIONS:
             continue  # a section whose fields are all commented out
-        else:
-            text = (
-                value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True)
-            )
-            name = ALIASES.get(f"{prefix}{key}", f"{prefix}{key}")
-            pairs.append((name, text.removesuffix("...\n").strip()))
+        text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True)
+        pairs.append((ALIASES.get(key, key), text.removesuffix("...\n").strip()))
     return pairs
 
 

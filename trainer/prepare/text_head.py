@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 from moa.model.injection import classifier
 from shards import ShardIndex, eval_transform, evaluation_loader
-from trainer.config.class_names import read_class_names, spoken_names
-from trainer.config.prompts import read_templates
+from trainer.config.class_texts import read_class_names, read_templates, spoken_names
 from trainer.config.run_config import RunConfig
 from trainer.prepare.backbone import UNREADABLE, Backbone
 from trainer.prepare.clip_names import text_model_of

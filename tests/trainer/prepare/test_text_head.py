@@ -18,9 +18,15 @@ from moa.files.reading import AdapterInfo
 from moa.files.saving import save_adapter
 from shards import DataConfig, eval_transform, evaluation_loader, open_shards
 from tests.support.trainer_fixtures import arguments, environment, launch, rows
-from trainer.config.class_names import SPOKEN, in_words, read_class_names, spoken_names
+from trainer.config.class_texts import (
+    in_words,
+    known_words,
+    read_class_names,
+    read_templates,
+    shipped,
+    spoken_names,
+)
 from trainer.config.command_line import parse
-from trainer.config.prompts import read_templates, shipped
 from trainer.config.run_config import ROOT
 from trainer.prepare.clip_names import text_model_of
 from trainer.prepare.parts import build
@@ -263,7 +269,7 @@ def test_class_names_are_words(dataset: str, count: int) -> None:
     names = spoken_names(classes, dataset)
     assert len(set(names)) == len(classes) == count
     assert not any("_" in name or name != name.strip() for name in names)
-    assert set(SPOKEN[dataset]) <= set(classes), "an entry for a class that does not exist"
+    assert set(known_words(dataset)) <= set(classes), "an entry for a class that does not exist"
 
 
 def test_class_names_are_cleaned_where_the_folder_misleads() -> None:
