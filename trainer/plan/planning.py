@@ -1,17 +1,16 @@
 """The plan of a run, made from its settings and a model on the meta device."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from moa import adapter_state_dict
 from moa.layers.layer import moa_layers
 from moa.parallel.placement import traffic
 from trainer.config import deepspeed_json
 from trainer.config.run_config import RunConfig
-from trainer.plan.data import domain_names, known_data
+from trainer.plan.data import Request, domain_names, known_data
 from trainer.plan.memory import (
     Sharding,
     Term,
@@ -27,9 +26,6 @@ from trainer.prepare.backbone import outline
 from trainer.prepare.batches import Batches, batch_arithmetic
 from trainer.prepare.footprint import Footprint, measure
 from trainer.prepare.parts import check_expert_parallel
-
-if TYPE_CHECKING:
-    from trainer.plan.data import Request
 
 SHARING = 8
 """Processes that share the experts, for the traffic of both transports beside each other."""
@@ -79,7 +75,7 @@ class Plan:
         return sum(self.roles.values())
 
 
-def make_plan(config: RunConfig, request: "Request") -> Plan:
+def make_plan(config: RunConfig, request: Request) -> Plan:
     """Builds the model on the meta device and plans the run.
 
     Raises:
@@ -95,10 +91,16 @@ def make_plan(config: RunConfig, request: "Request") -> Plan:
     moved = [name for name, p in model.named_parameters() if p.requires_grad]
     model.to(torch.bfloat16 if sharding.bf16 else torch.float32)
     footprint = measure(model, batches.micro_batch, config.train.eval_batch)
-    memory = _memory(config, model, sharding, footprint)
-    used = gpu_bytes(memory)
-    rates = Rates(flops=FLOPS[sharding.precision])
+    weights = weights_of(model)
+    memory = (
+        *memory_terms(weights, sharding, footprint),
+        *kept_terms(weights, sharding, config.average),
+    )
+    used, rates = gpu_bytes(memory), Rates(flops=FLOPS[sharding.precision])
     load = load_of(model, footprint, batches, sharding)
+    layers = [layer for _, layer in moa_layers(model)]
+    seen, width = footprint.tokens * batches.per_process, sharding.working_bytes
+    worlds = (n for n in sorted({world, *WORLDS}) if n % load.ep_size == 0)
     return Plan(
         run=_settings(config, sharding, len(report.layers), classes),
         roles=roles(model),
@@ -111,9 +113,9 @@ def make_plan(config: RunConfig, request: "Request") -> Plan:
         batches=batches,
         warnings=tuple(memory_warnings(used, request.gpu_memory, report.trainable, sharding)),
         load=load,
-        traffic=_traffic(model, footprint.tokens, batches, sharding.working_bytes),
+        traffic=traffic(layers, seen, SHARING, width, batches.accumulation),
         rates=rates,
-        predictions=_predictions(load, world, rates),
+        predictions=tuple(predict(load, n, rates) for n in worlds),
         run_folder=_run_folder(config),
     )
 
@@ -126,14 +128,6 @@ def _sharding(config: RunConfig, world: int, global_batch: int, trainable: int) 
     sharding = read_sharding(content, world)
     check_expert_parallel(config.moa, world, sharding.stage == 3)
     return sharding
-
-
-def _memory(
-    config: RunConfig, model: nn.Module, sharding: Sharding, footprint: Footprint
-) -> tuple[Term, ...]:
-    weights = weights_of(model)
-    kept = kept_terms(weights, sharding, config.average)
-    return (*memory_terms(weights, sharding, footprint), *kept)
 
 
 def _settings(config: RunConfig, sharding: Sharding, layers: int, classes: int) -> dict[str, Any]:
@@ -149,19 +143,6 @@ def _settings(config: RunConfig, sharding: Sharding, layers: int, classes: int) 
         "world_size": sharding.world_size,
         "averages": ", ".join(config.average.names) or "none",
     }
-
-
-def _traffic(
-    model: nn.Module, tokens: int, batches: Batches, width: int
-) -> dict[Literal["gather", "all_to_all"], float]:
-    layers = [layer for _, layer in moa_layers(model)]
-    seen = tokens * batches.per_process
-    return traffic(layers, seen, SHARING, width, batches.accumulation)
-
-
-def _predictions(load: Load, world: int, rates: Rates) -> tuple[Prediction, ...]:
-    worlds = sorted({world, *WORLDS})
-    return tuple(predict(load, n, rates) for n in worlds if n % load.ep_size == 0)
 
 
 def _run_folder(config: RunConfig) -> str:

@@ -7,14 +7,15 @@ replace by those of a cluster. Compute and communication are added up, as if not
 import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from torch import nn
+from torch import nn
 
-    from trainer.plan.memory import Sharding
-    from trainer.prepare.batches import Batches
-    from trainer.prepare.footprint import Footprint
+from moa.layers.layer import moa_layers
+from moa.parallel.placement import resolve_transport, traffic
+from trainer.plan.memory import Sharding
+from trainer.prepare.batches import Batches
+from trainer.prepare.footprint import Footprint
 
 WORLDS = (8, 16, 32, 64, 128, 256, 512)
 """GPUs for which a plan predicts a step."""
@@ -95,26 +96,12 @@ class Prediction:
         return self.compute / self.seconds
 
 
-def load_of(
-    model: "nn.Module",
-    footprint: "Footprint",
-    batches: "Batches",
-    sharding: "Sharding",
-) -> Load:
-    """The load of a planned run.
-
-    Args:
-        model: injected, on the meta device.
-        footprint: what was measured of it.
-        batches: batch arithmetic.
-        sharding: what the DeepSpeed JSON says.
+def load_of(model: nn.Module, footprint: Footprint, batches: Batches, sharding: Sharding) -> Load:
+    """The load of a planned run, whose injected model stands on the meta device.
 
     Raises:
         MoAConfigError: a transport that cannot work.
     """
-    from moa.layers.layer import moa_layers
-    from moa.parallel.placement import resolve_transport, traffic
-
     layers = [layer for _, layer in moa_layers(model)]
     ep_size, transport, expert_bytes, tokens = 1, None, 0.0, footprint.tokens
     width, pieces = sharding.working_bytes, batches.accumulation

@@ -26,17 +26,13 @@ TEXT_BYTES, TEXT_BYTES_PER_CLASS = 8192, 64
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """The numbers of a model.
-
-    Attributes:
-        trainable: numbers that train.
-        frozen: numbers that do not, buffers that follow the precision included.
-        buffer_bytes: bytes of whole-number buffers.
-    """
+    """The numbers of a model as memory sees them."""
 
     trainable: int
     frozen: int
+    """Those that do not train, buffers that follow the precision included."""
     buffer_bytes: int
+    """Of whole-number buffers."""
 
 
 def roles(model: nn.Module) -> dict[str, int]:
@@ -61,7 +57,7 @@ def roles(model: nn.Module) -> dict[str, int]:
 
 
 def weights_of(model: nn.Module) -> Weights:
-    """The numbers of a model as memory sees them."""
+    """The numbers of a model, whatever they are for."""
     tensors = [*model.parameters(), *model.buffers()]
     trainable = sum(t.numel() for t in tensors if t.requires_grad)
     floating = sum(t.numel() for t in tensors if t.is_floating_point())
@@ -83,7 +79,7 @@ def checkpoint_bytes(
         tensors: what the adapter file holds, and with it the best adapter and each average.
         moved: names among them that the optimizer moves.
         classes: number of classes, whose names two of the text files list.
-        averages: which averages the run keeps.
+        averages: which the run keeps.
     """
     moments = {f"{name}|{m}": tensors[name] for name in moved for m in ("exp_avg", "exp_avg_sq")}
     files = [moments, tensors]

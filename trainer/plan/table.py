@@ -3,19 +3,16 @@
 import json
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from trainer.plan.data import Request
 from trainer.plan.memory import GIB
 from trainer.plan.planning import SHARING, Plan
 from trainer.plan.scaling import Prediction
 from trainer.prepare.batches import Batches
-
-if TYPE_CHECKING:
-    from trainer.plan.data import Request
 
 Rows = list[tuple[str, str, str]]
 """What, how much, and how it comes about."""
@@ -100,7 +97,7 @@ def _gib(count: int) -> str:
     return f"{count / GIB:,.3f} GiB"
 
 
-def show(plan: Plan, request: "Request") -> None:
+def show(plan: Plan, request: Request) -> None:
     """Prints the plan: JSON, or tables."""
     console = Console(width=None if sys.stdout.isatty() else 160)
     if request.json:

@@ -80,7 +80,7 @@ class Parts:
     @property
     def withheld_names(self) -> tuple[str, ...]:
         """Names of the domains that are not trained on, the target first."""
-        return tuple(self.index.domains[env] for env in self.withheld)
+        return tuple(self.index.domains[number] for number in self.withheld)
 
 
 def build(config: RunConfig, world: World, problems: Sequence[str] = ()) -> Parts:
@@ -109,7 +109,7 @@ def build(config: RunConfig, world: World, problems: Sequence[str] = ()) -> Part
     make_transform = loader_transform if on_device else train_transform
     stream = DomainStream(
         index,
-        sources=[env for env in range(len(index.domains)) if env not in withheld],
+        sources=[n for n in range(len(index.domains)) if n not in withheld],
         batch_per_domain=settings.batch_per_domain,
         seed=settings.seed,
         trial_seed=settings.trial_seed,
@@ -217,18 +217,18 @@ def _resolve(config: RunConfig, index: ShardIndex) -> tuple[RunConfig, tuple[int
 def _check_splits(config: RunConfig, index: ShardIndex, withheld: tuple[int, ...]) -> None:
     """Sources need an image to validate on, or selection is arbitrary; targets one to test on."""
     fraction, trial = config.data.holdout_fraction, config.train.trial_seed
-    for env, domain in enumerate(index.domains):
-        split: Split = "in" if env in withheld else "out"
-        if len(split_ranks(index, env, split, trial_seed=trial, holdout_fraction=fraction)):
+    for number, domain in enumerate(index.domains):
+        split: Split = "in" if number in withheld else "out"
+        if len(split_ranks(index, number, split, trial_seed=trial, holdout_fraction=fraction)):
             continue
         if index.subset is None:
             raise ConfigError(
-                f"data.holdout_fraction: {fraction} of the {index.num_samples(env)} images of "
+                f"data.holdout_fraction: {fraction} of the {index.num_samples(number)} images of "
                 f"{domain!r} is not one image to validate on; raise it"
             )
         given = "exclude_list" if config.data.exclude_list else "include_list"
         raise ConfigError(
             f"data.{given}: leaves no image of the {split!r} split of {domain!r}, on which this "
-            "run would be " + ("tested" if env in withheld else "validated") + "; keep some of "
+            "run would be " + ("tested" if number in withheld else "validated") + "; keep some of "
             "them: the split follows from train.trial_seed and data.holdout_fraction"
         )

@@ -38,15 +38,8 @@ IMAGES_PER_DOMAIN = 4
 
 @dataclass(frozen=True)
 class TextModel:
-    """An open_clip model and its tokenizer.
+    """An open_clip model, of which only the text side is used, and its tokenizer."""
 
-    Attributes:
-        source: what it was loaded from.
-        model: the whole model; only its text side is used.
-        tokenizer: turns texts into tokens.
-    """
-
-    source: str
     model: nn.Module
     tokenizer: Callable[..., Tensor]
 
@@ -68,10 +61,7 @@ class TextModel:
 
 
 def load_text_model(source: str) -> TextModel:
-    """Loads an open_clip model on the CPU.
-
-    Args:
-        source: `NAME:TAG`, `NAME:FILE`, `hf-hub:OWNER/REPOSITORY` or `local-dir:FOLDER`.
+    """Loads an open_clip model on the CPU; `source` is as `model.text_model`.
 
     Raises:
         ConfigError: open_clip is missing, there is no such model, or it cannot be had.
@@ -106,7 +96,7 @@ def load_text_model(source: str) -> TextModel:
             "elsewhere and give --model.text_model NAME:FILE or local-dir:FOLDER, or copy the "
             "hub's cache and set HF_HOME"
         ) from error
-    return TextModel(source, model.eval(), tokenizer)
+    return TextModel(model.eval(), tokenizer)
 
 
 @torch.no_grad()
@@ -124,14 +114,14 @@ def mean_length(model: nn.Module, images: Tensor, projection: nn.Linear) -> floa
 def fill_head(
     head: nn.Module, text: Tensor, projection: nn.Linear, scale: float, bias: float = 0.0
 ) -> None:
-    """Writes the text embeddings `text` [C, P] into the classifier, as the module says.
+    """Writes the text embeddings T into the classifier [C, D], as the module says.
 
     Args:
-        head: linear layer [C, D].
-        text: T.
+        head: linear layer.
+        text: T [C, P].
         projection: W and b.
         scale: s / m.
-        bias: what CLIP itself adds to every score, before the division by m.
+        bias: what CLIP itself adds to every score.
 
     Raises:
         ConfigError: the text embeddings are not of the space that W maps to.
@@ -153,21 +143,16 @@ def source_images(
     config: RunConfig, index: ShardIndex, withheld: Collection[int], backbone: Backbone
 ) -> Tensor:
     """A few training images of each source domain [N, 3, H, W], as evaluation shows them."""
-    parts = []
-    for env in range(len(index.domains)):
-        if env in withheld:
-            continue
-        loader = evaluation_loader(
-            index,
-            env,
-            "in",
-            trial_seed=config.train.trial_seed,
+    loaders = [
+        evaluation_loader(
+            index, domain, "in", trial_seed=config.train.trial_seed,
             holdout_fraction=config.data.holdout_fraction,
-            transform=eval_transform(backbone.data_config),
-            batch_size=IMAGES_PER_DOMAIN,
+            transform=eval_transform(backbone.data_config), batch_size=IMAGES_PER_DOMAIN,
         )
-        parts.append(next(iter(loader)).images)
-    return torch.cat(parts)
+        for domain in range(len(index.domains))
+        if domain not in withheld
+    ]  # fmt: skip
+    return torch.cat([next(iter(loader)).images for loader in loaders])
 
 
 def use_text_head(

@@ -93,7 +93,7 @@ def as_timm(visual: nn.Module) -> dict[str, Tensor]:
 
 
 def text_of(model: nn.Module) -> TextModel:
-    return TextModel("test", model, open_clip.get_tokenizer("ViT-B-16"))
+    return TextModel(model, open_clip.get_tokenizer("ViT-B-16"))
 
 
 @pytest.fixture(scope="module")
