@@ -1,7 +1,6 @@
 """From `argv` and a YAML recipe to a checked `RunConfig`; all problems are reported at once."""
 
 import argparse
-import difflib
 import types
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -12,7 +11,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from trainer.config.run_config import RunConfig, dotted, flat_fields
-from trainer.process.errors import ConfigError
+from trainer.process.errors import ConfigError, did_you_mean
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 DEFAULT_RECIPE = "embedded"
@@ -161,17 +160,16 @@ def _check(parser: ArgumentParser, key: str, value: str, source: str) -> list[st
         parser.parse_args([f"--{key}={value}"])
     except ArgumentError:
         legal = describe_type(_annotation(key))
-        options = [str(o) for o in get_args(_annotation(key)) if isinstance(o, str)]
-        close = difflib.get_close_matches(value, options, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(value, [o for o in get_args(_annotation(key)) if isinstance(o, str)])
         return [f"--{key} = {value!r}{source}: legal is {legal}{hint}"]
     return []
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
     by_field = [k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2]]
-    close = by_field or difflib.get_close_matches(name, known, 1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; legal are {', '.join(known)}"
+    if by_field:
+        return f"; did you mean {by_field[0]!r}?"
+    return did_you_mean(name, known, f"; legal are {', '.join(known)}", cutoff=0.5)
 
 
 def _annotation(key: str) -> Any:

@@ -3,13 +3,12 @@
 Raw DeepSpeed does not know "auto"; here it means: the run's configuration decides.
 """
 
-import difflib
 import json
 from collections.abc import Iterator
 from typing import Any
 
 from trainer.config.run_config import RunConfig
-from trainer.process.errors import ConfigError
+from trainer.process.errors import ConfigError, did_you_mean
 
 STAGES = (1, 2, 3)
 _OWN_SECTIONS = {
@@ -104,9 +103,8 @@ def _unknown(content: dict[str, Any]) -> Iterator[str]:
     for dotted, known in words.items():
         name = dotted.removeprefix("data_types.")
         if name not in known:
-            close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}?" if close else f"legal are {', '.join(known)}"
-            yield f"ds_config: {dotted} is not known; {hint}"
+            hint = did_you_mean(name, known, f"; legal are {', '.join(known)}", cutoff=0.5)
+            yield f"ds_config: {dotted} is not known{hint}"
 
 
 def inside(content: dict[str, Any], dotted: str) -> Any:

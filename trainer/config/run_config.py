@@ -3,7 +3,6 @@
 Imports neither torch nor deepspeed, so that `--help` answers at once.
 """
 
-import difflib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,7 +15,7 @@ from trainer.config.averages import AverageConfig
 from trainer.config.class_texts import read_class_names, read_templates
 from trainer.config.limits import ABOVE_0, COUNT, FROM_0, NUMBER, SECONDS, SEED, out_of_range
 from trainer.config.resume_rules import FIXED
-from trainer.process.errors import ConfigError
+from trainer.process.errors import ConfigError, did_you_mean
 from trainer.process.stopping import seconds_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -171,8 +170,7 @@ class CheckpointConfig:
                     f"{FIXED[name]}; keep the old value, or start again in another --output_dir"
                 )
             elif name not in legal:
-                close = difflib.get_close_matches(name, legal, 1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
+                hint = did_you_mean(name, legal)
                 found.append(f"checkpoint.allow_changes: {name!r} is no setting{hint}")
         return found
 

@@ -1,6 +1,5 @@
 """DeepSpeed's own look at the sections of its JSON, before the processes of a run meet."""
 
-import difflib
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from typing import Any
@@ -15,7 +14,7 @@ from pydantic import ValidationError
 
 from trainer.config import deepspeed_json
 from trainer.config.run_config import RunConfig
-from trainer.process.errors import ConfigError
+from trainer.process.errors import ConfigError, did_you_mean
 
 _WHOLE = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config}
 _INNER = {
@@ -56,9 +55,8 @@ def _unknown(content: dict[str, Any]) -> Iterator[str]:
             if any(fnmatch(name, pattern) for pattern in _UNTRIED):
                 yield f"{section}.{name} is not made for adapters; leave it out"
             elif name not in words and name not in fields:
-                close = difflib.get_close_matches(name, words, 1, cutoff=0.5)
-                hint = f"did you mean {close[0]!r}?" if close else f"legal are {', '.join(words)}"
-                yield f"{section}.{name} is not known; {hint}"
+                hint = did_you_mean(name, words, f"; legal are {', '.join(words)}", cutoff=0.5)
+                yield f"{section}.{name} is not known{hint}"
 
 
 def _illegal(content: dict[str, Any]) -> Iterator[str]:

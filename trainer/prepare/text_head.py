@@ -15,12 +15,13 @@ accuracy, and a confidence that is off by how much the image's length differs fr
 an ordinary linear layer, the head is trained, saved and loaded like any other.
 """
 
-import difflib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from moa.model.injection import classifier
@@ -28,8 +29,7 @@ from shards import ShardIndex, eval_transform, evaluation_loader
 from trainer.config.class_texts import read_class_names, read_templates, spoken_names
 from trainer.config.run_config import RunConfig
 from trainer.prepare.backbone import UNREADABLE, Backbone
-from trainer.prepare.clip_names import text_model_of
-from trainer.process.errors import ConfigError
+from trainer.process.errors import ConfigError, did_you_mean
 
 SCHEMES = ("hf-hub:", "local-dir:")
 IMAGES_PER_DOMAIN = 4
@@ -60,6 +60,13 @@ class TextModel:
         return weights.T.float().contiguous()  # type: ignore[no-any-return]
 
 
+def text_model_of(backbone: str) -> str | None:
+    """`NAME:TAG` of the open_clip model whose visual tower a timm name stands for, if known."""
+    table = yaml.safe_load(Path(__file__).with_name("clip_models.yaml").read_text(encoding="utf-8"))
+    name: str | None = table.get(backbone.replace("_quickgelu", ""))
+    return name
+
+
 def load_text_model(source: str) -> TextModel:
     """Loads an open_clip model on the CPU; `source` is as `model.text_model`.
 
@@ -75,8 +82,7 @@ def load_text_model(source: str) -> TextModel:
     name, _, weights = source.partition(":")
     if not source.startswith(SCHEMES):
         if name not in open_clip.list_models():
-            close = difflib.get_close_matches(name, open_clip.list_models(), 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            hint = did_you_mean(name, open_clip.list_models())
             raise ConfigError(f"model.text_model: open_clip has no model {name!r}{hint}")
         if not weights:
             raise ConfigError(

@@ -28,9 +28,14 @@ from trainer.config.class_texts import (
 )
 from trainer.config.command_line import parse
 from trainer.config.run_config import ROOT
-from trainer.prepare.clip_names import text_model_of
 from trainer.prepare.parts import build
-from trainer.prepare.text_head import TextModel, fill_head, load_text_model, mean_length
+from trainer.prepare.text_head import (
+    TextModel,
+    fill_head,
+    load_text_model,
+    mean_length,
+    text_model_of,
+)
 from trainer.process.errors import ConfigError
 from trainer.process.world import World
 
