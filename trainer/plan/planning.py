@@ -33,31 +33,17 @@ SHARING = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything the command prints.
-
-    Attributes:
-        run: settings that decide about the rest.
-        roles: trainable numbers by role.
-        total: all numbers of the model.
-        adapter_bytes: size of the adapter file.
-        checkpoint_bytes: size of one checkpoint, text files estimated.
-        memory: terms of one process.
-        gpu_bytes: sum of those on the GPU.
-        footprint: what was measured on the meta device.
-        batches: batch arithmetic.
-        warnings: what deserves a second look.
-        load: what a step computes and sends.
-        traffic: bytes that a process sends in a step, by transport, if `SHARING` share the experts.
-        rates: what the hardware is assumed to give.
-        predictions: a step of as many images per process on more and more GPUs.
-        run_folder: where the run will write; empty where only the data tell.
-    """
+    """Everything the command prints."""
 
     run: dict[str, Any]
+    """Settings that decide about the rest."""
     roles: dict[str, int]
+    """Trainable numbers."""
     total: int
+    """All numbers of the model."""
     adapter_bytes: int
     checkpoint_bytes: int
+    """Text files estimated."""
     memory: tuple[Term, ...]
     gpu_bytes: int
     footprint: Footprint
@@ -65,9 +51,12 @@ class Plan:
     warnings: tuple[str, ...]
     load: Load
     traffic: dict[Literal["gather", "all_to_all"], float]
+    """Bytes that a process sends in a step, by transport, if `SHARING` share the experts."""
     rates: Rates
     predictions: tuple[Prediction, ...]
+    """A step of as many images per process on more and more GPUs."""
     run_folder: str
+    """Empty where only the data tell."""
 
     @property
     def trainable(self) -> int:

@@ -45,33 +45,25 @@ class Rates:
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What one step of a run computes and sends.
-
-    Attributes:
-        images: of one process.
-        flops: of one image, forward, backward and recomputation.
-        frozen_bytes: weights that ZeRO-3 gathers.
-        trainable: numbers that train.
-        expert_bytes: what a process sends for its experts' sake (`moa.placement.traffic`).
-        layers: adapted layers.
-        modules: blocks whose weights ZeRO-3 gathers one after the other.
-        stage: ZeRO stage.
-        accumulation: micro-batches.
-        ep_size: processes that share the experts; 1 for none.
-        transport: by which they do; None if they do not.
-    """
+    """What one step of a process computes and sends."""
 
     images: int
     flops: float
+    """Of one image: forward, backward and recomputation."""
     frozen_bytes: float
+    """Weights that ZeRO-3 gathers."""
     trainable: int
     expert_bytes: float
+    """What is sent for the experts' sake (`moa.parallel.placement.traffic`)."""
     layers: int
+    """Adapted ones."""
     modules: int
+    """Blocks whose weights ZeRO-3 gathers one after the other."""
     stage: int
     accumulation: int = 1
     ep_size: int = 1
     transport: Literal["gather", "all_to_all"] | None = None
+    """None if the experts are not shared."""
 
 
 @dataclass(frozen=True)

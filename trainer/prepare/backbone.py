@@ -19,35 +19,25 @@ from trainer.config.run_config import ModelConfig
 from trainer.process.errors import ConfigError
 
 UNREADABLE = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    KeyError,
-    EOFError,
-    SafetensorError,
-    UnpicklingError,
-)
+    OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, UnpicklingError
+)  # fmt: skip
 """What timm, the hub client and the readers of weight files raise when there is nothing to load."""
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A model before injection, and what identifies it.
-
-    Attributes:
-        model: timm model with a fresh classifier.
-        name: timm name `architecture.tag`.
-        data_config: the model's own `input_size`, `mean`, `std`, `interpolation`.
-        sha256: `moa.base_hash` of the model; empty for an outline.
-        projection: the checkpoint's own classifier, which the fresh one replaced; in CLIP's it maps
-            to the space shared with texts. Only kept for a head from text.
-    """
+    """A timm model with a fresh classifier, and what identifies it."""
 
     model: nn.Module
     name: str
+    """`architecture.tag`."""
     data_config: dict[str, Any]
+    """The model's own `input_size`, `mean`, `std`, `interpolation`."""
     sha256: str
+    """`moa.base_hash` of the model before injection; empty for an outline."""
     projection: nn.Linear | None = None
+    """The checkpoint's own classifier, which the fresh one replaced; in CLIP's it maps to the space
+    shared with texts. Only kept for a head from text."""
 
 
 def check_backbone(config: ModelConfig) -> str:

@@ -25,28 +25,25 @@ from moa.layers.layer import moa_layers
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """One micro-batch on one process; FLOPs count a multiply-add as two and matrix products only.
+    """One micro-batch on one process: bytes without weights and their gradients, FLOPs per image.
 
-    Attributes:
-        images: images of the micro-batch.
-        kept: bytes that forward keeps for backward; weights are not counted.
-        peak: largest number of bytes alive at once in forward and backward; weights and their
-            gradients are not counted.
-        evaluation: the same of an evaluation batch, without a graph.
-        forward: FLOPs per image.
-        backward: FLOPs per image, with what the fused attention computes anew.
-        recomputed: FLOPs per image of checkpointing's second forward.
-        tokens: see `forward_only`.
+    FLOPs count a multiply-add as two, and matrix products only.
     """
 
     images: int
     kept: int
+    """Bytes that forward keeps for backward."""
     peak: int
+    """Largest number of bytes alive at once in forward and backward."""
     evaluation: int
+    """The same of an evaluation batch, without a graph."""
     forward: int
     backward: int
+    """With what the fused attention computes anew."""
     recomputed: int
+    """Of checkpointing's second forward."""
     tokens: int = 0
+    """See `forward_only`."""
 
 
 def measure(model: nn.Module, micro_batch: int, eval_batch: int) -> Footprint:
@@ -91,10 +88,7 @@ FLOPS: dict[Any, Callable[..., int]] = {
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own base
     """Counts, while active, live bytes of tensors that are not the model's, and FLOPs.
 
-    Attributes:
-        peak: largest number of bytes alive at once.
-        flops: FLOPs so far.
-        forward: FLOPs of forward, once it is over.
+    Whoever runs forward and backward sets `forward` to the FLOPs of the one in between.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -35,27 +35,20 @@ from trainer.process.world import World
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run consists of before the process group exists.
-
-    Attributes:
-        config: the run with the held-out domain filled in.
-        index: the shard set.
-        withheld: numbers of the domains that are not trained on; the first is the target.
-        model: backbone with adapters and head, on the CPU, fp32; under ZeRO-3 only its outline
-            (meta device) on all ranks but the main one.
-        report: what `inject` did.
-        stream: the training data.
-        ds_json: complete DeepSpeed configuration.
-        info: what saved adapters belong to.
-    """
+    """What a run consists of before the process group exists."""
 
     config: RunConfig
+    """With the held-out domain and whatever else was left open filled in."""
     index: ShardIndex
     withheld: tuple[int, ...]
+    """Numbers of the domains that are not trained on; the first is the target."""
     model: nn.Module
+    """With adapters and head, on the CPU, fp32; under ZeRO-3 only its outline (meta device) on all
+    ranks but the main one."""
     report: moa.InjectReport
     stream: DomainStream
     ds_json: dict[str, Any]
+    """The complete DeepSpeed configuration."""
     info: AdapterInfo
 
     def tokens(self, world: World) -> int:

@@ -9,19 +9,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class World:
-    """One process among those that train together.
-
-    Attributes:
-        rank: global number, 0 to size - 1.
-        size: number of processes.
-        local_rank: number on this host.
-        local_size: processes on this host, as far as the launcher tells.
-    """
+    """One process among those that train together."""
 
     rank: int
+    """0 to size - 1."""
     size: int
     local_rank: int
+    """Number on this host."""
     local_size: int
+    """Processes on this host, as far as the launcher tells."""
 
     @property
     def is_main(self) -> bool:
