@@ -62,7 +62,7 @@ def resolve(
         world_size: number of processes.
         global_batch: images per optimizer step over all processes.
         bf16: whether weights and activations are bf16.
-        trainable: numbers that train, to which an "auto" bucket is fitted.
+        trainable: numbers that train, to which an "auto" bucket is fitted; 0 if not known yet.
 
     Raises:
         ConfigError: not JSON, an entry that contradicts the run, an "auto" that has no meaning.
@@ -76,8 +76,11 @@ def resolve(
         "gradient_clipping": config.optim.clip,
         "bf16.enabled": bf16,
     }
-    _fit_buckets(content["zero_optimization"], trainable)
-    problems = [*_unknown(content), *_section_problems(content)]
+    zero = content["zero_optimization"]
+    _fit_buckets(zero, trainable)
+    problems = [
+        *_unknown(content), *_section_problems(content), *_bucket_problems(zero, trainable)
+    ]  # fmt: skip
     for dotted, value in wanted.items():
         problems += _fill(content, dotted, value)
     problems += [
@@ -114,18 +117,12 @@ def inside(content: dict[str, Any], dotted: str) -> Any:
     return content
 
 
-def check_buckets(content: dict[str, Any], trainable: int) -> None:
-    """Refuses a gradient bucket that the trainable numbers do not fit into.
-
-    With smaller buckets, ranks that hold different experts would flush at different points and
-    their reductions no longer match.
-
-    Raises:
-        ConfigError: `reduce_bucket_size` is not larger than `trainable`.
-    """
-    size = content["zero_optimization"].get("reduce_bucket_size", 500_000_000)
+def _bucket_problems(zero: dict[str, Any], trainable: int) -> Iterator[str]:
+    # With smaller ones, ranks that hold different experts would flush at different points and their
+    # reductions no longer match.
+    size = zero.get("reduce_bucket_size", 500_000_000)
     if size <= trainable:
-        raise ConfigError(
+        yield (
             f"ds_config: zero_optimization.reduce_bucket_size {size:,.0f} must exceed the "
             f"{trainable:,} trainable numbers; raise it"
         )

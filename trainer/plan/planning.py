@@ -113,7 +113,6 @@ def _sharding(config: RunConfig, world: int, global_batch: int, trainable: int) 
     """What the DeepSpeed JSON makes of the run, once it has proved legal."""
     bf16 = config.train.precision != "fp32"  # "auto" is bf16 on a GPU
     content = deepspeed_json.resolve(config, world, global_batch, bf16, trainable)
-    deepspeed_json.check_buckets(content, trainable)
     sharding = read_sharding(content, world)
     check_expert_parallel(config.moa, world, sharding.stage == 3)
     return sharding

@@ -118,7 +118,6 @@ def build(config: RunConfig, world: World, problems: Sequence[str] = ()) -> Part
     resolved = deepspeed_json.resolve(
         config, world.size, stream.global_batch, bf16, report.trainable
     )
-    deepspeed_json.check_buckets(resolved, report.trainable)
     info = AdapterInfo(
         backbone.name, backbone.sha256, config.moa, index.classes, backbone.data_config,
         origin=origin_of(config, index, withheld, world), head=head,

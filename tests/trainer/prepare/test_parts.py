@@ -163,11 +163,12 @@ def test_deepspeed_knows_every_word_of_the_shipped_files(path: Path) -> None:
     assert zero_problems(RunConfig(ds_config=str(path))) == []
 
 
-def test_gradient_bucket_must_hold_all_trainables() -> None:
+def test_gradient_bucket_must_hold_all_trainables(tmp_path: Path) -> None:
     content = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}}
-    deepspeed_json.check_buckets(content, 999)
-    with pytest.raises(ConfigError, match="reduce_bucket_size"):
-        deepspeed_json.check_buckets(content, 1000)
+    config = config_with(content, tmp_path)
+    deepspeed_json.resolve(config, 1, 160, False, 999)
+    with pytest.raises(ConfigError, match="reduce_bucket_size 1,000 must exceed the 1,000"):
+        deepspeed_json.resolve(config, 1, 160, False, 1000)
 
 
 JOB_OF_EIGHT = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}
