@@ -128,7 +128,8 @@ def outline(
     name = check_backbone(replace(config, weights="random"))
     with torch.device("meta"):
         model = timm.create_model(config.backbone, pretrained=False, num_classes=num_classes)
-    return _finish(model, name, config, ""), moa.inject(model, settings)
+        report = moa.inject(model, settings)
+    return _finish(model, name, config, ""), report
 
 
 def _no_weights(config: ModelConfig, name: str, reason: str) -> str:

@@ -58,7 +58,8 @@ class Parts:
             return 0
         backbone, _ = outline(config.model, config.moa, len(self.index.classes))
         images = self.stream.global_batch // (world.size * config.train.accumulation)
-        return images * forward_only(backbone.model, 1)[1]
+        _, tokens = forward_only(backbone.model, 1)
+        return images * tokens
 
     @property
     def held_out(self) -> int:

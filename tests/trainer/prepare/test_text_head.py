@@ -184,7 +184,7 @@ def test_text_models_load_from_a_folder_or_a_file(clip: nn.Module, tmp_path: Pat
     assert loaded.bias() == 0
     for source, words in {
         f"local-dir:{tmp_path / 'none'}": "cannot be had",
-        "ViT-B-61:openai": "did you mean ViT-B-16",
+        "ViT-B-61:openai": "did you mean 'ViT-B-16",
         "ViT-B-16": "names no weights; give ViT-B-16:TAG with a tag of openai",
         f"ViT-B-16:{tmp_path / 'none.safetensors'}": "cannot be had",
     }.items():
