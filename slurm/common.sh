@@ -118,8 +118,8 @@ check_tasks() {
 # Prints the plan and finds the run folder; a bad configuration ends the job here, in seconds.
 plan() {
   local text code memory=()
-  if [ -n "${GPU_MEMORY:-}" ]; then memory=(--gpu-memory "$GPU_MEMORY"); fi
-  text=$("${python[@]}" -m trainer.plan --world-size "$SLURM_NTASKS" "${memory[@]}" "${settings[@]}")
+  if [ -n "${GPU_MEMORY:-}" ]; then memory=(--gpu_memory "$GPU_MEMORY"); fi
+  text=$("${python[@]}" -m trainer.plan --world_size "$SLURM_NTASKS" "${memory[@]}" "${settings[@]}")
   code=$?
   if [ "$code" != 0 ] && [ "$stopped" != TERM ]; then
     die "$code" "not started: the plan ended with code $code, see the lines above; not requeued"

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from trainer.config.limits import FROM_1, NUMBER, SHARE, out_of_range
+
 
 @dataclass(frozen=True, kw_only=True)
 class AverageConfig:
@@ -44,20 +46,12 @@ class AverageConfig:
             )
             if getattr(self, name) != getattr(default, name) and not getattr(self, switch)
         ]  # fmt: skip
-        if not 0 <= self.ema_decay < 1:
-            found.append(f"average.ema_decay: {self.ema_decay}; must be a number >= 0 and < 1")
-        if self.swad_n_converge < 1:
-            found.append(
-                f"average.swad_n_converge: {self.swad_n_converge}; must be a whole number >= 1"
-            )
-        elif self.swad_n_tolerance < self.swad_n_converge:
+        found += out_of_range(
+            "average", self, ema_decay=SHARE, swad_n_converge=NUMBER, swad_tolerance_ratio=FROM_1
+        )
+        if 1 <= self.swad_n_converge > self.swad_n_tolerance:
             found.append(
                 f"average.swad_n_tolerance: {self.swad_n_tolerance}; must be a whole number >= "
                 f"average.swad_n_converge ({self.swad_n_converge})"
-            )
-        if not 1 <= self.swad_tolerance_ratio < float("inf"):
-            found.append(
-                f"average.swad_tolerance_ratio: {self.swad_tolerance_ratio}; must be a finite "
-                "number >= 1"
             )
         return found

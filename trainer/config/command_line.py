@@ -1,7 +1,6 @@
 """From `argv` and a YAML recipe to a checked `RunConfig`; all problems are reported at once."""
 
 import argparse
-import difflib
 import types
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -11,25 +10,33 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from trainer.config.run_config import RunConfig, flat_fields
-from trainer.process.errors import ConfigError
+from trainer.config.run_config import RunConfig, dotted, flat_fields
+from trainer.process.errors import ConfigError, did_you_mean
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 DEFAULT_RECIPE = "embedded"
 ALIASES = {"deepspeed_config": "ds_config"}
+"""Former and foreign names of settings, in flags and recipes alike -> today's."""
+
 SECTIONS = {key.partition(".")[0] for key in flat_fields(RunConfig()) if "." in key}
-LAUNCHER_FLAGS = (
-    "local_rank",
-    "local-rank",
-)  # appended by launchers; the rank is in the environment
+LAUNCHER_FLAGS = ("local_rank", "local-rank")
+"""Appended by launchers; the rank is in the environment."""
 
 
 class OwnFlags(argparse.ArgumentParser):
     """Flags of a command beside those of a run; a mistake is a `ConfigError`, too."""
 
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        """Takes `--a-flag` for `--a_flag` as well, as flags were once spelt."""
+        return super().add_argument(*names, *_with_dashes(names), **options)
+
     def error(self, message: str) -> NoReturn:
         """Raises what `trainer.process.ending.conclude` prints."""
         raise ConfigError(message)
+
+
+def _with_dashes(names: Sequence[str]) -> list[str]:
+    return [old for name in names if (old := name.replace("_", "-")) not in names]
 
 
 def build_parser() -> ArgumentParser:
@@ -59,25 +66,48 @@ def parse(argv: Sequence[str]) -> RunConfig:
     Raises:
         ConfigError: unknown keys, values of a wrong type or out of range; all of them, one a line.
     """
+    config = _read(argv)
+    config.check()
+    return config
+
+
+def parse_without_data(argv: Sequence[str]) -> RunConfig:
+    """Like `parse`, but the folder of the data may be missing."""
+    config = _read(argv)
+    data = replace(config.data, root=config.data.root or "none needed")
+    replace(config, data=data).check()
+    return config
+
+
+def _read(argv: Sequence[str]) -> RunConfig:
+    """The configuration, every value of its type and not yet checked further."""
     parser = build_parser()
     if {"-h", "--help"} & set(argv):
         parser.parse_args(["--help"])
-    pairs, problems = _split(argv)
-    recipe = next((value for key, value in reversed(pairs) if key == "recipe"), DEFAULT_RECIPE)
+    given, problems = _split(argv)
+    recipe = next((value for key, value in reversed(given) if key == "recipe"), DEFAULT_RECIPE)
     from_recipe, recipe_problems = _read_recipe(recipe)
-    given = [(key, value, "") for key, value in pairs if key != "recipe"]
-    settings = [(key, value, f" (recipe {recipe})") for key, value in from_recipe] + given
     problems += recipe_problems
-    for key, value, source in settings:
-        problems += _check(parser, key, value, source)
+    settings = [(key, value, f" (recipe {recipe})") for key, value in from_recipe]
+    settings += [(key, value, "") for key, value in given if key != "recipe"]
+    namespace = _parse_at_once(parser, [(key, value) for key, value, _ in settings])
+    if namespace is None:
+        problems += [line for setting in settings for line in _check(parser, *setting)]
     if problems:
         raise ConfigError("\n".join(problems))
-    namespace = parser.parse_args([f"--{key}={value}" for key, value, _ in settings])
     del namespace["recipe"]
     config = parser.instantiate_classes(namespace)
-    run = RunConfig(**{entry.name: config[entry.name] for entry in fields(RunConfig)})
-    run.check()
-    return run
+    return RunConfig(**{entry.name: config[entry.name] for entry in fields(RunConfig)})
+
+
+def _parse_at_once(parser: ArgumentParser, settings: Sequence[tuple[str, str]]) -> Any:
+    """A namespace, or None if something is wrong: jsonargparse tells the first mistake only."""
+    if not flat_fields(RunConfig()).keys() >= {key for key, _ in settings}:
+        return None
+    try:
+        return parser.parse_args([f"--{key}={value}" for key, value in settings])
+    except ArgumentError:
+        return None
 
 
 def _split(argv: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
@@ -108,21 +138,17 @@ def _read_recipe(name: str) -> tuple[list[tuple[str, str]], list[str]]:
         return [], [f"--recipe: {path} is not YAML: {' '.join(str(error).split())}"]
     if not isinstance(content, dict):
         return [], [f"--recipe: {path} must hold `section:` with `field: value` under it"]
-    return list(_flatten(content)), []
+    return _texts(content), []
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    pairs: list[tuple[str, str]] = []
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            pairs += _flatten(value, f"{prefix}{key}.")
-        elif value is None and f"{prefix}{key}" in SECTIONS:
+def _texts(content: dict[str, Any]) -> list[tuple[str, str]]:
+    """Settings as a command line would give them."""
+    pairs = []
+    for key, value in dotted(content):
+        if value is None and key in SECTIONS:
             continue  # a section whose fields are all commented out
-        else:
-            text = (
-                value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True)
-            )
-            pairs.append((f"{prefix}{key}", text.removesuffix("...\n").strip()))
+        text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True)
+        pairs.append((ALIASES.get(key, key), text.removesuffix("...\n").strip()))
     return pairs
 
 
@@ -134,17 +160,16 @@ def _check(parser: ArgumentParser, key: str, value: str, source: str) -> list[st
         parser.parse_args([f"--{key}={value}"])
     except ArgumentError:
         legal = describe_type(_annotation(key))
-        options = [str(o) for o in get_args(_annotation(key)) if isinstance(o, str)]
-        close = difflib.get_close_matches(value, options, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(value, [o for o in get_args(_annotation(key)) if isinstance(o, str)])
         return [f"--{key} = {value!r}{source}: legal is {legal}{hint}"]
     return []
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
     by_field = [k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2]]
-    close = by_field or difflib.get_close_matches(name, known, 1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; legal are {', '.join(known)}"
+    if by_field:
+        return f"; did you mean {by_field[0]!r}?"
+    return did_you_mean(name, known, f"; legal are {', '.join(known)}", cutoff=0.5)
 
 
 def _annotation(key: str) -> Any:
@@ -163,16 +188,6 @@ def describe_type(kind: Any) -> str:
     if get_origin(kind) is tuple:
         return f"a list [a, b, ...] of which each is {describe_type(get_args(kind)[0])}"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
-
-
-def parse_without_data(argv: Sequence[str]) -> RunConfig:
-    """Like `parse`, but the folder of the data may be missing."""
-    try:
-        return parse(argv)
-    except ConfigError:
-        # With some folder given, everything else that is wrong shows up again.
-        config = parse(["--data.root=none needed", *argv])
-    return replace(config, data=replace(config.data, root=None))
 
 
 def words(text: str) -> list[str]:

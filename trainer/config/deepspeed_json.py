@@ -3,13 +3,12 @@
 Raw DeepSpeed does not know "auto"; here it means: the run's configuration decides.
 """
 
-import difflib
 import json
 from collections.abc import Iterator
 from typing import Any
 
 from trainer.config.run_config import RunConfig
-from trainer.process.errors import ConfigError
+from trainer.process.errors import ConfigError, did_you_mean
 
 STAGES = (1, 2, 3)
 _OWN_SECTIONS = {
@@ -21,35 +20,19 @@ _OWN_SECTIONS = {
 }
 
 
-# What a file may say; a word that DeepSpeed does not know would be passed over in silence.
-_KNOWN = {
-    "": (
-        "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-        "gradient_clipping", "bf16", "data_types", "zero_optimization", "steps_per_print",
-        "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
-        "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "aio",
-        "comms_logger", "flops_profiler", "memory_breakdown", "dump_state", "timers",
-    ),
-    "zero_optimization": (
-        "stage", "contiguous_gradients", "overlap_comm", "reduce_scatter", "reduce_bucket_size",
-        "allgather_partitions", "allgather_bucket_size", "round_robin_gradients",
-        "offload_optimizer", "offload_param", "sub_group_size", "ignore_unused_parameters",
-        "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size",
-        "stage3_param_persistence_threshold", "stage3_model_persistence_threshold",
-        "stage3_module_granularity_threshold", "stage3_use_all_reduce_for_fetch_params",
-        "stage3_gather_16bit_weights_on_model_save", "use_multi_rank_bucket_allreduce",
-        "allgather_sequential", "log_trace_cache_warnings", "memory_efficient_linear",
-    ),
-    "zero_optimization.offload_optimizer": (
-        "device", "nvme_path", "buffer_count", "pin_memory", "pipeline_read", "pipeline_write",
-        "fast_init", "ratio", "super_offload", "cpuadam_cores_perc",
-    ),
-    "zero_optimization.offload_param": (
-        "device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory",
-    ),
-    "bf16": ("enabled",),
-    "data_types": ("grad_accum_dtype",),
-}  # fmt: skip
+# Words that DeepSpeed looks up one by one; one that it does not know it would pass over in silence.
+# For its sections it has classes (`trainer.engine.zero_check`).
+_KNOWN: tuple[str, ...] = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+    "gradient_clipping", "bf16", "data_types", "zero_optimization", "steps_per_print",
+    "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+    "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "aio",
+    "comms_logger", "flops_profiler", "memory_breakdown", "dump_state", "timers",
+)  # fmt: skip
+_SECTIONS = (
+    "zero_optimization", "zero_optimization.offload_optimizer", "zero_optimization.offload_param",
+    "bf16", "data_types",
+)  # fmt: skip
 _ACCUMULATION = ("fp32", "bf16")
 
 
@@ -79,7 +62,7 @@ def resolve(
         world_size: number of processes.
         global_batch: images per optimizer step over all processes.
         bf16: whether weights and activations are bf16.
-        trainable: numbers that train, to which an "auto" bucket is fitted.
+        trainable: numbers that train, to which an "auto" bucket is fitted; 0 if not known yet.
 
     Raises:
         ConfigError: not JSON, an entry that contradicts the run, an "auto" that has no meaning.
@@ -93,8 +76,11 @@ def resolve(
         "gradient_clipping": config.optim.clip,
         "bf16.enabled": bf16,
     }
-    _fit_buckets(content["zero_optimization"], trainable)
-    problems = [*_unknown(content), *_section_problems(content)]
+    zero = content["zero_optimization"]
+    _fit_buckets(zero, trainable)
+    problems = [
+        *_unknown(content), *_section_problems(content), *_bucket_problems(zero, trainable)
+    ]  # fmt: skip
     for dotted, value in wanted.items():
         problems += _fill(content, dotted, value)
     problems += [
@@ -113,39 +99,30 @@ def _fit_buckets(zero: dict[str, Any], trainable: int) -> None:
             zero[name] = (trainable // 2**20 + 1) * 2**20  # more than them, and aligned
 
 
-def _unknown(content: dict[str, Any]) -> list[str]:
+def _unknown(content: dict[str, Any]) -> Iterator[str]:
     """Words that no one reads, with the nearest that someone does."""
-    found = []
-    for section, known in _KNOWN.items():
-        for name in _inside(content, section):
-            if name in known or (not section and name in _OWN_SECTIONS):
-                continue
-            close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}?" if close else f"legal are {', '.join(known)}"
-            where = f"{section}.{name}" if section else name
-            found.append(f"ds_config: {where} is not known; {hint}")
-    return found
+    words = {name: _KNOWN for name in content if name not in _OWN_SECTIONS}
+    words |= {f"data_types.{name}": ("grad_accum_dtype",) for name in inside(content, "data_types")}
+    for dotted, known in words.items():
+        name = dotted.removeprefix("data_types.")
+        if name not in known:
+            hint = did_you_mean(name, known, f"; legal are {', '.join(known)}", cutoff=0.5)
+            yield f"ds_config: {dotted} is not known{hint}"
 
 
-def _inside(content: dict[str, Any], dotted: str) -> Any:
-    """A section by its dotted name, the whole by an empty one; empty where there is none."""
-    for name in filter(None, dotted.split(".")):
+def inside(content: dict[str, Any], dotted: str) -> Any:
+    """A section by its dotted name; empty where there is none."""
+    for name in dotted.split("."):
         content = content.get(name, {})
     return content
 
 
-def check_buckets(content: dict[str, Any], trainable: int) -> None:
-    """Refuses a gradient bucket that the trainable numbers do not fit into.
-
-    With smaller buckets, ranks that hold different experts would flush at different points and
-    their reductions no longer match.
-
-    Raises:
-        ConfigError: `reduce_bucket_size` is not larger than `trainable`.
-    """
-    size = content["zero_optimization"].get("reduce_bucket_size", 500_000_000)
+def _bucket_problems(zero: dict[str, Any], trainable: int) -> Iterator[str]:
+    # With smaller ones, ranks that hold different experts would flush at different points and their
+    # reductions no longer match.
+    size = zero.get("reduce_bucket_size", 500_000_000)
     if size <= trainable:
-        raise ConfigError(
+        yield (
             f"ds_config: zero_optimization.reduce_bucket_size {size:,.0f} must exceed the "
             f"{trainable:,} trainable numbers; raise it"
         )
@@ -157,9 +134,9 @@ def _shape_problem(content: Any) -> str:
         return "must be a JSON object with sections such as zero_optimization"
     if "zero_optimization" not in content:
         return "has no zero_optimization section; copy one of ds_configs/"
-    for section in filter(None, _KNOWN):
-        if not isinstance(inside := _inside(content, section), dict):
-            return f"{section} is {inside!r}; it must be an object, such as ds_configs/ have there"
+    for section in _SECTIONS:
+        if not isinstance(found := inside(content, section), dict):
+            return f"{section} is {found!r}; it must be an object, such as ds_configs/ have there"
     zero = content.get("zero_optimization", {})
     for name in ("reduce_bucket_size", "allgather_bucket_size"):
         value = zero.get(name, 1)
@@ -182,7 +159,7 @@ def _section_problems(content: dict[str, Any]) -> list[str]:
         )
     if zero.get("stage") == 2 and not zero.get("contiguous_gradients", True):
         problems.append("ds_config: zero_optimization.contiguous_gradients must be true at stage 2")
-    named = _inside(content, "data_types").get("grad_accum_dtype", _ACCUMULATION[0])
+    named = inside(content, "data_types").get("grad_accum_dtype", _ACCUMULATION[0])
     if named not in _ACCUMULATION:
         problems.append(
             f"ds_config: data_types.grad_accum_dtype is {named!r}; legal are "

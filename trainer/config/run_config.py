@@ -3,32 +3,23 @@
 Imports neither torch nor deepspeed, so that `--help` answers at once.
 """
 
-import difflib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from moa.config import MoAConfig
 from shards.config import DataConfig
 from trainer.config.averages import AverageConfig
-from trainer.config.class_names import read_class_names
-from trainer.config.prompts import read_templates
+from trainer.config.class_texts import read_class_names, read_templates
+from trainer.config.limits import ABOVE_0, COUNT, FROM_0, NUMBER, SECONDS, SEED, out_of_range
 from trainer.config.resume_rules import FIXED
-from trainer.process.errors import ConfigError
+from trainer.process.errors import ConfigError, did_you_mean
 from trainer.process.stopping import seconds_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 """Folder that holds `trainer/`, `ds_configs/` and the other top-level folders."""
-
-
-def problems_of(read: Callable[[], object]) -> list[str]:
-    """The message of the `ConfigError` that `read` ends with, if it does."""
-    try:
-        read()
-    except ConfigError as error:
-        return [str(error)]
-    return []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +51,15 @@ class ModelConfig:
                     "model.head_init: text fits a pretrained CLIP backbone, not model.weights "
                     "random"
                 ]
-            return problems_of(lambda: read_templates(self.prompts)) + problems_of(
-                lambda: read_class_names(self.class_names)
-            )
+            found = []
+            for read in (
+                lambda: read_templates(self.prompts), lambda: read_class_names(self.class_names)
+            ):  # fmt: skip
+                try:
+                    read()
+                except ConfigError as error:
+                    found.append(str(error))
+            return found
         return [
             f"model.{name}: {getattr(self, name)!r} has no effect without --model.head_init text"
             for name, default in (("text_model", None), ("prompts", "photo"), ("class_names", None))
@@ -87,14 +84,9 @@ class OptimConfig:
 
     def problems(self) -> list[str]:
         """Every range problem, one line each."""
-        found = []
-        for name in ("lr", "eps"):
-            if not 0 < getattr(self, name) < float("inf"):
-                found.append(f"optim.{name}: {getattr(self, name)}; must be a finite number > 0")
-        for name in ("weight_decay", "clip"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                found.append(f"optim.{name}: {getattr(self, name)}; must be a finite number >= 0")
-        return found
+        return out_of_range(
+            "optim", self, lr=ABOVE_0, eps=ABOVE_0, weight_decay=FROM_0, clip=FROM_0
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,17 +121,11 @@ class TrainConfig:
 
     def problems(self) -> list[str]:
         """Every range problem, one line each."""
-        low = {
-            "steps": 1, "batch_per_domain": 1, "eval_every": 1, "eval_batch": 1, "accumulation": 1,
-            "seed": 0, "trial_seed": 0, "skip_nonfinite": 0,
-        }  # fmt: skip
-        found = [
-            f"train.{name}: {getattr(self, name)}; must be a whole number from {least} to 2^63 - 1"
-            for name, least in low.items()
-            if not least <= getattr(self, name) < 2**63
-        ]
-        if not 0 <= self.step_deadline < float("inf"):
-            found.append(f"train.step_deadline: {self.step_deadline}; must be seconds >= 0")
+        found = out_of_range(
+            "train", self, steps=COUNT, batch_per_domain=COUNT, eval_every=COUNT, eval_batch=COUNT,
+            accumulation=COUNT, seed=SEED, trial_seed=SEED, skip_nonfinite=SEED,
+            step_deadline=SECONDS,
+        )  # fmt: skip
         try:
             seconds_of(self.time_limit or "1s")
         except ValueError:
@@ -175,11 +161,7 @@ class CheckpointConfig:
 
     def problems(self) -> list[str]:
         """Every range problem, one line each."""
-        found = [
-            f"checkpoint.{name}: {getattr(self, name)}; must be a whole number >= 1"
-            for name in ("every", "keep")
-            if getattr(self, name) < 1
-        ]
+        found = out_of_range("checkpoint", self, every=NUMBER, keep=NUMBER)
         legal = [*flat_fields(RunConfig()), "data"]
         for name in self.allow_changes:
             if name in FIXED:
@@ -188,8 +170,7 @@ class CheckpointConfig:
                     f"{FIXED[name]}; keep the old value, or start again in another --output_dir"
                 )
             elif name not in legal:
-                close = difflib.get_close_matches(name, legal, 1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
+                hint = did_you_mean(name, legal)
                 found.append(f"checkpoint.allow_changes: {name!r} is no setting{hint}")
         return found
 
@@ -246,40 +227,26 @@ class RunConfig:
         return Path("outputs") / f"{name}-seed{train.seed}-trial{train.trial_seed}"
 
 
-def flat_fields(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted names and values of a dataclass and its sections, such as `moa.ranks`."""
-    flat: dict[str, Any] = {}
-    for entry in fields(config):
-        value = getattr(config, entry.name)
-        if is_dataclass(value):
-            flat |= flat_fields(value, f"{prefix}{entry.name}.")
-        else:
-            flat[prefix + entry.name] = value
-    return flat
-
-
-def flat(config: RunConfig) -> dict[str, Any]:
-    """Dotted names and plain values, as JSON and YAML give them back."""
-    settings = flat_fields(config)
-    return {key: list(v) if isinstance(v, tuple) else v for key, v in settings.items()}
-
-
 def dotted(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted names and values of nested settings, as a YAML file has them."""
     for key, value in content.items():
         if isinstance(value, Mapping):
             yield from dotted(value, f"{prefix}{key}.")
         else:
-            yield prefix + key, value
+            yield f"{prefix}{key}", value
+
+
+def flat_fields(config: RunConfig) -> dict[str, Any]:
+    """Dotted names and values, such as `moa.ranks`."""
+    return dict(dotted(asdict(config)))
 
 
 def as_plain(config: RunConfig) -> dict[str, Any]:
     """Nested dictionary of plain types (tuples become lists), as written to `config.yaml`."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return plain
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        return list(value) if isinstance(value, tuple) else value
 
-    nested: dict[str, Any] = plain(asdict(config))
-    return nested
+def flat(config: RunConfig) -> dict[str, Any]:
+    """Dotted names and plain values, as JSON and YAML give them back."""
+    return dict(dotted(as_plain(config)))

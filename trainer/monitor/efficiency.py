@@ -54,8 +54,8 @@ def image_utilisation(
     if peak is None:
         return None
     try:
-        model, _ = outline(config.model, config.moa, num_classes)
-        step = footprint.measure(model, 1, 1)
+        backbone, _ = outline(config.model, config.moa, num_classes)
+        step = footprint.measure(backbone.model, 1, 1)
     except Exception as error:
         log.warning("no perf/mfu: FLOPs of %s cannot be counted (%s)", config.model.backbone, error)
         return None

@@ -57,12 +57,12 @@ def known_data(config: RunConfig, request: Request) -> tuple[int, int, int, dict
     names, samples, classes = domain_names(config), spec.samples, spec.num_classes
     if index is not None:
         classes = len(index.classes)
-        samples = tuple(index.num_samples(env) for env in range(len(index.domains)))
+        samples = tuple(index.num_samples(number) for number in range(len(index.domains)))
     number = request.domains or (len(names) if names else None)
     classes = request.num_classes or classes
     missing = [
         f"{flag}: dataset {spec.name!r} does not fix it; give a number"
-        for flag, value in (("--domains", number), ("--num-classes", classes))
+        for flag, value in (("--domains", number), ("--num_classes", classes))
         if value is None
     ]
     if number is None or classes is None:

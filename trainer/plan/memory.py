@@ -7,13 +7,11 @@ accumulation. What is said of buffers follows DeepSpeed 0.19; alignment (a few n
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from trainer.config.averages import AverageConfig
-from trainer.prepare.footprint import Weights
-
-if TYPE_CHECKING:
-    from trainer.prepare.footprint import Footprint
+from trainer.plan.sizes import Weights
+from trainer.prepare.footprint import Footprint
 
 GIB = 2**30
 TIGHT = 0.9
@@ -28,14 +26,7 @@ _REDUCE_BUCKET, _MAX_LIVE = 500_000_000, 1_000_000_000
 
 @dataclass(frozen=True)
 class Term:
-    """A part of the memory of one process.
-
-    Attributes:
-        name: what it is.
-        bytes: how much.
-        place: on the GPU or, offloaded, in the host's memory.
-        formula: how it comes about.
-    """
+    """A part of the memory of one process, and how it comes about."""
 
     name: str
     bytes: int
@@ -102,7 +93,7 @@ def read_sharding(content: dict[str, Any], world_size: int) -> Sharding:
     )
 
 
-def memory_terms(weights: Weights, sharding: Sharding, footprint: "Footprint") -> tuple[Term, ...]:
+def memory_terms(weights: Weights, sharding: Sharding, footprint: Footprint) -> tuple[Term, ...]:
     """All terms. Their sum is an upper bound: not every term is at its largest at the same time.
 
     Evaluation replaces the activations of training while it runs; only the larger counts.
@@ -183,14 +174,7 @@ def gpu_bytes(terms: tuple[Term, ...]) -> int:
 def memory_warnings(
     used: int, gpu_memory: float | None, trainable: int, sharding: Sharding
 ) -> Iterator[str]:
-    """What deserves a second look.
-
-    Args:
-        used: bytes that the run takes of a GPU.
-        gpu_memory: GiB that a GPU has; None if not told.
-        trainable: numbers that train.
-        sharding: what the DeepSpeed JSON says.
-    """
+    """What deserves a second look, if a run takes `used` bytes of a GPU with `gpu_memory` GiB."""
     if gpu_memory is not None and used > TIGHT * gpu_memory * GIB:
         how = "does not fit" if used > gpu_memory * GIB else "hardly fits, fragmentation counted,"
         yield (

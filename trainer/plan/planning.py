@@ -1,18 +1,16 @@
 """The plan of a run, made from its settings and a model on the meta device."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from moa import adapter_state_dict
 from moa.layers.layer import moa_layers
 from moa.parallel.placement import traffic
 from trainer.config import deepspeed_json
 from trainer.config.run_config import RunConfig
-from trainer.plan import file_sizes
-from trainer.plan.data import domain_names, known_data
+from trainer.plan.data import Request, domain_names, known_data
 from trainer.plan.memory import (
     Sharding,
     Term,
@@ -23,14 +21,11 @@ from trainer.plan.memory import (
     read_sharding,
 )
 from trainer.plan.scaling import FLOPS, WORLDS, Load, Prediction, Rates, load_of, predict
+from trainer.plan.sizes import adapter_file_bytes, checkpoint_bytes, roles, weights_of
 from trainer.prepare.backbone import outline
 from trainer.prepare.batches import Batches, batch_arithmetic
-from trainer.prepare.footprint import Footprint, measure, roles, weights_of
+from trainer.prepare.footprint import Footprint, measure
 from trainer.prepare.parts import check_expert_parallel
-from trainer.prepare.tokens import tokens_per_image
-
-if TYPE_CHECKING:
-    from trainer.plan.data import Request
 
 SHARING = 8
 """Processes that share the experts, for the traffic of both transports beside each other."""
@@ -38,31 +33,17 @@ SHARING = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything the command prints.
-
-    Attributes:
-        run: settings that decide about the rest.
-        roles: trainable numbers by role.
-        total: all numbers of the model.
-        adapter_bytes: size of the adapter file.
-        checkpoint_bytes: size of one checkpoint, text files estimated.
-        memory: terms of one process.
-        gpu_bytes: sum of those on the GPU.
-        footprint: what was measured on the meta device.
-        batches: batch arithmetic.
-        warnings: what deserves a second look.
-        load: what a step computes and sends.
-        traffic: bytes that a process sends in a step, by transport, if `SHARING` share the experts.
-        rates: what the hardware is assumed to give.
-        predictions: a step of as many images per process on more and more GPUs.
-        run_folder: where the run will write; empty where only the data tell.
-    """
+    """Everything the command prints."""
 
     run: dict[str, Any]
+    """Settings that decide about the rest."""
     roles: dict[str, int]
+    """Trainable numbers."""
     total: int
+    """All numbers of the model."""
     adapter_bytes: int
     checkpoint_bytes: int
+    """Text files estimated."""
     memory: tuple[Term, ...]
     gpu_bytes: int
     footprint: Footprint
@@ -70,9 +51,12 @@ class Plan:
     warnings: tuple[str, ...]
     load: Load
     traffic: dict[Literal["gather", "all_to_all"], float]
+    """Bytes that a process sends in a step, by transport, if `SHARING` share the experts."""
     rates: Rates
     predictions: tuple[Prediction, ...]
+    """A step of as many images per process on more and more GPUs."""
     run_folder: str
+    """Empty where only the data tell."""
 
     @property
     def trainable(self) -> int:
@@ -80,7 +64,7 @@ class Plan:
         return sum(self.roles.values())
 
 
-def make_plan(config: RunConfig, request: "Request") -> Plan:
+def make_plan(config: RunConfig, request: Request) -> Plan:
     """Builds the model on the meta device and plans the run.
 
     Raises:
@@ -88,32 +72,39 @@ def make_plan(config: RunConfig, request: "Request") -> Plan:
     """
     domains, sources, classes, sizes = known_data(config, request)
     world = request.world_size
-    model, report = outline(config.model, config.moa, classes)
+    backbone, report = outline(config.model, config.moa, classes)
+    model = backbone.model
     batches = batch_arithmetic(config, world, domains, sources, sizes)
     sharding = _sharding(config, world, batches.global_batch, report.trainable)
     tensors = adapter_state_dict(model)
     moved = [name for name, p in model.named_parameters() if p.requires_grad]
     model.to(torch.bfloat16 if sharding.bf16 else torch.float32)
     footprint = measure(model, batches.micro_batch, config.train.eval_batch)
-    memory = _memory(config, model, sharding, footprint)
-    used = gpu_bytes(memory)
-    tokens, rates = tokens_per_image(model), Rates(flops=FLOPS[sharding.precision])
-    load = load_of(model, footprint, batches, sharding, tokens)
+    weights = weights_of(model)
+    memory = (
+        *memory_terms(weights, sharding, footprint),
+        *kept_terms(weights, sharding, config.average),
+    )
+    used, rates = gpu_bytes(memory), Rates(flops=FLOPS[sharding.precision])
+    load = load_of(model, footprint, batches, sharding)
+    layers = [layer for _, layer in moa_layers(model)]
+    seen, width = footprint.tokens * batches.per_process, sharding.working_bytes
+    worlds = (n for n in sorted({world, *WORLDS}) if n % load.ep_size == 0)
     return Plan(
         run=_settings(config, sharding, len(report.layers), classes),
         roles=roles(model),
         total=report.total,
-        adapter_bytes=file_sizes.adapter_file_bytes(tensors),
-        checkpoint_bytes=file_sizes.checkpoint_bytes(tensors, moved, classes, config.average),
+        adapter_bytes=adapter_file_bytes(tensors),
+        checkpoint_bytes=checkpoint_bytes(tensors, moved, classes, config.average),
         memory=memory,
         gpu_bytes=used,
         footprint=footprint,
         batches=batches,
         warnings=tuple(memory_warnings(used, request.gpu_memory, report.trainable, sharding)),
         load=load,
-        traffic=_traffic(model, tokens, batches, sharding.working_bytes),
+        traffic=traffic(layers, seen, SHARING, width, batches.accumulation),
         rates=rates,
-        predictions=_predictions(load, world, rates),
+        predictions=tuple(predict(load, n, rates) for n in worlds),
         run_folder=_run_folder(config),
     )
 
@@ -122,18 +113,9 @@ def _sharding(config: RunConfig, world: int, global_batch: int, trainable: int) 
     """What the DeepSpeed JSON makes of the run, once it has proved legal."""
     bf16 = config.train.precision != "fp32"  # "auto" is bf16 on a GPU
     content = deepspeed_json.resolve(config, world, global_batch, bf16, trainable)
-    deepspeed_json.check_buckets(content, trainable)
     sharding = read_sharding(content, world)
     check_expert_parallel(config.moa, world, sharding.stage == 3)
     return sharding
-
-
-def _memory(
-    config: RunConfig, model: nn.Module, sharding: Sharding, footprint: Footprint
-) -> tuple[Term, ...]:
-    weights = weights_of(model)
-    kept = kept_terms(weights, sharding, config.average)
-    return (*memory_terms(weights, sharding, footprint), *kept)
 
 
 def _settings(config: RunConfig, sharding: Sharding, layers: int, classes: int) -> dict[str, Any]:
@@ -149,19 +131,6 @@ def _settings(config: RunConfig, sharding: Sharding, layers: int, classes: int) 
         "world_size": sharding.world_size,
         "averages": ", ".join(config.average.names) or "none",
     }
-
-
-def _traffic(
-    model: nn.Module, tokens: int, batches: Batches, width: int
-) -> dict[Literal["gather", "all_to_all"], float]:
-    layers = [layer for _, layer in moa_layers(model)]
-    seen = tokens * batches.per_process
-    return traffic(layers, seen, SHARING, width, batches.accumulation)
-
-
-def _predictions(load: Load, world: int, rates: Rates) -> tuple[Prediction, ...]:
-    worlds = sorted({world, *WORLDS})
-    return tuple(predict(load, n, rates) for n in worlds if n % load.ep_size == 0)
 
 
 def _run_folder(config: RunConfig) -> str:

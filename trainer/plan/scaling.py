@@ -7,14 +7,15 @@ replace by those of a cluster. Compute and communication are added up, as if not
 import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from torch import nn
+from torch import nn
 
-    from trainer.plan.memory import Sharding
-    from trainer.prepare.batches import Batches
-    from trainer.prepare.footprint import Footprint
+from moa.layers.layer import moa_layers
+from moa.parallel.placement import resolve_transport, traffic
+from trainer.plan.memory import Sharding
+from trainer.prepare.batches import Batches
+from trainer.prepare.footprint import Footprint
 
 WORLDS = (8, 16, 32, 64, 128, 256, 512)
 """GPUs for which a plan predicts a step."""
@@ -44,33 +45,25 @@ class Rates:
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What one step of a run computes and sends.
-
-    Attributes:
-        images: of one process.
-        flops: of one image, forward, backward and recomputation.
-        frozen_bytes: weights that ZeRO-3 gathers.
-        trainable: numbers that train.
-        expert_bytes: what a process sends for its experts' sake (`moa.parallel.placement.traffic`).
-        layers: adapted layers.
-        modules: blocks whose weights ZeRO-3 gathers one after the other.
-        stage: ZeRO stage.
-        accumulation: micro-batches.
-        ep_size: processes that share the experts; 1 for none.
-        transport: by which they do; None if they do not.
-    """
+    """What one step of a process computes and sends."""
 
     images: int
     flops: float
+    """Of one image: forward, backward and recomputation."""
     frozen_bytes: float
+    """Weights that ZeRO-3 gathers."""
     trainable: int
     expert_bytes: float
+    """What is sent for the experts' sake (`moa.parallel.placement.traffic`)."""
     layers: int
+    """Adapted ones."""
     modules: int
+    """Blocks whose weights ZeRO-3 gathers one after the other."""
     stage: int
     accumulation: int = 1
     ep_size: int = 1
     transport: Literal["gather", "all_to_all"] | None = None
+    """None if the experts are not shared."""
 
 
 @dataclass(frozen=True)
@@ -95,30 +88,14 @@ class Prediction:
         return self.compute / self.seconds
 
 
-def load_of(
-    model: "nn.Module",
-    footprint: "Footprint",
-    batches: "Batches",
-    sharding: "Sharding",
-    tokens: int,
-) -> Load:
-    """The load of a planned run.
-
-    Args:
-        model: injected, on the meta device.
-        footprint: what was measured of it.
-        batches: batch arithmetic.
-        sharding: what the DeepSpeed JSON says.
-        tokens: of an adapted layer, per image.
+def load_of(model: nn.Module, footprint: Footprint, batches: Batches, sharding: Sharding) -> Load:
+    """The load of a planned run, whose injected model stands on the meta device.
 
     Raises:
         MoAConfigError: a transport that cannot work.
     """
-    from moa.layers.layer import moa_layers
-    from moa.parallel.placement import resolve_transport, traffic
-
     layers = [layer for _, layer in moa_layers(model)]
-    ep_size, transport, expert_bytes = 1, None, 0.0
+    ep_size, transport, expert_bytes, tokens = 1, None, 0.0, footprint.tokens
     width, pieces = sharding.working_bytes, batches.accumulation
     if layers and layers[0].config.mixes and layers[0].config.ep_size > 1:
         ep_size = layers[0].config.ep_size

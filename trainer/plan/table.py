@@ -2,16 +2,13 @@
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
+from trainer.plan.data import Request
 from trainer.plan.memory import GIB
 from trainer.plan.planning import SHARING, Plan
 from trainer.plan.scaling import Prediction
 from trainer.prepare.batches import Batches
 from trainer.tables import Table, output_console
-
-if TYPE_CHECKING:
-    from trainer.plan.data import Request
 
 Rows = list[tuple[str, str, str]]
 """What, how much, and how it comes about."""
@@ -96,7 +93,7 @@ def _gib(count: int) -> str:
     return f"{count / GIB:,.3f} GiB"
 
 
-def show(plan: Plan, request: "Request") -> None:
+def show(plan: Plan, request: Request) -> None:
     """Prints the plan: JSON, or tables."""
     console = output_console()
     if request.json:

@@ -19,35 +19,25 @@ from trainer.config.run_config import ModelConfig
 from trainer.process.errors import ConfigError
 
 UNREADABLE = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    KeyError,
-    EOFError,
-    SafetensorError,
-    UnpicklingError,
-)
+    OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, UnpicklingError
+)  # fmt: skip
 """What timm, the hub client and the readers of weight files raise when there is nothing to load."""
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A model before injection, and what identifies it.
-
-    Attributes:
-        model: timm model with a fresh classifier.
-        name: timm name `architecture.tag`.
-        data_config: the model's own `input_size`, `mean`, `std`, `interpolation`.
-        sha256: `moa.base_hash` of the model; empty for an outline.
-        projection: the checkpoint's own classifier, which the fresh one replaced; in CLIP's it maps
-            to the space shared with texts. Only kept for a head from text.
-    """
+    """A timm model with a fresh classifier, and what identifies it."""
 
     model: nn.Module
     name: str
+    """`architecture.tag`."""
     data_config: dict[str, Any]
+    """The model's own `input_size`, `mean`, `std`, `interpolation`."""
     sha256: str
+    """`moa.base_hash` of the model before injection; empty for an outline."""
     projection: nn.Linear | None = None
+    """The checkpoint's own classifier, which the fresh one replaced; in CLIP's it maps to the space
+    shared with texts. Only kept for a head from text."""
 
 
 def check_backbone(config: ModelConfig) -> str:
@@ -126,16 +116,20 @@ def _finish(
     return Backbone(model, name, kept, sha256, projection)
 
 
-def outline_backbone(config: ModelConfig, num_classes: int, seed: int) -> Backbone:
-    """The same model on the meta device, without weights or hash; `seed` is not needed.
+def outline(
+    config: ModelConfig, settings: moa.MoAConfig, num_classes: int
+) -> tuple[Backbone, moa.InjectReport]:
+    """The same model on the meta device, without weights or hash, adapters injected.
 
     Raises:
-        ConfigError: the name is unknown.
+        ConfigError, MoAConfigError: as when the run itself is built.
     """
-    name = check_backbone(config)
+    # Weights are not needed here, and may lie on another machine.
+    name = check_backbone(replace(config, weights="random"))
     with torch.device("meta"):
         model = timm.create_model(config.backbone, pretrained=False, num_classes=num_classes)
-    return _finish(model, name, config, "")
+        report = moa.inject(model, settings)
+    return _finish(model, name, config, ""), report
 
 
 def _no_weights(config: ModelConfig, name: str, reason: str) -> str:
@@ -146,22 +140,3 @@ def _no_weights(config: ModelConfig, name: str, reason: str) -> str:
             "the hub's cache and set HF_HOME; --model.weights random trains from scratch"
         )
     return f"model.weights: {config.weights!r} does not fit {name} ({reason})"
-
-
-def outline(
-    config: ModelConfig, settings: moa.MoAConfig, num_classes: int
-) -> tuple[nn.Module, moa.InjectReport]:
-    """The model of a run on the meta device, adapters injected, fp32, in training mode.
-
-    Raises:
-        ConfigError, MoAConfigError: as when the run itself is built.
-    """
-    # Weights are not needed here, and may lie on another machine.
-    check_backbone(replace(config, weights="random"))
-    with torch.device("meta"):
-        model: nn.Module = timm.create_model(
-            config.backbone, pretrained=False, num_classes=num_classes
-        )
-    if config.grad_checkpointing:
-        model.set_grad_checkpointing(True)  # type: ignore[operator]
-    return model.train(), moa.inject(model, settings)

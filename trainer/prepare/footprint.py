@@ -20,85 +20,30 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import moa
-from moa.layers.layer import MoALinear
-from moa.model.injection import classifier
-
-_PARTS = (
-    ("experts", ".experts."),
-    ("experts", ".shared_expert."),
-    ("routers", ".router."),
-    ("rule", ".kron_rule."),
-)
-"""Role of an adapter's tensor -> what its name holds."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Weights:
-    """The numbers of a model.
-
-    Attributes:
-        trainable: numbers that train.
-        frozen: numbers that do not, buffers that follow the precision included.
-        buffer_bytes: bytes of whole-number buffers.
-    """
-
-    trainable: int
-    frozen: int
-    buffer_bytes: int
+from moa.layers.layer import moa_layers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """One micro-batch on one process; FLOPs count a multiply-add as two and matrix products only.
+    """One micro-batch on one process: bytes without weights and their gradients, FLOPs per image.
 
-    Attributes:
-        images: images of the micro-batch.
-        kept: bytes that forward keeps for backward; weights are not counted.
-        peak: largest number of bytes alive at once in forward and backward; weights and their
-            gradients are not counted.
-        evaluation: the same of an evaluation batch, without a graph.
-        forward: FLOPs per image.
-        backward: FLOPs per image, with what the fused attention computes anew.
-        recomputed: FLOPs per image of checkpointing's second forward.
+    FLOPs count a multiply-add as two, and matrix products only.
     """
 
     images: int
     kept: int
+    """Bytes that forward keeps for backward."""
     peak: int
+    """Largest number of bytes alive at once in forward and backward."""
     evaluation: int
+    """The same of an evaluation batch, without a graph."""
     forward: int
     backward: int
+    """With what the fused attention computes anew."""
     recomputed: int
-
-
-def roles(model: nn.Module) -> dict[str, int]:
-    """Trainable numbers of an injected model by what they are for; roles without any are left out.
-
-    `added biases` are the layers' own beside Kronecker experts, `backbone` what `full`, `bias` and
-    `attention` train.
-    """
-    head = {id(p) for p in classifier(model).parameters()}
-    biases = {id(m.bias) for m in model.modules() if isinstance(m, MoALinear)}
-    counts = dict.fromkeys(("experts", "routers", "rule", "added biases", "backbone", "head"), 0)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            if id(parameter) in head:
-                role = "head"
-            elif id(parameter) in biases:
-                role = "added biases"
-            else:
-                role = next((r for r, part in _PARTS if part in f".{name}"), "backbone")
-            counts[role] += parameter.numel()
-    return {role: count for role, count in counts.items() if count}
-
-
-def weights_of(model: nn.Module) -> Weights:
-    """The numbers of a model as memory sees them."""
-    tensors = [*model.parameters(), *model.buffers()]
-    trainable = sum(t.numel() for t in tensors if t.requires_grad)
-    floating = sum(t.numel() for t in tensors if t.is_floating_point())
-    others = sum(t.untyped_storage().nbytes() for t in tensors if not t.is_floating_point())
-    return Weights(trainable=trainable, frozen=floating - trainable, buffer_bytes=others)
+    """Of checkpointing's second forward."""
+    tokens: int = 0
+    """See `forward_only`."""
 
 
 def measure(model: nn.Module, micro_batch: int, eval_batch: int) -> Footprint:
@@ -113,14 +58,16 @@ def measure(model: nn.Module, micro_batch: int, eval_batch: int) -> Footprint:
         model.set_grad_checkpointing(False)  # type: ignore[operator]
         plain, _ = _step(model, micro_batch)
         model.set_grad_checkpointing(True)  # type: ignore[operator]
+    evaluation, tokens = forward_only(model, eval_batch)
     return Footprint(
         images=micro_batch,
         kept=kept,
         peak=meter.peak,
-        evaluation=_evaluation_peak(model, eval_batch),
+        evaluation=evaluation,
         forward=meter.forward // micro_batch,
         backward=plain.backward // micro_batch,
         recomputed=(meter.backward - plain.backward) // micro_batch,
+        tokens=tokens,
     )
 
 
@@ -141,10 +88,7 @@ FLOPS: dict[Any, Callable[..., int]] = {
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own base
     """Counts, while active, live bytes of tensors that are not the model's, and FLOPs.
 
-    Attributes:
-        peak: largest number of bytes alive at once.
-        flops: FLOPs so far.
-        forward: FLOPs of forward, once it is over.
+    Whoever runs forward and backward sets `forward` to the FLOPs of the one in between.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -217,15 +161,29 @@ def _step(model: nn.Module, batch: int) -> tuple[Meter, int]:
     return meter, kept
 
 
-def _evaluation_peak(model: nn.Module, batch: int) -> int:
-    meter, images = Meter(model), blank_images(model, batch)
+def forward_only(model: nn.Module, batch: int) -> tuple[int, int]:
+    """Evaluates a batch.
+
+    Returns:
+        Largest number of bytes alive at once, and the most tokens of an image that an adapted layer
+        sees: pyramids have more in their first blocks, and backbones tell it in different ways, or
+        not at all. 0 without adapters.
+    """
+    meter, images, seen = Meter(model), blank_images(model, batch), [0]
+
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0].numel() // (batch * inputs[0].shape[-1]))
+
+    hooks = [layer.register_forward_pre_hook(note) for _, layer in moa_layers(model)]
     was_training = model.training
     model.eval()
     with torch.no_grad(), fused_attention(), meter:
         meter.note(images)
         model(images)
     model.train(was_training)
-    return meter.peak
+    for hook in hooks:
+        hook.remove()
+    return meter.peak, max(seen)
 
 
 def blank_images(model: nn.Module, batch: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Builds the parts of a run from its configuration; every mistake in it shows up here."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,38 +24,31 @@ from shards.datasets import held_out_names
 from shards.stream.evaluation import Split, split_places
 from trainer.config import deepspeed_json
 from trainer.config.run_config import RunConfig
-from trainer.prepare.backbone import check_backbone, create_backbone, outline, outline_backbone
+from trainer.prepare.backbone import check_backbone, create_backbone, outline
 from trainer.prepare.batches import batch_arithmetic
+from trainer.prepare.footprint import forward_only
 from trainer.prepare.provenance import origin_of
 from trainer.prepare.text_head import use_text_head
-from trainer.prepare.tokens import tokens_per_image
 from trainer.process.errors import ConfigError
 from trainer.process.world import World
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run consists of before the process group exists.
-
-    Attributes:
-        config: the run with the held-out domain filled in.
-        index: the shard set.
-        withheld: numbers of the domains that are not trained on; the first is the target.
-        model: backbone with adapters and head, on the CPU, fp32; under ZeRO-3 only its outline
-            (meta device) on all ranks but the main one.
-        report: what `inject` did.
-        stream: the training data.
-        ds_json: complete DeepSpeed configuration.
-        info: what saved adapters belong to.
-    """
+    """What a run consists of before the process group exists."""
 
     config: RunConfig
+    """With the held-out domain and whatever else was left open filled in."""
     index: ShardIndex
     withheld: tuple[int, ...]
+    """Numbers of the domains that are not trained on; the first is the target."""
     model: nn.Module
+    """With adapters and head, on the CPU, fp32; under ZeRO-3 only its outline (meta device) on all
+    ranks but the main one."""
     report: moa.InjectReport
     stream: DomainStream
     ds_json: dict[str, Any]
+    """The complete DeepSpeed configuration."""
     info: AdapterInfo
 
     def tokens(self, world: World) -> int:
@@ -63,9 +56,10 @@ class Parts:
         config = self.config
         if config.moa.ep_size == 1 or config.moa.transport != "auto":
             return 0
-        model, _ = outline(config.model, config.moa, len(self.index.classes))
+        backbone, _ = outline(config.model, config.moa, len(self.index.classes))
         images = self.stream.global_batch // (world.size * config.train.accumulation)
-        return images * tokens_per_image(model)
+        _, tokens = forward_only(backbone.model, 1)
+        return images * tokens
 
     @property
     def held_out(self) -> int:
@@ -80,32 +74,36 @@ class Parts:
     @property
     def withheld_names(self) -> tuple[str, ...]:
         """Names of the domains that are not trained on, the target first."""
-        return tuple(self.index.domains[env] for env in self.withheld)
+        return tuple(self.index.domains[number] for number in self.withheld)
 
 
-def build(config: RunConfig, world: World) -> Parts:
+def build(config: RunConfig, world: World, problems: Sequence[str] = ()) -> Parts:
     """Builds and checks all parts; what needs no weights first, and all of that together.
+
+    Args:
+        config: the run.
+        world: its processes.
+        problems: what else was found wrong with the configuration.
 
     Raises:
         ConfigError, MoAConfigError, DataConfigError: a setting that cannot work.
         DamagedDataError: the shard set is not what its index promises.
     """
-    config, index, withheld, sharded = _checked(config, world)
+    config, index, withheld, sharded = _checked(config, world, [*problems])
     settings = config.train
-    # Under ZeRO-3 one process reads the weights and hands out their parts.
-    whole = world.is_main or not sharded
-    create = create_backbone if whole else outline_backbone
-    backbone = create(config.model, len(index.classes), settings.seed)
     head: dict[str, Any] = {}
-    if config.model.head_init == "text" and world.is_main:  # the engine hands out the main rank's
-        head = use_text_head(config, index, withheld, backbone)
-    with nullcontext() if whole else torch.device("meta"):
+    if sharded and not world.is_main:  # one process reads the weights and hands out their parts
+        backbone, report = outline(config.model, config.moa, len(index.classes))
+    else:
+        backbone = create_backbone(config.model, len(index.classes), settings.seed)
+        if config.model.head_init == "text" and world.is_main:  # the engine hands out its head
+            head = use_text_head(config, index, withheld, backbone)
         report = moa.inject(backbone.model, config.moa)
     on_device = config.data.augment_on == "device"
     make_transform = loader_transform if on_device else train_transform
     stream = DomainStream(
         index,
-        sources=[env for env in range(len(index.domains)) if env not in withheld],
+        sources=[n for n in range(len(index.domains)) if n not in withheld],
         batch_per_domain=settings.batch_per_domain,
         seed=settings.seed,
         trial_seed=settings.trial_seed,
@@ -121,7 +119,6 @@ def build(config: RunConfig, world: World) -> Parts:
     resolved = deepspeed_json.resolve(
         config, world.size, stream.global_batch, bf16, report.trainable
     )
-    deepspeed_json.check_buckets(resolved, report.trainable)
     info = AdapterInfo(
         backbone.name, backbone.sha256, config.moa, index.classes, backbone.data_config,
         origin=origin_of(config, index, withheld, world), head=head,
@@ -130,7 +127,7 @@ def build(config: RunConfig, world: World) -> Parts:
 
 
 def _checked(
-    config: RunConfig, world: World
+    config: RunConfig, world: World, problems: list[str]
 ) -> tuple[RunConfig, ShardIndex, tuple[int, ...], bool]:
     """Finds every mistake that shows without weights.
 
@@ -142,7 +139,6 @@ def _checked(
         ConfigError: all of them, one a line.
         DamagedDataError: the shard set is not what its index promises.
     """
-    problems: list[str] = []
     with _noted(problems):
         check_backbone(config.model)
     sharded, global_batch = False, None
@@ -214,18 +210,18 @@ def _resolve(config: RunConfig, index: ShardIndex) -> tuple[RunConfig, tuple[int
 def _check_splits(config: RunConfig, index: ShardIndex, withheld: tuple[int, ...]) -> None:
     """Sources need an image to validate on, or selection is arbitrary; targets one to test on."""
     fraction, trial = config.data.holdout_fraction, config.train.trial_seed
-    for env, domain in enumerate(index.domains):
-        split: Split = "in" if env in withheld else "out"
-        if len(split_places(index, env, split, trial_seed=trial, holdout_fraction=fraction)):
+    for number, domain in enumerate(index.domains):
+        split: Split = "in" if number in withheld else "out"
+        if len(split_places(index, number, split, trial_seed=trial, holdout_fraction=fraction)):
             continue
         if index.subset is None:
             raise ConfigError(
-                f"data.holdout_fraction: {fraction} of the {index.num_samples(env)} images of "
+                f"data.holdout_fraction: {fraction} of the {index.num_samples(number)} images of "
                 f"{domain!r} is not one image to validate on; raise it"
             )
         given = "exclude_list" if config.data.exclude_list else "include_list"
         raise ConfigError(
             f"data.{given}: leaves no image of the {split!r} split of {domain!r}, on which this "
-            "run would be " + ("tested" if env in withheld else "validated") + "; keep some of "
+            "run would be " + ("tested" if number in withheld else "validated") + "; keep some of "
             "them: the split follows from train.trial_seed and data.holdout_fraction"
         )

@@ -19,20 +19,13 @@ from trainer.process.world import World
 def origin_of(
     config: RunConfig, index: ShardIndex, withheld: Sequence[int], world: World
 ) -> Origin:
-    """The origin of every adapter that a run writes.
-
-    Args:
-        config: the run.
-        index: its data.
-        withheld: numbers of the domains that are not trained on, the target first.
-        world: the processes that train.
-    """
+    """The origin of every adapter that a run writes; the first domain withheld is the target."""
     fraction, trial_seed = config.data.holdout_fraction, config.train.trial_seed
     return Origin(
         dataset=index.dataset,
         domains=index.domains,
         held_out=index.domains[withheld[0]],
-        also_held_out=tuple(index.domains[env] for env in withheld[1:]),
+        also_held_out=tuple(index.domains[number] for number in withheld[1:]),
         trial_seed=trial_seed,
         holdout_fraction=fraction,
         seed=config.train.seed,
@@ -72,8 +65,8 @@ def data_hash(index: ShardIndex) -> str:
     How the images are packed into shards does not matter.
     """
     digest = hashlib.sha256(repr((index.domains, index.classes)).encode())
-    for env in range(len(index.domains)):
-        table = index.table(env)
+    for domain in range(len(index.domains)):
+        table = index.table(domain)
         for column in ("label", "size", "crc32"):
             digest.update(np.ascontiguousarray(table[column]).tobytes())
     return digest.hexdigest()[:DIGITS]
@@ -85,11 +78,11 @@ def split_hash(index: ShardIndex, trial_seed: int, holdout_fraction: float) -> s
     The same for every held-out domain of one trial seed.
     """
     digest = hashlib.sha256()
-    for env in range(len(index.domains)):
+    for domain in range(len(index.domains)):
         for split in ("in", "out"):
-            ranks = split_places(
-                index, env, split, trial_seed=trial_seed, holdout_fraction=holdout_fraction
+            images = split_places(
+                index, domain, split, trial_seed=trial_seed, holdout_fraction=holdout_fraction
             )
-            digest.update(f"{env} {split} ".encode())
-            digest.update(np.sort(ranks).astype("<i8").tobytes())
+            digest.update(f"{domain} {split} ".encode())
+            digest.update(np.sort(images).astype("<i8").tobytes())
     return digest.hexdigest()[:DIGITS]

@@ -15,22 +15,21 @@ accuracy, and a confidence that is off by how much the image's length differs fr
 an ordinary linear layer, the head is trained, saved and loaded like any other.
 """
 
-import difflib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from moa.model.injection import classifier
 from shards import ShardIndex, eval_transform, evaluation_loader
-from trainer.config.class_names import read_class_names, spoken_names
-from trainer.config.prompts import read_templates
+from trainer.config.class_texts import read_class_names, read_templates, spoken_names
 from trainer.config.run_config import RunConfig
 from trainer.prepare.backbone import UNREADABLE, Backbone
-from trainer.prepare.clip_names import text_model_of
-from trainer.process.errors import ConfigError
+from trainer.process.errors import ConfigError, did_you_mean
 
 SCHEMES = ("hf-hub:", "local-dir:")
 IMAGES_PER_DOMAIN = 4
@@ -39,15 +38,8 @@ IMAGES_PER_DOMAIN = 4
 
 @dataclass(frozen=True)
 class TextModel:
-    """An open_clip model and its tokenizer.
+    """An open_clip model, of which only the text side is used, and its tokenizer."""
 
-    Attributes:
-        source: what it was loaded from.
-        model: the whole model; only its text side is used.
-        tokenizer: turns texts into tokens.
-    """
-
-    source: str
     model: nn.Module
     tokenizer: Callable[..., Tensor]
 
@@ -68,11 +60,15 @@ class TextModel:
         return weights.T.float().contiguous()  # type: ignore[no-any-return]
 
 
-def load_text_model(source: str) -> TextModel:
-    """Loads an open_clip model on the CPU.
+def text_model_of(backbone: str) -> str | None:
+    """`NAME:TAG` of the open_clip model whose visual tower a timm name stands for, if known."""
+    table = yaml.safe_load(Path(__file__).with_name("clip_models.yaml").read_text(encoding="utf-8"))
+    name: str | None = table.get(backbone.replace("_quickgelu", ""))
+    return name
 
-    Args:
-        source: `NAME:TAG`, `NAME:FILE`, `hf-hub:OWNER/REPOSITORY` or `local-dir:FOLDER`.
+
+def load_text_model(source: str) -> TextModel:
+    """Loads an open_clip model on the CPU; `source` is as `model.text_model`.
 
     Raises:
         ConfigError: open_clip is missing, there is no such model, or it cannot be had.
@@ -86,8 +82,7 @@ def load_text_model(source: str) -> TextModel:
     name, _, weights = source.partition(":")
     if not source.startswith(SCHEMES):
         if name not in open_clip.list_models():
-            close = difflib.get_close_matches(name, open_clip.list_models(), 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            hint = did_you_mean(name, open_clip.list_models())
             raise ConfigError(f"model.text_model: open_clip has no model {name!r}{hint}")
         if not weights:
             raise ConfigError(
@@ -107,7 +102,7 @@ def load_text_model(source: str) -> TextModel:
             "elsewhere and give --model.text_model NAME:FILE or local-dir:FOLDER, or copy the "
             "hub's cache and set HF_HOME"
         ) from error
-    return TextModel(source, model.eval(), tokenizer)
+    return TextModel(model.eval(), tokenizer)
 
 
 @torch.no_grad()
@@ -125,14 +120,14 @@ def mean_length(model: nn.Module, images: Tensor, projection: nn.Linear) -> floa
 def fill_head(
     head: nn.Module, text: Tensor, projection: nn.Linear, scale: float, bias: float = 0.0
 ) -> None:
-    """Writes the text embeddings `text` [C, P] into the classifier, as the module says.
+    """Writes the text embeddings T into the classifier [C, D], as the module says.
 
     Args:
-        head: linear layer [C, D].
-        text: T.
+        head: linear layer.
+        text: T [C, P].
         projection: W and b.
         scale: s / m.
-        bias: what CLIP itself adds to every score, before the division by m.
+        bias: what CLIP itself adds to every score.
 
     Raises:
         ConfigError: the text embeddings are not of the space that W maps to.
@@ -154,21 +149,16 @@ def source_images(
     config: RunConfig, index: ShardIndex, withheld: Collection[int], backbone: Backbone
 ) -> Tensor:
     """A few training images of each source domain [N, 3, H, W], as evaluation shows them."""
-    parts = []
-    for env in range(len(index.domains)):
-        if env in withheld:
-            continue
-        loader = evaluation_loader(
-            index,
-            env,
-            "in",
-            trial_seed=config.train.trial_seed,
+    loaders = [
+        evaluation_loader(
+            index, domain, "in", trial_seed=config.train.trial_seed,
             holdout_fraction=config.data.holdout_fraction,
-            transform=eval_transform(backbone.data_config),
-            batch_size=IMAGES_PER_DOMAIN,
+            transform=eval_transform(backbone.data_config), batch_size=IMAGES_PER_DOMAIN,
         )
-        parts.append(next(iter(loader)).images)
-    return torch.cat(parts)
+        for domain in range(len(index.domains))
+        if domain not in withheld
+    ]  # fmt: skip
+    return torch.cat([next(iter(loader)).images for loader in loaders])
 
 
 def use_text_head(

@@ -1,8 +1,7 @@
-"""The embedded backbone: a small timm vision transformer whose weights ship with the package.
+"""The embedded backbone: timm's own `VisionTransformer`, small, with weights that ship with us.
 
-Importing this module registers ``vit_embedded`` (tag ``glyphs``) in timm's model registry, so
-``timm.create_model("vit_embedded", pretrained=True, num_classes=10)`` works without a network.
-The model is timm's own ``VisionTransformer``; only its size and its weights are particular.
+Importing this module registers `vit_embedded` (tag `glyphs`) with timm, so that
+`timm.create_model("vit_embedded", pretrained=True, num_classes=10)` works without a network.
 """
 
 from pathlib import Path
@@ -19,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 __all__ = ["GLYPH_CLASSES", "IMAGE_SIZE", "WEIGHTS_PATH", "vit_embedded"]
 
 WEIGHTS_PATH = Path(__file__).resolve().parent / "weights" / "vit_embedded.safetensors"
-"""The shipped weights, written by ``python -m trainer.pretrain_embedded``."""
+"""The shipped weights, written by `python -m trainer.pretrain_embedded`."""
 
 IMAGE_SIZE = 32
 """Height and width of the input in pixels."""
@@ -63,7 +62,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _require_weights(kwargs: dict[str, Any]) -> None:
-    """Raise a useful error when the file that timm is about to read is not there."""
+    """Says what to do when the file that timm is about to read is not there."""
     cfg = resolve_pretrained_cfg(
         "vit_embedded", kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")
     )
@@ -78,19 +77,14 @@ def _require_weights(kwargs: dict[str, Any]) -> None:
 
 @register_model  # type: ignore[untyped-decorator]  # timm is opaque to mypy
 def vit_embedded(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """Build the embedded backbone: 32x32 input, patch 8, width 128, depth 6, class-token pooling.
+    """Images [N, 3, 32, 32] to logits, or to features [N, 128] when `num_classes` is 0.
 
     Args:
-        pretrained: Load the shipped glyph weights. The head is loaded too, unless ``num_classes``
-            differs from the number of glyph classes; then it starts afresh.
-        **kwargs: Passed to timm, for instance ``num_classes`` or ``drop_path_rate``.
-
-    Returns:
-        A model that maps images ``(batch, 3, 32, 32)`` to logits ``(batch, num_classes)``, or to
-        features ``(batch, 128)`` when ``num_classes`` is 0.
+        pretrained: load the shipped glyph weights, the head too unless `num_classes` is another.
+        **kwargs: timm's, such as `num_classes` or `drop_path_rate`.
 
     Raises:
-        FileNotFoundError: The weights are asked for and their file does not exist.
+        FileNotFoundError: the weights are asked for and their file does not exist.
     """
     if pretrained:
         _require_weights(kwargs)

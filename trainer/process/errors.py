@@ -1,12 +1,14 @@
 """How a run ends: exit codes, and the errors that carry them to the command line."""
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 
 from moa.errors import AdapterError, MissingAdapterError, MoAConfigError
 from shards.errors import (
     DamagedDataError,
     DataConfigError,
-    OutputError as ShardOutputError,
+    OutputError as OutputError,
     StorageError,
 )
 
@@ -45,14 +47,16 @@ class PeerLostError(RuntimeError):
         self.code = code
 
 
-class OutputError(OSError):
-    """The output folder cannot be written or is in use."""
-
-
 def cannot_write(flag: str, folder: Path, error: OSError) -> OutputError:
     """What to raise when a command cannot write the folder that `flag` names."""
     reason = error.strerror or error
     return OutputError(f"{flag}: cannot write {folder} ({reason}); give another folder")
+
+
+def did_you_mean(name: str, legal: Iterable[str], otherwise: str = "", cutoff: float = 0.6) -> str:
+    """The end of a message on an unknown name: the nearest legal one, else `otherwise`."""
+    close = difflib.get_close_matches(name, list(legal), 1, cutoff)
+    return f"; did you mean {close[0]!r}?" if close else otherwise
 
 
 EXIT_CODES: dict[type[Exception], int] = {
@@ -66,7 +70,6 @@ EXIT_CODES: dict[type[Exception], int] = {
     StorageError: FAILED,
     TrainingInvalidError: TRAINING_INVALID,
     OutputError: CANNOT_WRITE,
-    ShardOutputError: CANNOT_WRITE,
 }
 """Errors that are the user's to mend: shown as plain lines, without a traceback."""
 

@@ -143,11 +143,7 @@ class Stopping:
             os.write(2, f"{name}: {what}\n".encode())  # print is not safe in a handler
 
     def begin(self, sum_over_ranks: Callable[[Sequence[float]], list[float]]) -> None:
-        """From now on signals only leave a flag.
-
-        Args:
-            sum_over_ranks: sums equally long lists of numbers over the ranks.
-        """
+        """From now on signals only leave a flag; lists of votes are summed over the ranks."""
         self._sum, self.begun = sum_over_ranks, True
 
     @contextmanager
@@ -207,10 +203,7 @@ def shielded(loader: Any) -> Iterator[Any]:
     """The batches of a torch loader whose worker processes outlive our signals.
 
     Ctrl-C, `scancel` and launchers send a signal to every process they find. Workers that died of
-    it would take down the training process before it could save.
-
-    Args:
-        loader: a torch `DataLoader`; it starts its workers at the first batch.
+    it would take down the training process before it could save. They start at the first batch.
     """
     loader.worker_init_fn = shield_worker
     batches = iter(loader)

@@ -31,28 +31,19 @@ FIRST_STEP = 3
 
 @dataclass(frozen=True)
 class Beat:
-    """Where a rank is.
-
-    Attributes:
-        rank: its number.
-        host: its host.
-        pid: its process.
-        beats: counts up as long as the process lives at all.
-        moves: counts up whenever its main thread gets on.
-        step: the step it is in.
-        phase: one of `PHASES`.
-        ended: the error that ended it there, if one did.
-        code: the exit code that this error stands for, if it has one.
-    """
+    """Where a rank is."""
 
     rank: int
     host: str
     pid: int
     beats: int
+    """Counts up as long as the process lives at all."""
     moves: int
+    """Counts up whenever its main thread gets on."""
     step: int
     phase: str
     ended: str = ""
+    """The error that ended it there, if one did, and the exit code that it stands for."""
     code: int | None = None
 
     @property
@@ -151,18 +142,10 @@ class Watchdog:
         if self._error is not None and not isinstance(self._error, PeerLostError):
             lines = str(self._error).splitlines() or [""]
             ended, code = f"{type(self._error).__name__}: {lines[0]}", exit_code(self._error)
-        beat = Beat(
-            self.world.rank,
-            socket.gethostname(),
-            os.getpid(),
-            self._beats,
-            self._moves,
-            step,
-            phase,
-            ended,
-            code,
-        )
-        self._own = beat
+        beat = self._own = Beat(
+            self.world.rank, socket.gethostname(), os.getpid(), self._beats, self._moves, step,
+            phase, ended, code,
+        )  # fmt: skip
         path = self._path(self.world.rank)
         with suppress(OSError):
             path.with_suffix(".tmp").write_text(json.dumps(asdict(beat)), encoding="utf-8")

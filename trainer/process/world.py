@@ -9,19 +9,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class World:
-    """One process among those that train together.
-
-    Attributes:
-        rank: global number, 0 to size - 1.
-        size: number of processes.
-        local_rank: number on this host.
-        local_size: processes on this host, as far as the launcher tells.
-    """
+    """One process among those that train together."""
 
     rank: int
+    """0 to size - 1."""
     size: int
     local_rank: int
+    """Number on this host."""
     local_size: int
+    """Processes on this host, as far as the launcher tells."""
 
     @property
     def is_main(self) -> bool:
@@ -46,14 +42,14 @@ _LAUNCHERS = (
 
 def world_from_environment() -> World:
     """The world that the launcher describes; one process if none does."""
-    env = os.environ
+    told = os.environ
     for rank, size, local_rank, local_sizes in _LAUNCHERS:
         # Inside a SLURM allocation but outside srun there is no step, hence no task number to use.
-        if rank in env and size in env and (rank == "RANK" or "SLURM_STEP_ID" in env):
-            number = int(env[size])
-            local_size = next((int(env[name]) for name in local_sizes if name in env), 1)
+        if rank in told and size in told and (rank == "RANK" or "SLURM_STEP_ID" in told):
+            number = int(told[size])
+            local_size = next((int(told[name]) for name in local_sizes if name in told), 1)
             return World(
-                int(env[rank]), number, int(env.get(local_rank, 0)), min(local_size, number)
+                int(told[rank]), number, int(told.get(local_rank, 0)), min(local_size, number)
             )
     return ALONE
 

@@ -36,6 +36,7 @@ def run(config: RunConfig, world: World, stopping: Stopping) -> None:
     """
     # Heavy imports come after the command line has proved legal.
     from trainer.checkpoint.run_folder import RunFolder
+    from trainer.engine.zero_check import zero_problems
     from trainer.monitor.console import set_up_logging, terminal
     from trainer.prepare.parts import build
     from trainer.train.closing import show_result
@@ -43,7 +44,7 @@ def run(config: RunConfig, world: World, stopping: Stopping) -> None:
 
     if config.train.time_limit is not None:
         stopping.limit = seconds_of(config.train.time_limit)
-    console, parts = terminal(), build(config, world)
+    console, parts = terminal(), build(config, world, zero_problems(config))
     folder, start = RunFolder(parts.config.run_folder(parts.config.data.held_out or "")), Start()
     with folder.claimed() if world.is_main else nullcontext():
         if world.is_main:
@@ -54,11 +55,9 @@ def run(config: RunConfig, world: World, stopping: Stopping) -> None:
                 again = shlex.quote(str(folder.path))
                 log.info("finished before; to start afresh: rm -r %s", again)
 
-        from trainer.engine import collectives  # imports deepspeed, which takes seconds
-        from trainer.engine.zero_check import check_zero
+        from trainer.engine import collectives
         from trainer.train.assembly import train
 
-        check_zero(parts.ds_json, config.ds_config)
         collectives.start(world)
         start = collectives.from_main(start)
         if not start.finished:

@@ -34,7 +34,7 @@ SIZES = {"domainnet_vitl": 8, "domainnet_vitg": 16}
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_is_planned_as_its_comments_say(name: str) -> None:
     processes = SIZES.get(name, 4)
-    arguments = [f"--recipe={name}", f"--world-size={processes}", "--gpu-memory=24"]
+    arguments = [f"--recipe={name}", f"--world_size={processes}", "--gpu_memory=24"]
     config, request = read_command_line(arguments)
     plan = make_plan(config, request)
     assert plan.batches.per_process * processes == plan.batches.global_batch

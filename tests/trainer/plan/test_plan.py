@@ -31,7 +31,6 @@ from trainer.config.run_config import ModelConfig, RunConfig
 from trainer.engine.swad import Swad
 from trainer.monitor.efficiency import image_utilisation
 from trainer.plan.__main__ import main, read_command_line
-from trainer.plan.file_sizes import TEXT_BYTES, adapter_file_bytes, checkpoint_bytes
 from trainer.plan.memory import (
     CONTEXT_BYTES,
     Sharding,
@@ -43,11 +42,18 @@ from trainer.plan.memory import (
 )
 from trainer.plan.planning import Plan, make_plan
 from trainer.plan.scaling import FLOPS as RATES
+from trainer.plan.sizes import (
+    TEXT_BYTES,
+    Weights,
+    adapter_file_bytes,
+    checkpoint_bytes,
+    roles,
+    weights_of,
+)
 from trainer.prepare.backbone import outline
 from trainer.prepare.batches import batch_arithmetic
-from trainer.prepare.footprint import FLOPS, Footprint, Weights, measure, roles, weights_of
+from trainer.prepare.footprint import FLOPS, Footprint, forward_only, measure
 from trainer.prepare.parts import build
-from trainer.prepare.tokens import tokens_per_image
 from trainer.process.world import World
 
 GIB = 2**30
@@ -81,14 +87,15 @@ def real(config: moa.MoAConfig, grad_checkpointing: bool = False, classes: int =
 
 def planned(config: moa.MoAConfig, grad_checkpointing: bool = False, classes: int = 7) -> nn.Module:
     base = ModelConfig(backbone="vit_embedded", grad_checkpointing=grad_checkpointing)
-    return outline(base, config, classes)[0]
+    return outline(base, config, classes)[0].model
 
 
 @pytest.mark.parametrize("backbone", TABLE)
 def test_trainable_counts_are_those_of_the_design(backbone: str) -> None:
     for (name, options), wanted in zip(COLUMNS.items(), TABLE[backbone], strict=True):
         config = moa.MoAConfig(**options)
-        model, report = outline(ModelConfig(backbone=backbone), config, 345)
+        outlined, report = outline(ModelConfig(backbone=backbone), config, 345)
+        model = outlined.model
         counts = roles(model)
         width = model.get_classifier().in_features  # type: ignore[operator]
         assert counts.pop("head") == 345 * (width + 1)
@@ -421,7 +428,7 @@ def plan_json(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
 
 def test_whole_command_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     plan = plan_json(
-        capsys, *DOMAINNET, "--model.backbone=vit_base_patch16_clip_224", "--world-size=8",
+        capsys, *DOMAINNET, "--model.backbone=vit_base_patch16_clip_224", "--world_size=8",
         "--train.steps=15001", "--train.eval_every=1000", "--data.held_out=real",
     )  # fmt: skip
     assert plan["trainable"] - plan["roles"]["head"] == 1_485_830
@@ -454,8 +461,14 @@ def test_settings_reach_the_plan() -> None:
     assert (whole.images, pieces.images) == (40, 10)
     _, checkpointed = terms("--model.grad_checkpointing=true")
     assert checkpointed.kept < whole.kept
-    split, _ = terms("--world-size=4")
+    split, _ = terms("--world_size=4")
     assert split["Adam moments"] == -(-plain["Adam moments"] // 32) * 8
+
+
+def test_flags_may_be_spelt_as_they_once_were() -> None:
+    old = ["--world-size=2", "--gpu-memory", "8", "--num-classes=3"]
+    new = ["--world_size=2", "--gpu_memory", "8", "--num_classes=3"]
+    assert read_command_line(old) == read_command_line(new)
 
 
 def plan_of(*argv: str) -> Plan:
@@ -482,7 +495,7 @@ def test_precision_decides_about_the_rate(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_accumulation_reaches_the_prediction() -> None:
-    sharing = ["--moa.ep_size=2", "--world-size=2", "--moa.transport=gather"]
+    sharing = ["--moa.ep_size=2", "--world_size=2", "--moa.transport=gather"]
     whole, pieces = plan_of(*sharing), plan_of(*sharing, "--train.accumulation=4")
     assert (whole.load.accumulation, pieces.load.accumulation) == (1, 4)
     assert pieces.load.expert_bytes == 4 * whole.load.expert_bytes > 0
@@ -493,10 +506,10 @@ def test_accumulation_reaches_the_prediction() -> None:
 
 
 def test_what_is_sent_is_what_the_layers_send() -> None:
-    plan = plan_of("--moa.ep_size=2", "--world-size=2", "--moa.transport=all_to_all")
+    plan = plan_of("--moa.ep_size=2", "--world_size=2", "--moa.transport=all_to_all")
     config, _ = read_command_line(["--moa.ep_size=2"])
-    model, _ = outline(config.model, config.moa, 10)
-    layers = [layer for _, layer in moa_layers(model)]
+    backbone, _ = outline(config.model, config.moa, 10)
+    layers = [layer for _, layer in moa_layers(backbone.model)]
     sent = traffic(layers, 17 * plan.batches.per_process, 2, 2)
     assert plan.load.expert_bytes == sent["all_to_all"]
     assert plan.load.transport == "all_to_all"
@@ -507,7 +520,7 @@ def test_a_transport_that_nothing_uses_is_not_refused(
 ) -> None:
     masked = ["--moa.transport=all_to_all", "--moa.expert_dropout=0.2"]
     assert plan_of(*masked).load.transport is None
-    assert main([*masked, "--moa.ep_size=2", "--world-size=2"]) == 2
+    assert main([*masked, "--moa.ep_size=2", "--world_size=2"]) == 2
     assert "moa.transport" in capsys.readouterr().err
 
 
@@ -528,8 +541,8 @@ def test_backbones_of_all_builds_are_planned(name: str) -> None:
     assert plan.load.modules == BACKBONES[name][1]
     assert plan.footprint.forward > 0
     settings = moa.MoAConfig(kron_dim=32, blocks="all")
-    model, _ = outline(ModelConfig(backbone=name), settings, 7)
-    assert tokens_per_image(model) == BACKBONES[name][0]
+    model = outline(ModelConfig(backbone=name), settings, 7)[0].model
+    assert forward_only(model, 1)[1] == plan.footprint.tokens == BACKBONES[name][0]
     assert model.training
 
 
@@ -564,13 +577,13 @@ def test_a_backbone_that_cannot_be_counted_has_no_utilisation(
 def test_tables_are_plain_text_and_say_whether_it_fits(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(["--gpu-memory=80"]) == 0
+    assert main(["--gpu_memory=80"]) == 0
     text = capsys.readouterr().out
     assert "80 GiB: fits" in text
     assert "\x1b" not in text
     for part in ("routers", "adapter file", "Adam moments", "GFLOP", "legal world sizes"):
         assert part in text
-    assert main(["--gpu-memory=1"]) == 0
+    assert main(["--gpu_memory=1"]) == 0
     text = capsys.readouterr().out
     assert "1 GiB: does not fit" in text
     assert "warning: the run does not fit in 1 GiB" in text
@@ -579,8 +592,8 @@ def test_tables_are_plain_text_and_say_whether_it_fits(
 def test_folder_dataset_needs_its_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--data.dataset=folder"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split()[1] for line in lines] == ["--domains:", "--num-classes:"]
-    plan = plan_json(capsys, "--data.dataset=folder", "--domains=3", "--num-classes=11")
+    assert [line.split()[1] for line in lines] == ["--domains:", "--num_classes:"]
+    plan = plan_json(capsys, "--data.dataset=folder", "--domains=3", "--num_classes=11")
     assert plan["run"]["classes"] == 11
     assert plan["batches"]["source_domains"] == 2
     assert plan["batches"]["epochs"] == {}
@@ -609,10 +622,10 @@ def test_weights_need_not_be_at_hand(capsys: pytest.CaptureFixture[str]) -> None
     ("argv", "words"),
     [
         (["--train.stepz=3"], ["train.stepz", "did you mean 'train.steps'"]),
-        (["--world-size=7"], ["world size 7", "legal: 1, 2, 4"]),
-        (["--world-size=0"], ["--world-size = '0'", ">= 1"]),
-        (["--world-size=two", "--gpu-memory=nan"], ["--world-size = 'two'", "--gpu-memory"]),
-        (["--world-size"], ["--world-size"]),
+        (["--world_size=7"], ["world size 7", "legal: 1, 2, 4"]),
+        (["--world_size=0"], ["--world_size = '0'", ">= 1"]),
+        (["--world_size=two", "--gpu_memory=nan"], ["--world_size = 'two'", "--gpu_memory"]),
+        (["--world_size"], ["--world_size"]),
         (["--domains=1", "--optim.lr=fast"], ["--domains = '1'", "optim.lr"]),
         (["--model.backbone=vit_hug_patch16"], ["timm has no model 'vit_hug_patch16'"]),
         (["--moa.kron_dim=60"], ["moa.kron_dim", "60 does not divide"]),

@@ -18,13 +18,24 @@ from moa.files.reading import AdapterInfo
 from moa.files.saving import save_adapter
 from shards import DataConfig, eval_transform, evaluation_loader, open_shards
 from tests.support.trainer_fixtures import arguments, environment, launch, rows
-from trainer.config.class_names import SPOKEN, in_words, read_class_names, spoken_names
+from trainer.config.class_texts import (
+    in_words,
+    known_words,
+    read_class_names,
+    read_templates,
+    shipped,
+    spoken_names,
+)
 from trainer.config.command_line import parse
-from trainer.config.prompts import read_templates, shipped
 from trainer.config.run_config import ROOT
-from trainer.prepare.clip_names import text_model_of
 from trainer.prepare.parts import build
-from trainer.prepare.text_head import TextModel, fill_head, load_text_model, mean_length
+from trainer.prepare.text_head import (
+    TextModel,
+    fill_head,
+    load_text_model,
+    mean_length,
+    text_model_of,
+)
 from trainer.process.errors import ConfigError
 from trainer.process.world import World
 
@@ -87,7 +98,7 @@ def as_timm(visual: nn.Module) -> dict[str, Tensor]:
 
 
 def text_of(model: nn.Module) -> TextModel:
-    return TextModel("test", model, open_clip.get_tokenizer("ViT-B-16"))
+    return TextModel(model, open_clip.get_tokenizer("ViT-B-16"))
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +184,7 @@ def test_text_models_load_from_a_folder_or_a_file(clip: nn.Module, tmp_path: Pat
     assert loaded.bias() == 0
     for source, words in {
         f"local-dir:{tmp_path / 'none'}": "cannot be had",
-        "ViT-B-61:openai": "did you mean ViT-B-16",
+        "ViT-B-61:openai": "did you mean 'ViT-B-16",
         "ViT-B-16": "names no weights; give ViT-B-16:TAG with a tag of openai",
         f"ViT-B-16:{tmp_path / 'none.safetensors'}": "cannot be had",
     }.items():
@@ -263,7 +274,7 @@ def test_class_names_are_words(dataset: str, count: int) -> None:
     names = spoken_names(classes, dataset)
     assert len(set(names)) == len(classes) == count
     assert not any("_" in name or name != name.strip() for name in names)
-    assert set(SPOKEN[dataset]) <= set(classes), "an entry for a class that does not exist"
+    assert set(known_words(dataset)) <= set(classes), "an entry for a class that does not exist"
 
 
 def test_class_names_are_cleaned_where_the_folder_misleads() -> None:

@@ -1,16 +1,68 @@
-"""Bytes of the files that a run will write."""
+"""The numbers of a model by what they are for, and the bytes of the files that hold them."""
 
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from moa.layers.layer import MoALinear
+from moa.model.injection import classifier
 from trainer.config.averages import AverageConfig
+
+_PARTS = (
+    ("experts", ".experts."),
+    ("experts", ".shared_expert."),
+    ("routers", ".router."),
+    ("rule", ".kron_rule."),
+)
+"""Role of an adapter's tensor -> what its name holds."""
 
 TEXT_BYTES, TEXT_BYTES_PER_CLASS = 8192, 64
 """Allowance for a checkpoint's configuration, state, manifest and model card."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The numbers of a model as memory sees them."""
+
+    trainable: int
+    frozen: int
+    """Those that do not train, buffers that follow the precision included."""
+    buffer_bytes: int
+    """Of whole-number buffers."""
+
+
+def roles(model: nn.Module) -> dict[str, int]:
+    """Trainable numbers of an injected model by what they are for; roles without any are left out.
+
+    `added biases` are the layers' own beside Kronecker experts, `backbone` what `full`, `bias` and
+    `attention` train.
+    """
+    head = {id(p) for p in classifier(model).parameters()}
+    biases = {id(m.bias) for m in model.modules() if isinstance(m, MoALinear)}
+    counts = dict.fromkeys(("experts", "routers", "rule", "added biases", "backbone", "head"), 0)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            if id(parameter) in head:
+                role = "head"
+            elif id(parameter) in biases:
+                role = "added biases"
+            else:
+                role = next((r for r, part in _PARTS if part in f".{name}"), "backbone")
+            counts[role] += parameter.numel()
+    return {role: count for role, count in counts.items() if count}
+
+
+def weights_of(model: nn.Module) -> Weights:
+    """The numbers of a model, whatever they are for."""
+    tensors = [*model.parameters(), *model.buffers()]
+    trainable = sum(t.numel() for t in tensors if t.requires_grad)
+    floating = sum(t.numel() for t in tensors if t.is_floating_point())
+    others = sum(t.untyped_storage().nbytes() for t in tensors if not t.is_floating_point())
+    return Weights(trainable=trainable, frozen=floating - trainable, buffer_bytes=others)
 
 
 def adapter_file_bytes(tensors: Mapping[str, Tensor]) -> int:
@@ -27,7 +79,7 @@ def checkpoint_bytes(
         tensors: what the adapter file holds, and with it the best adapter and each average.
         moved: names among them that the optimizer moves.
         classes: number of classes, whose names two of the text files list.
-        averages: which averages the run keeps.
+        averages: which the run keeps.
     """
     moments = {f"{name}|{m}": tensors[name] for name in moved for m in ("exp_avg", "exp_avg_sq")}
     files = [moments, tensors]
