@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from trainer.checkpoint.atomic_text import replace_text
+from trainer.checkpoint.atomic_file import replace_text
 from trainer.evaluate.flags import add_shared_flags
 from trainer.process.ending import conclude
 from trainer.process.errors import ConfigError, cannot_write

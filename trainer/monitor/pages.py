@@ -1,7 +1,6 @@
 """An evaluation's pages: routing maps, heat maps, confusions, features; on the main rank."""
 
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shards import ShardIndex
+from trainer.checkpoint.atomic_file import replaced_file
 from trainer.evaluate.fixed_images import FixedImages
 from trainer.monitor.curves import Curves
 from trainer.monitor.insight import Insight, Seen
@@ -148,6 +148,5 @@ class Pages:
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Writes a PNG, whole or not at all; its few colours make a palette do."""
-    part = path.with_suffix(".part")
-    picture.quantize(255).save(part, format="PNG", optimize=True)
-    os.replace(part, path)
+    with replaced_file(path) as temporary:
+        picture.quantize(255).save(temporary, format="PNG", optimize=True)

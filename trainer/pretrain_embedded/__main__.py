@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trainer.checkpoint.atomic_file import replace_text, replaced_file
 from trainer.prepare.vit_embedded import GLYPH_CLASSES, WEIGHTS_PATH
 from trainer.pretrain_embedded.glyphs import HELD_OUT_FONTS, TRAIN_FONTS, GlyphBank, GlyphSampler
 
@@ -226,20 +227,15 @@ version may give slightly different weights.
 
 
 def save(config: PretrainConfig, result: PretrainResult, folder: Path) -> Path:
-    """Write the weights and the model card; returns the path of the weights.
-
-    Both are written under a temporary name first, so that an interrupted run leaves no half file.
-    """
+    """Write the weights and the model card; returns the path of the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     weights, card = folder / WEIGHTS_PATH.name, folder / "README.md"
     tensors = {name: value.contiguous() for name, value in result.model.state_dict().items()}
-    save_file(
-        tensors, f"{weights}.tmp", metadata={"format": "pt", "classes": " ".join(GLYPH_CLASSES)}
-    )
-    Path(f"{card}.tmp").write_text(model_card(config, result), encoding="utf-8")
-    Path(f"{weights}.tmp").chmod(0o644)  # safetensors makes it private to its owner
-    for path in (weights, card):
-        os.replace(f"{path}.tmp", path)
+    with replaced_file(weights) as temporary:
+        metadata = {"format": "pt", "classes": " ".join(GLYPH_CLASSES)}
+        save_file(tensors, temporary, metadata=metadata)
+        temporary.chmod(0o644)  # safetensors makes it private to its owner
+    replace_text(card, model_card(config, result))
     return weights
 
 

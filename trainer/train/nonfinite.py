@@ -8,7 +8,6 @@ whose gradient norm is not finite. That costs no collective of its own.
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from shards.stream.batches import rank_range
 from shards.stream.stream import DomainStream
+from trainer.checkpoint.atomic_file import replace_text
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.process.errors import TrainingInvalidError
 from trainer.process.world import World
@@ -118,6 +118,4 @@ class NonfiniteSteps:
                 for rank in ranks
             ],
         }
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        replace_text(path, json.dumps(content, indent=1) + "\n")

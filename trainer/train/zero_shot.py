@@ -8,7 +8,7 @@ import logging
 from dataclasses import replace
 from functools import partial
 
-from trainer.checkpoint.atomic_text import replace_text
+from trainer.checkpoint.atomic_file import replace_text
 from trainer.checkpoint.run_folder import ZERO_SHOT, RunFolder
 from trainer.engine.engine import Engine
 from trainer.evaluate.evaluator import Evaluator, accuracies
