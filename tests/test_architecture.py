@@ -14,14 +14,14 @@ FORBIDDEN = {"moa": {"trainer", "shards"}, "shards": {"trainer", "moa"}, "traine
 MAY_IMPORT = {
     "deepspeed": {
         "trainer/engine/engine.py",
-        "trainer/engine/partition.py",
+        "trainer/engine/collectives.py",
         "trainer/engine/zero_check.py",
         "trainer/engine/zero_state.py",
         "moa/parallel/expert_parallel.py",
     },
     "torch.distributed": {
         "trainer/engine/engine.py",
-        "trainer/engine/partition.py",
+        "trainer/engine/collectives.py",
         "trainer/engine/zero_state.py",
         "moa/parallel/expert_parallel.py",
         "moa/parallel/exchange.py",

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: process group, optimizer, initialisation, collectives, shutdown."""
+"""The DeepSpeed engine: a model spread over the ranks, its optimizer, its steps."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -6,15 +6,16 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.moe.utils import configure_moe_param_groups
 from torch import Tensor, nn
 
 import moa
+from moa.layers.layer import moa_layers
 from trainer.checkpoint.checkpoint import Checkpoint
 from trainer.config.run_config import OptimConfig
 from trainer.engine import zero_state
 from trainer.engine.collectives import device_of
-from trainer.engine.partition import partition
 from trainer.process.errors import CheckpointError, TrainingInvalidError
 from trainer.process.world import World
 
@@ -38,8 +39,6 @@ class Engine:
 
     Attributes:
         module: the model, on the device and in the engine's precision.
-        device: where it computes.
-        dtype: the dtype of weights and inputs.
         trainables: name -> parameter, in the model's order.
     """
 
@@ -54,15 +53,16 @@ class Engine:
     ) -> None:
         self.module, self.device = model, device_of(world)
         if ds_json["zero_optimization"]["stage"] == 3:
-            partition(model, ds_json, self.device)
+            _partition(model, ds_json, self.device)
         else:
             model.to(self.device)
         if adapters.ep_size > 1:
             from moa.parallel.expert_parallel import ExpertParallel
 
             ExpertParallel(model, adapters.ep_size, world.rank, tokens)
-        self.trainables = trainables_of(model)
-        groups = parameter_groups(self.trainables)
+        self.trainables = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        named = {"params": list(self.trainables.values()), "name": "trainables"}
+        groups: list[dict[str, Any]] = [named]  # DeepSpeed asks for the name
         if adapters.ep_size > 1:  # experts apart: they are summed over other ranks than the rest
             groups = configure_moe_param_groups(groups)
         optimizer = OPTIMIZERS[config.name](
@@ -161,9 +161,32 @@ class Engine:
         zero_state.write(self.ds, self.trainables, checkpoint.masters, checkpoint.moments, step)
 
 
-def trainables_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train, by name, in the model's order."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+def _partition(model: nn.Module, ds_json: dict[str, Any], device: torch.device) -> None:
+    """Makes every parameter a ZeRO-3 one, module by module, with the main rank's values.
+
+    Only the main rank holds the whole model, on its CPU; the others hold its outline on the meta
+    device, and at no time more than one module's own tensors beside their partitions.
+    """
+    dtype = torch.bfloat16 if ds_json["bf16"]["enabled"] else torch.float32
+    for module in model.modules():
+        own = nn.Module()
+        tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        if any(tensor.is_meta for tensor in tensors):
+            module.to_empty(device="cpu", recurse=False)
+        for name, parameter in module.named_parameters(recurse=False):
+            if not hasattr(parameter, "ds_id"):
+                parameter.data = parameter.data.to(dtype)
+                own.register_parameter(name, parameter)
+        if len(own._parameters):
+            deepspeed.zero.Init(module=own, config_dict_or_path=ds_json)
+        for name, buffer in module.named_buffers(recurse=False):
+            value = buffer.to(device, dtype if buffer.is_floating_point() else buffer.dtype)
+            dist.broadcast(value, 0)
+            setattr(module, name, value)
+    for _, layer in moa_layers(model):
+        if layer.config.kronecker:  # the model's rule, used inside the layer's forward
+            for parameter in layer.rule.parameters():
+                deepspeed.zero.register_external_parameter(layer, parameter)
 
 
 def restore_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -181,8 +204,3 @@ def restore_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
         )
     for name, place in places.items():
         place.copy_(checkpoint.masters[name])
-
-
-def parameter_groups(trainables: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
-    """The optimizer's groups, each with the `name` that DeepSpeed asks for."""
-    return [{"params": list(trainables.values()), "name": "trainables"}]

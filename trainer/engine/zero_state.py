@@ -4,7 +4,8 @@ DeepSpeed keeps fp32 masters and Adam's moments in flat partitions; here they be
 per trainable name on the CPU of every rank, and go back. All functions but `show` are collectives.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -80,26 +81,29 @@ def read_lent(
     ds: Any, trainables: Mapping[str, nn.Parameter], flats: Sequence[Tensor]
 ) -> dict[str, Tensor]:
     """What `read_masters` would give if the masters were `flats`."""
-    masters = flat_masters(ds)
-    own = [flat.clone() for flat in masters]
-    torch._foreach_copy_(masters, list(flats))
-    whole = read_masters(ds.module, trainables)
-    torch._foreach_copy_(masters, own)
-    return whole
+    with _lent(ds) as masters:
+        torch._foreach_copy_(masters, list(flats))
+        return read_masters(ds.module, trainables)
 
 
 def shares_of(
     ds: Any, trainables: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
 ) -> list[Tensor]:
     """This rank's share of whole values, laid out like `flat_masters`."""
+    with _lent(ds) as masters:
+        for name, parameter in trainables.items():
+            if not _is_idle(name):
+                _write_one(parameter, values[name], None)
+        return [flat.clone() for flat in masters]
+
+
+@contextmanager
+def _lent(ds: Any) -> Iterator[list[Tensor]]:
+    """`flat_masters`, to be written to within the block; the optimizer gets its own back."""
     masters = flat_masters(ds)
     own = [flat.clone() for flat in masters]
-    for name, parameter in trainables.items():
-        if not _is_idle(name):
-            _write_one(parameter, values[name], None)
-    shares = [flat.clone() for flat in masters]
+    yield masters
     torch._foreach_copy_(masters, own)
-    return shares
 
 
 @torch.no_grad()
@@ -144,19 +148,17 @@ def _link(optimizer: Any) -> None:
 
 def _write_one(parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
     """Sets a master (`moment` None) or a moment from its whole value."""
-    if not hasattr(parameter, "ds_tensor"):
-        value = value.to(parameter.device)
-        if moment is None:
-            safe_set_full_fp32_param(parameter, value)
-        else:
-            safe_set_full_optimizer_state(parameter, value, moment)
-        return
-    # DeepSpeed's own setter of whole values fails at ZeRO-3 where ranks do not divide the size.
-    own = _own_share(parameter, value)
-    if moment is None:
-        safe_set_local_fp32_param(parameter, own)
+    if hasattr(parameter, "ds_tensor"):
+        # DeepSpeed's own setter of whole values fails at ZeRO-3 where ranks do not divide the size.
+        value = _own_share(parameter, value)
+        set_master, set_moment = safe_set_local_fp32_param, safe_set_local_optimizer_state
     else:
-        safe_set_local_optimizer_state(parameter, own, moment)
+        value = value.to(parameter.device)
+        set_master, set_moment = safe_set_full_fp32_param, safe_set_full_optimizer_state
+    if moment is None:
+        set_master(parameter, value)
+    else:
+        set_moment(parameter, value, moment)
 
 
 def _own_share(parameter: Any, value: Tensor) -> Tensor:
