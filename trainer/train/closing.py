@@ -1,4 +1,4 @@
-"""The table a run closes with: all accuracies at the selected step, and facts of the run."""
+"""What a run closes with: all accuracies at the selected step, and facts of the run."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -7,50 +7,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from trainer.checkpoint.run_folder import RunFolder
+from moa.files.saving import WEIGHTS_FILE
+from trainer.checkpoint.run_folder import SPEED, RunFolder, read_rows
 from trainer.evaluate.selection import Row, training_domain_validation, validation_accuracy
 from trainer.prepare.parts import Parts
 
 
-def closing_table(
-    rows: Sequence[Row], domains: Sequence[str], withheld: Sequence[int], facts: Mapping[str, str]
-) -> Table:
-    """Per-domain accuracies at the selected step, and the facts of the run below them.
-
-    Args:
-        rows: of the run.
-        domains: all names in order.
-        withheld: numbers of the domains not trained on, the target first.
-        facts: what else to tell.
-    """
-    selected, held_out = training_domain_validation(rows, withheld), withheld[0]
-    table = Table(title=f"Selected step {selected['step']} (training-domain validation)")
-    table.add_column("domain")
-    table.add_column("in accuracy %", justify="right")
-    table.add_column("out accuracy %", justify="right")
-    for i, name in enumerate(domains):
-        cells = (f"{100 * selected[f'env{i}_{split}_acc']:.1f}" for split in ("in", "out"))
-        table.add_row(escape(f"{name} (held out)" if i in withheld else name), *cells)
-    table.add_section()
-    table.add_row("validation (mean source out)", "", f"{_percent(selected, withheld)}")
-    target = 100 * selected[f"env{held_out}_in_acc"]
-    table.add_row(escape(f"held-out accuracy, {domains[held_out]}"), f"[bold]{target:.1f}", "")
-    table.add_section()
-    for name, value in facts.items():
-        table.add_row(name, value, "")
-    return table
-
-
-def _percent(row: Row, withheld: Sequence[int]) -> str:
-    return f"{100 * validation_accuracy(row, withheld):.1f}"
-
-
-def show_result(parts: "Parts", folder: "RunFolder", console: "Console") -> None:
+def show_result(parts: Parts, folder: RunFolder, console: Console) -> None:
     """Prints the closing table of a finished run, and where to look further."""
-    from moa.files.saving import WEIGHTS_FILE
-    from trainer.checkpoint.run_folder import SPEED, read_rows
-    from trainer.train.closing import closing_table
-
     rows, report = read_rows(folder.results), parts.report
     file, speed = folder.adapter / WEIGHTS_FILE, rows[-1].get(SPEED)
     size = f"{file.stat().st_size / 2**20:.2f} MiB" if file.exists() else "was removed"
@@ -73,3 +37,26 @@ def show_result(parts: "Parts", folder: "RunFolder", console: "Console") -> None
         f"curves: tensorboard --logdir {shlex.quote(str(folder.tensorboard))}",
     ):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def closing_table(
+    rows: Sequence[Row], domains: Sequence[str], withheld: Sequence[int], facts: Mapping[str, str]
+) -> Table:
+    """Per-domain accuracies at the selected step, and the facts of the run below them."""
+    selected, held_out = training_domain_validation(rows, withheld), withheld[0]
+    table = Table(title=f"Selected step {selected['step']} (training-domain validation)")
+    table.add_column("domain")
+    table.add_column("in accuracy %", justify="right")
+    table.add_column("out accuracy %", justify="right")
+    for domain, name in enumerate(domains):
+        cells = (f"{100 * selected[f'env{domain}_{split}_acc']:.1f}" for split in ("in", "out"))
+        table.add_row(escape(f"{name} (held out)" if domain in withheld else name), *cells)
+    table.add_section()
+    validation = 100 * validation_accuracy(selected, withheld)
+    table.add_row("validation (mean source out)", "", f"{validation:.1f}")
+    target = 100 * selected[f"env{held_out}_in_acc"]
+    table.add_row(escape(f"held-out accuracy, {domains[held_out]}"), f"[bold]{target:.1f}", "")
+    table.add_section()
+    for name, value in facts.items():
+        table.add_row(name, value, "")
+    return table

@@ -11,7 +11,6 @@ from trainer.config.run_config import RunConfig
 from trainer.process.ending import conclude
 from trainer.process.stopping import Stopping, seconds_of
 from trainer.process.world import World, world_from_environment
-from trainer.train.closing import show_result
 
 if TYPE_CHECKING:
     from trainer.prepare.parts import Parts
@@ -39,6 +38,7 @@ def run(config: RunConfig, world: World, stopping: Stopping) -> None:
     from trainer.checkpoint.run_folder import RunFolder
     from trainer.monitor.console import set_up_logging, terminal
     from trainer.prepare.parts import build
+    from trainer.train.closing import show_result
     from trainer.train.resume import Start, find_start
 
     if config.train.time_limit is not None:
@@ -76,9 +76,10 @@ def say_what(parts: "Parts", world: World) -> None:
         config.moa.method, config.model.backbone, " and ".join(parts.withheld_names),
         config.data.dataset, world.size, config.train.precision,
     )  # fmt: skip
-    if unused := config.moa.unused():
-        names = ", ".join(f"moa.{name}" for name in unused)
-        log.warning("without effect, since %s does not use them: %s", config.moa.method, names)
-    if unused := config.data.unused():
-        names = ", ".join(f"data.{name}" for name in unused)
-        log.warning("without effect, since data.root is no remote one: %s", names)
+    for section, unused, why in (
+        ("moa", config.moa.unused(), f"{config.moa.method} does not use them"),
+        ("data", config.data.unused(), "data.root is no remote one"),
+    ):
+        if unused:
+            names = ", ".join(f"{section}.{name}" for name in unused)
+            log.warning("without effect, since %s: %s", why, names)

@@ -1,11 +1,14 @@
 """`Validation`: what is evaluated when, which adapter is the best, and which rows tell of it."""
 
+import json
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
 from moa.files.saving import save_adapter
-from trainer.checkpoint.run_folder import RunFolder, read_rows
+from trainer.checkpoint.atomic_file import replace_text
+from trainer.checkpoint.run_folder import ZERO_SHOT, RunFolder, read_rows
 from trainer.engine.averaging import Averages, prefixed
 from trainer.engine.collectives import from_main
 from trainer.engine.engine import Engine
@@ -14,8 +17,11 @@ from trainer.evaluate.selection import columns_of, training_domain_validation, v
 from trainer.monitor.insight import Insight
 from trainer.monitor.monitor import Monitor
 from trainer.prepare.parts import Parts
+from trainer.process.world import World
 from trainer.train.best import Best, Candidate, write_best
 from trainer.train.result_row import card_figures, result_row
+
+log = logging.getLogger(__name__)
 
 
 class Validation:
@@ -24,15 +30,8 @@ class Validation:
     With `--eval.mode full` each evaluation leaves a complete row in `results.jsonl`. With
     `selection` it leaves the sources' `out` accuracies in `evaluations.jsonl`, and at the end two
     of these rows are completed in `results.jsonl`: the selected adapter's and the last one's. A
-    rule that looks at the sources' `out` splits selects the same step from either file.
-
-    Args:
-        parts: the run.
-        engine: holds the adapter in training.
-        evaluator: counts correct predictions.
-        folder: the run's files.
-        best: the best adapter so far.
-        averages: the averages of the run, evaluated beside the adapter in training.
+    rule that looks at the sources' `out` splits selects the same step from either file. The
+    averages are evaluated beside the adapter in training.
     """
 
     def __init__(
@@ -61,10 +60,7 @@ class Validation:
     def evaluate(self, step: int, monitor: Monitor | None, columns: Mapping[str, float]) -> None:
         """Evaluates after `step`, and keeps the adapter if it is the best; a collective.
 
-        Args:
-            step: the step just done.
-            monitor: on the main rank.
-            columns: what else the row shall tell.
+        The main rank has a monitor, and writes a row with these `columns`, too.
 
         Raises:
             EvaluationBrokenOff: the ranks agreed to stop; nothing of it is kept.
@@ -175,3 +171,22 @@ class Validation:
             if splits:
                 result[name] = splits
         return result
+
+
+def evaluate_zero_shot(
+    parts: Parts, world: World, engine: Engine, evaluator: Evaluator, folder: RunFolder
+) -> None:
+    """Writes the accuracies of a classifier made from text, before any training; a collective.
+
+    LoRA experts add nothing yet, Kronecker experts next to nothing. The file is `zero_shot.json`,
+    not `results.jsonl`: selection, ours as DomainBed's, would take the row for a trained step.
+    """
+    columns = accuracies(evaluator(engine.ds))
+    if world.is_main:
+        row = result_row(parts, folder.path, 0, columns)
+        replace_text(folder.path / ZERO_SHOT, json.dumps(row) + "\n")
+        log.info(
+            "zero-shot, before training: %.3f on held-out %s, %.3f in validation",
+            columns[f"env{parts.held_out}_in_acc"], parts.held_out_name,
+            validation_accuracy(row, parts.withheld),
+        )  # fmt: skip
