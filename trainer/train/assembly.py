@@ -53,12 +53,7 @@ def train(
 
 
 def assemble(
-    parts: Parts,
-    world: World,
-    folder: RunFolder,
-    start: Start,
-    stopping: Stopping,
-    watch: Watchdog,
+    parts: Parts, world: World, folder: RunFolder, start: Start, stopping: Stopping, watch: Watchdog
 ) -> Trainer:
     """A trainer that stands where the run starts, in a folder that is cut back to there."""
     config = parts.config

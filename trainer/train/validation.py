@@ -52,10 +52,13 @@ class Validation:
 
     def _cells(self) -> list[Cell]:
         """What an evaluation looks at while the run trains."""
-        cells, withheld = self.evaluator.cells(), self.parts.withheld
-        if not self.closes:
-            return cells
-        return [(env, split) for env, split in cells if split == "out" and env not in withheld]
+        cells = self.evaluator.cells()
+        return list(filter(self._validates, cells)) if self.closes else cells
+
+    def _validates(self, cell: Cell) -> bool:
+        """Whether it is a source's `out` split."""
+        domain, split = cell
+        return split == "out" and domain not in self.parts.withheld
 
     def evaluate(self, step: int, monitor: Monitor | None, columns: Mapping[str, float]) -> None:
         """Evaluates after `step`, and keeps the adapter if it is the best; a collective.
@@ -70,7 +73,8 @@ class Validation:
         cells = self._cells()
         with self.insight.watching(self.engine.ds, step) as seen:
             counts, losses = seen.evaluator.with_losses(self.engine.ds, cells)
-        averages = self.averages.after(self._loss(losses), self._is_regular(step))
+        regular = step % self.config.train.eval_every == 0
+        averages = self.averages.after(self._loss(losses), regular)
         found = accuracies(counts) | self._of_averages(averages, cells)
         self.averages = averages
         row = result_row(self.parts, self.folder.path, step, {**found, **columns})
@@ -131,16 +135,9 @@ class Validation:
                 folder = self.folder.path / f"adapter-{name}"
                 save_adapter(self.engine.module, folder, info, values)
 
-    def _is_regular(self, step: int) -> bool:
-        return step % self.config.train.eval_every == 0
-
     def _loss(self, losses: Mapping[Cell, float]) -> float:
         """The unweighted mean loss of the sources' `out` splits; a collective."""
-        found = [
-            loss
-            for (env, split), loss in losses.items()
-            if split == "out" and env not in self.parts.withheld
-        ]
+        found = [loss for cell, loss in losses.items() if self._validates(cell)]
         # From one rank: the others' sums may differ in the last bit, and a valley with it.
         return from_main(sum(found) / len(found)) if found else 0.0
 
@@ -166,8 +163,8 @@ class Validation:
     def _by_domain(self, found: Mapping[str, float]) -> dict[str, dict[str, float]]:
         """Accuracies by the domain's name and split, as far as they were found."""
         result = {}
-        for env, name in enumerate(self.parts.index.domains):
-            splits = {s: found[key] for s in SPLITS if (key := f"env{env}_{s}_acc") in found}
+        for domain, name in enumerate(self.parts.index.domains):
+            splits = {s: found[key] for s in SPLITS if (key := f"env{domain}_{s}_acc") in found}
             if splits:
                 result[name] = splits
         return result
