@@ -103,12 +103,8 @@ class Engine:
             TrainingInvalidError: names the parameters that received none.
         """
         missing = set(self.trainables)
-
-        def noter(name: str) -> Callable[[Tensor], None]:
-            return lambda _: missing.discard(name)
-
         hooks = [
-            p.register_hook(noter(name))  # type: ignore[no-untyped-call]
+            p.register_hook(lambda _, name=name: missing.discard(name))  # type: ignore[no-untyped-call]
             for name, p in self.trainables.items()
         ]
         yield
