@@ -24,7 +24,7 @@ import moa
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EXPERT_PARALLEL = "expert_parallel"
-"""The model's attribute under expert parallelism (`moa.expert_parallel.NAME`)."""
+"""The model's attribute under expert parallelism (`moa.parallel.expert_parallel.NAME`)."""
 
 
 def read_masters(module: nn.Module, trainables: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
