@@ -1,6 +1,6 @@
 """The DeepSpeed engine: a model spread over the ranks, its optimizer, its steps."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,8 +14,8 @@ import moa
 from moa.layers.layer import moa_layers
 from trainer.checkpoint.checkpoint import Checkpoint
 from trainer.config.run_config import OptimConfig
-from trainer.engine import zero_state
 from trainer.engine.collectives import device_of
+from trainer.engine.zero_state import ZeroState
 from trainer.process.errors import CheckpointError, TrainingInvalidError
 from trainer.process.world import World
 
@@ -25,7 +25,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-class Engine:
+class Engine(ZeroState):
     """A model under DeepSpeed ZeRO with the optimizer of `OptimConfig`.
 
     Args:
@@ -38,8 +38,8 @@ class Engine:
             parallelism chooses its transport.
 
     Attributes:
-        module: the model, on the device and in the engine's precision.
-        trainables: name -> parameter, in the model's order.
+        device: where the model computes.
+        dtype: of its weights and inputs.
     """
 
     def __init__(
@@ -117,44 +117,11 @@ class Engine:
                 "train"
             )
 
-    def masters(self) -> dict[str, Tensor]:
-        """fp32 values of all trainables, on the CPU of every rank; a collective."""
-        return zero_state.read_masters(self.module, self.trainables)
-
-    def moments(self) -> dict[str, Tensor]:
-        """Adam's moments as `name|exp_avg` and `name|exp_avg_sq`, like `masters`; a collective."""
-        return zero_state.read_moments(self.ds, self.trainables)
-
-    def flat_masters(self) -> list[Tensor]:
-        """This rank's share of the fp32 masters; the optimizer's own memory."""
-        return zero_state.flat_masters(self.ds)
-
-    def whole(self, flats: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Like `masters`, of other values in the layout of `flat_masters`; a collective."""
-        return zero_state.read_lent(self.ds, self.trainables, flats)
-
-    def shares_of(self, values: Mapping[str, Tensor]) -> list[Tensor]:
-        """Whole values in the layout of `flat_masters`; the inverse of `whole`, a collective."""
-        return zero_state.shares_of(self.ds, self.trainables, values)
-
-    @contextmanager
-    def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Within the block the model has other trainables, whole and alike on all ranks.
-
-        The optimizer does not notice, and the model gets its own back afterwards; a collective.
-        """
-        own = self.masters()
-        zero_state.show(self.module, values)
-        try:
-            yield
-        finally:
-            zero_state.show(self.module, own)
-
     def restore(self, checkpoint: Checkpoint) -> None:
         """Gives Adam its fp32 masters, moments and step count back."""
         # Adam has not seen the steps that were left out.
         step = int(checkpoint.state["step"]) - int(checkpoint.state.get("skipped_steps", 0))
-        zero_state.write(self.ds, self.trainables, checkpoint.masters, checkpoint.moments, step)
+        self.write(checkpoint.masters, checkpoint.moments, step)
 
 
 def _partition(model: nn.Module, ds_json: dict[str, Any], device: torch.device) -> None:
