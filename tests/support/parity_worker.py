@@ -23,7 +23,7 @@ from moa import MoAConfig  # noqa: E402
 from shards import finish_images  # noqa: E402
 from trainer.checkpoint.run_folder import RunFolder  # noqa: E402
 from trainer.config.run_config import ROOT, ModelConfig, OptimConfig, RunConfig, TrainConfig  # noqa: E402
-from trainer.engine import collectives, zero_state  # noqa: E402
+from trainer.engine import collectives  # noqa: E402
 from trainer.engine.engine import Engine  # noqa: E402
 from trainer.prepare.parts import Parts, build  # noqa: E402
 from trainer.process.world import world_from_environment  # noqa: E402
@@ -145,7 +145,7 @@ def restores(ready: Engine) -> bool:
     moments = ready.moments()
     stepped = {n: t for n, t in ready.masters().items() if f"{n}|exp_avg" in moments}
     wanted = {name: tensor + 1 for name, tensor in (stepped | moments).items()}
-    zero_state.write(ready.ds, ready.trainables, wanted, wanted, STEPS)
+    ready.write(wanted, wanted, STEPS)
     found = ready.masters() | ready.moments()
     return all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 

@@ -5,11 +5,13 @@ kind of machine; no time here holds for another.
 """
 
 import argparse
+import importlib
 import importlib.util
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer import tables
 from trainer.process.ending import conclude
@@ -17,7 +19,8 @@ from trainer.process.errors import ConfigError, OutputError
 from trainer.process.world import ALONE
 
 if TYPE_CHECKING:
-    from trainer.bench.timing import Table
+    from trainer.bench.step import Setting
+    from trainer.bench.timing import Comparison
 
 PARTS = ("layer", "step", "engine", "checkpoint", "data")
 LARGE = ("vit_large_patch14_clip_224", "vit_gigantic_patch14_clip_224")
@@ -39,7 +42,7 @@ def bench_command(args: argparse.Namespace) -> None:
     on_cpu = tuple(part for part in PARTS if part != "engine")
     parts = args.part or (("step", "engine") if args.device == "cuda" else on_cpu)
     _check(args, parts)
-    measured: dict[str, Table] = {}
+    measured: dict[str, Comparison] = {}
     for part in parts:
         for found in _measure(part, args):
             measured |= found
@@ -78,7 +81,7 @@ def _check_steps(args: argparse.Namespace) -> None:
             raise ConfigError(f"--backbones: {reason}") from error
 
 
-def _write(path: str, measured: "dict[str, Table] | None") -> None:
+def _write(path: str, measured: "dict[str, Comparison] | None") -> None:
     """Writes the figures; None only sees whether they could be, and leaves older ones alone."""
     try:
         with open(path, "a" if measured is None else "w", encoding="utf-8") as file:
@@ -101,24 +104,18 @@ def parser() -> argparse.ArgumentParser:
         help=f"for step; default vit_base_patch16_clip_224, on a GPU {' and '.join(LARGE)}",
     )  # fmt: skip
     result.add_argument(
-        "--batches",
-        type=_count,
-        nargs="+",
-        metavar="N",
+        "--batches", type=_count, nargs="+", metavar="N",
         help="for step; default 4, on a GPU 64 256",
-    )
+    )  # fmt: skip
     result.add_argument(
         "--precision", choices=("fp32", "bf16"), help="for step; default fp32, on a GPU bf16"
     )
-    result.add_argument(
-        "--compile", action="store_true", help="for step: each table also with torch.compile"
-    )
-    result.add_argument(
-        "--checkpointing", action="store_true", help="for step: with activation checkpointing"
-    )
-    result.add_argument(
-        "--alone", action="store_true", help="for step: one method after the other, as on a GPU"
-    )
+    for name, what in {
+        "--compile": "each table also with torch.compile",
+        "--checkpointing": "with activation checkpointing",
+        "--alone": "one method after the other, as on a GPU",
+    }.items():
+        result.add_argument(name, action="store_true", help=f"for step: {what}")
     result.add_argument("--rounds", type=_count, default=5, help="default: 5")
     result.add_argument("--json", metavar="FILE", help="also write the figures there")
     return result
@@ -136,57 +133,44 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _measure(part: str, args: argparse.Namespace) -> "Iterator[dict[str, Table]]":
+def _measure(part: str, args: argparse.Namespace) -> "Iterator[dict[str, Comparison]]":
     """One part's tables; imports what it needs only here, so that --help answers at once."""
     import torch
 
-    device = torch.device(args.device)
+    bench: Any = importlib.import_module(f"trainer.bench.{part}")
     if part == "layer":
-        from trainer.bench import layer as bench_layer
-
-        yield bench_layer.measure(args.rounds, device)
+        yield bench.measure(args.rounds, torch.device(args.device))
+    elif part == "step":
+        for setting in _settings(args):
+            yield {str(setting): bench.measure(setting, args.rounds)}
     elif part == "engine":
-        from trainer.bench import engine as bench_engine
-
-        if args.device == "cuda":
-            yield from bench_engine.measure(bench_engine.GPU_CASES, args.rounds)
-        else:
-            yield from bench_engine.measure()
+        on_gpu = (bench.GPU_CASES, args.rounds) if args.device == "cuda" else ()
+        yield from bench.measure(*on_gpu)
     elif part == "checkpoint":
-        from trainer.bench import checkpoint as bench_checkpoint
-
-        yield bench_checkpoint.measure()
-    elif part == "data":
-        from trainer.bench import data as bench_data
-
-        yield bench_data.measure(args.rounds)
+        yield bench.measure()
     else:
-        yield from _measure_steps(args)
+        yield bench.measure(args.rounds)
 
 
-def _measure_steps(args: argparse.Namespace) -> "Iterator[dict[str, Table]]":
+def _settings(args: argparse.Namespace) -> "Iterator[Setting]":
+    """A table of training steps each."""
     import torch
 
-    from trainer.bench import step as bench_step
+    from trainer.bench.step import Setting
 
     gpu = args.device == "cuda"
     precision = args.precision or ("bf16" if gpu else "fp32")
-    for backbone in args.backbones or (LARGE if gpu else ("vit_base_patch16_clip_224",)):
-        for batch in args.batches or ((64, 256) if gpu else (4,)):
-            for compiled in (False, True) if args.compile else (False,):
-                setting = bench_step.Setting(
-                    backbone=backbone,
-                    batch=batch,
-                    device=args.device,
-                    dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
-                    compiled=compiled,
-                    checkpointing=args.checkpointing,
-                    alone=gpu or args.alone,
-                )
-                yield {str(setting): bench_step.measure(setting, args.rounds)}
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    for backbone, batch, compiled in itertools.product(
+        args.backbones or (LARGE if gpu else ("vit_base_patch16_clip_224",)),
+        args.batches or ((64, 256) if gpu else (4,)),
+        (False, True) if args.compile else (False,),
+    ):
+        alone = gpu or args.alone
+        yield Setting(backbone, batch, args.device, dtype, compiled, args.checkpointing, alone)
 
 
-def _show(measured: "dict[str, Table]") -> None:
+def _show(measured: "dict[str, Comparison]") -> None:
     console = tables.output_console()
     for title, rows in measured.items():
         columns = list(dict.fromkeys(name for row in rows.values() for name in row))

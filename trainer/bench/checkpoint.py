@@ -14,7 +14,7 @@ import moa
 from moa.files.atomic_folder import sync
 from moa.files.reading import AdapterInfo
 from moa.files.saving import adapter_state_dict, base_hash
-from trainer.bench.timing import Table
+from trainer.bench.timing import Comparison
 from trainer.checkpoint import checkpoint
 from trainer.checkpoint.save_queue import SaveQueue
 from trainer.config.run_config import ModelConfig
@@ -24,21 +24,21 @@ BACKBONE, CLASSES, ROUNDS = "vit_large_patch14_clip_224", 345, 3
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def measure(backbone: str = BACKBONE) -> dict[str, Table]:
+def measure() -> dict[str, Comparison]:
     """Bytes of either checkpoint, and the seconds for which training waits for it.
 
     The tensors lie in memory already, on the CPU. All files are synced to the disk of the folder
     for temporary files. Seconds are the best of a few rounds, as others may use the disk, too; the
     whole model is written once.
     """
-    created = create_backbone(ModelConfig(backbone=backbone, weights="random"), CLASSES, seed=0)
+    created = create_backbone(ModelConfig(backbone=BACKBONE, weights="random"), CLASSES, seed=0)
     model, config = created.model, moa.MoAConfig(method="moa_kron")
     moa.inject(model, config)
     classes = tuple(map(str, range(CLASSES)))
-    info = AdapterInfo(backbone, base_hash(model), config, classes, created.data_config)
+    info = AdapterInfo(BACKBONE, base_hash(model), config, classes, created.data_config)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        rows: Table = {"whole model, Adam": _full(model, root / "full.safetensors")}
+        rows: Comparison = {"whole model, Adam": _full(model, root / "full.safetensors")}
         for best in (False, True):
             for background in (False, True):
                 name = "adapters, Adam" + ", best adapter" * best + ", background" * background
@@ -46,7 +46,7 @@ def measure(backbone: str = BACKBONE) -> dict[str, Table]:
     full = float(rows["whole model, Adam"]["bytes"])
     for row in rows.values():
         row["% of bytes"] = 100 * float(row["bytes"]) / full
-    return {f"checkpoint, {backbone}, moa_kron": rows}
+    return {f"checkpoint, {BACKBONE}, moa_kron": rows}
 
 
 def _full(model: nn.Module, file: Path) -> dict[str, float | str]:

@@ -7,9 +7,9 @@ loader processes share a node's cores; divide a node's need of images by these f
 import itertools
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from shards import (
 )
 from shards.datasets import dataset_spec
 from shards.writer import write_shards
-from trainer.bench.timing import Table, Work
+from trainer.bench.timing import Comparison, Work, in_turns
 
 DOMAINS, CLASSES, PER_CLASS = ("art", "photo"), ("cat", "dog"), 40
 STEPS, PER_DOMAIN = 5, 16  # of the stream in one round
@@ -43,26 +43,22 @@ DATA_CONFIG: Mapping[str, Any] = {
 }
 
 
-def measure(rounds: int) -> dict[str, Table]:
-    """The benchmark's tables of the data part.
+def measure(rounds: int) -> dict[str, Comparison]:
+    """Medians over rounds in which every variant runs once.
 
-    Args:
-        rounds: how often every variant runs, in turns; medians are given.
-
-    Returns:
-        Title of a table to variants to columns: images per CPU-second and their ratio to the first
-        variant, and CPU milliseconds of starting and resuming.
+    These are images per CPU-second with their ratio to the first variant, and CPU milliseconds of
+    starting (from a set's folder to the first batch) and of resuming (from an opened set).
     """
     with tempfile.TemporaryDirectory() as folder, single_thread():
         images = make_images(Path(folder) / "images")
         index = write_shards(images, Path(folder) / "shards", dataset_spec("folder"))
         title = f"data: {IMAGES} JPEGs of 400 to 600 px to 224 px, DomainBed's augmentation"
+        start = {"local set": lambda: _first_batch(ShardIndex.load(index.root))}
+        resume = {f"step {step:,}": partial(_first_batch, index, step) for step in RESUMED_AT}
         return {
             title: throughput(works(index, images), rounds),
-            "data: start to first batch": {"local set": {"cpu_ms": _start(index.root, rounds)}},
-            "data: resumed, to first batch": {
-                f"step {step:,}": {"cpu_ms": _resume(index, step, rounds)} for step in RESUMED_AT
-            },
+            "data: start to first batch": _milliseconds(start, rounds),
+            "data: resumed, to first batch": _milliseconds(resume, rounds),
         }
 
 
@@ -98,7 +94,6 @@ def works(index: ShardIndex, images: Path) -> dict[str, Work]:
     whole = train_transform(DATA_CONFIG, "domainbed")
     half = loader_transform(DATA_CONFIG, "domainbed")
     files = _files_of(_stream(index, whole), images)
-
     size = PER_DOMAIN * len(DOMAINS)
     batches = [files[first : first + size] for first in range(0, IMAGES, size)]
 
@@ -123,15 +118,10 @@ def works(index: ShardIndex, images: Path) -> dict[str, Work]:
     }
 
 
-def throughput(variants: Mapping[str, Work], rounds: int) -> Table:
+def throughput(variants: Mapping[str, Work], rounds: int) -> Comparison:
     """Images per CPU-second of each variant, taking turns; ratios are to the first."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(rounds + 1):  # the first warms up
-        for name, work in variants.items():
-            used = cpu_seconds(work)
-            if number:
-                seconds[name].append(used)
-    first = seconds[next(iter(variants))]
+    seconds = _cpu_seconds(variants, rounds)
+    first = next(iter(seconds.values()))
     return {
         name: {
             "images_per_cpu_s": IMAGES / statistics.median(values),
@@ -141,11 +131,14 @@ def throughput(variants: Mapping[str, Work], rounds: int) -> Table:
     }
 
 
-def cpu_seconds(work: Work) -> float:
-    """CPU time of this process for one call."""
-    started = time.process_time()
-    work()
-    return time.process_time() - started
+def _milliseconds(variants: Mapping[str, Work], rounds: int) -> Comparison:
+    seconds = _cpu_seconds(variants, rounds)
+    return {name: {"cpu_ms": 1000 * statistics.median(s)} for name, s in seconds.items()}
+
+
+def _cpu_seconds(variants: Mapping[str, Work], rounds: int) -> dict[str, list[float]]:
+    times = in_turns(variants, rounds, torch.device("cpu"))
+    return {name: [each.cpu for each in found] for name, found in times.items()}
 
 
 def _stream(index: ShardIndex, transform: Any, **options: Any) -> DomainStream:
@@ -165,7 +158,7 @@ def _files_of(stream: DomainStream, images: Path) -> list[Path]:
     sorted_files = {name: sorted((images / name).rglob("*.jpg")) for name in DOMAINS}
     keys = [key for step in range(STEPS) for key in stream.keys(step)]
     pairs = (key.rpartition("-") for key in keys)
-    return [sorted_files[domain][int(rank)] for domain, _, rank in pairs]
+    return [sorted_files[domain][int(place)] for domain, _, place in pairs]
 
 
 def _webdataset(index: ShardIndex, transform: Any) -> Work:
@@ -215,21 +208,6 @@ def _image_folder(images: Path) -> Work:
     return work
 
 
-def _start(root: Path, rounds: int) -> float:
-    """CPU milliseconds from a set's folder to the first batch."""
-    transform = train_transform(DATA_CONFIG, "domainbed")
-
-    def work() -> None:
-        next(iter(_stream(ShardIndex.load(root), transform).loader(0, 1)))
-
-    return 1000 * statistics.median(cpu_seconds(work) for _ in range(rounds))
-
-
-def _resume(index: ShardIndex, step: int, rounds: int) -> float:
-    """CPU milliseconds from an opened set to the batch of a later step."""
-    transform = train_transform(DATA_CONFIG, "domainbed")
-
-    def work() -> None:
-        next(iter(_stream(index, transform).loader(step, step + 1)))
-
-    return 1000 * statistics.median(cpu_seconds(work) for _ in range(rounds))
+def _first_batch(index: ShardIndex, step: int = 0) -> None:
+    stream = _stream(index, train_transform(DATA_CONFIG, "domainbed"))
+    next(iter(stream.loader(step, step + 1)))

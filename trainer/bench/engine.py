@@ -4,26 +4,21 @@ Each case runs in a process of its own, so that its peak memory is its own: one 
 GPU several, and every kind of ZeRO.
 """
 
-import multiprocessing
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 import moa
-from trainer.bench.timing import Table, interleaved
+from trainer.bench.timing import Comparison, in_fresh_process, interleaved
 from trainer.config import deepspeed_json
 from trainer.config.run_config import ModelConfig, RunConfig, TrainConfig
-from trainer.monitor.efficiency import highest_resident
+from trainer.monitor.efficiency import highest_resident, peak_gib
 from trainer.prepare.backbone import Backbone, create_backbone
 from trainer.process.world import ALONE
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -39,11 +34,8 @@ class Case:
 
     def __str__(self) -> str:
         """Name of the row."""
-        kept = ", activation checkpointing" if self.checkpointing else ""
-        return (
-            f"{self.backbone}, {self.method}, {self.zero}, batch {self.batch}, "
-            f"{self.precision}{kept}"
-        )
+        parts = [self.backbone, self.method, self.zero, f"batch {self.batch}", self.precision]
+        return ", ".join(parts + ["activation checkpointing"] * self.checkpointing)
 
 
 CASES = (
@@ -60,16 +52,14 @@ GPU_CASES = (
 )
 
 
-def measure(cases: tuple[Case, ...] = CASES, rounds: int = 0) -> Iterator[dict[str, Table]]:
+def measure(cases: tuple[Case, ...] = CASES, rounds: int = 0) -> Iterator[dict[str, Comparison]]:
     """Loss, gradient norm, tensors that moved, seconds and peak memory of each case's first step.
 
     Of `rounds` more steps the median time, and images/s. Yields the table whenever it has grown.
     """
-    rows: Table = {}
+    rows: Comparison = {}
     for case in cases:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            rows[str(case)] = pool.submit(_steps, case, rounds).result()
+        rows[str(case)] = in_fresh_process(_steps, case, rounds)
         yield {"optimisation steps through the engine": rows}
 
 
@@ -119,7 +109,7 @@ def _steps(case: Case, rounds: int) -> dict[str, float | str]:
         "loss": loss,
         "gradient norm": ready.grad_norm(),
         "trainable tensors": len(before),
-        "moved": _moved(before, ready.masters()),
+        "moved": sum(not t.equal(before[name]) for name, t in ready.masters().items()),
         "build s": built - started,
         "first step s": time.perf_counter() - built,
     }
@@ -127,17 +117,7 @@ def _steps(case: Case, rounds: int) -> dict[str, float | str]:
         milliseconds = interleaved({"": step}, rounds, ready.device)[""]["ms"]
         row |= {"ms": milliseconds, "img/s": case.batch / float(milliseconds) * 1000}
     collectives.stop()
-    return row | _peaks(ready.device)
-
-
-def _moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> int:
-    return sum(not torch.equal(after[name], before[name]) for name in before)
-
-
-def _peaks(device: torch.device) -> dict[str, float | str]:
-    """Memory in GiB."""
-    on_host: dict[str, float | str] = {"peak GiB": highest_resident() / GIB}
-    if device.type != "cuda":
-        return on_host
-    on_device = torch.cuda.max_memory_allocated(device) / GIB
-    return {"peak GiB": on_device, "host GiB": on_host["peak GiB"]}
+    row["peak GiB"] = peak_gib(ready.device)
+    if ready.device.type == "cuda":
+        row["host GiB"] = highest_resident() / 2**30
+    return row

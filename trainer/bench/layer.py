@@ -13,14 +13,14 @@ from moa.layers.experts import KroneckerExpert, KroneckerRule, LoRAExpert, dense
 from moa.layers.layer import MoALinear
 from moa.layers.precision import wide_product
 from moa.layers.router import CosineRouter, choose
-from trainer.bench.timing import Table, Work, interleaved
+from trainer.bench.timing import Comparison, Work, interleaved
 
 WIDTHS = {"ViT-B": 768, "ViT-L": 1024, "ViT-G": 1664}
 TOKENS = 788
 """Four images of 14 x 14 patches and a class token."""
 
 
-def measure(rounds: int, device: torch.device) -> dict[str, Table]:
+def measure(rounds: int, device: torch.device) -> dict[str, Comparison]:
     """A table per width; ratios are to the bare layer."""
     return {
         f"qkv layer at {name} width ({width}), {TOKENS} tokens": interleaved(

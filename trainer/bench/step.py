@@ -4,9 +4,7 @@ The frozen backbone has random weights; images are noise. A step is forward, bac
 """
 
 import itertools
-import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moa
 import trainer.prepare.vit_embedded  # noqa: F401  (registers the embedded backbone)
-from trainer.bench.timing import Table, Work, interleaved
+from trainer.bench.timing import Comparison, Work, in_fresh_process, interleaved
 from trainer.monitor.efficiency import highest_resident
 from trainer.prepare.footprint import fused_attention
 
@@ -34,7 +32,6 @@ METHODS = {
     "moa_lora": moa.MoAConfig(method="moa_lora"),
     "moa_kron": moa.MoAConfig(method="moa_kron"),
 }
-GIB = 2**30
 IN_FLIGHT = 5
 """Steps that follow each other on a GPU before anyone waits for them, as in training."""
 
@@ -53,25 +50,25 @@ class Setting:
 
     def __str__(self) -> str:
         """Title of the table."""
-        parts = [f"training step, {self.backbone}, batch {self.batch}, {self.device}"]
+        parts = ["training step", self.backbone, f"batch {self.batch}", self.device]
         parts.append(str(self.dtype).removeprefix("torch."))
-        parts += ["torch.compile"] * self.compiled + ["activation checkpointing"] * (
-            self.checkpointing
-        )
-        return ", ".join(parts)
+        parts += ["torch.compile"] * self.compiled
+        return ", ".join(parts + ["activation checkpointing"] * self.checkpointing)
 
 
-def measure(setting: Setting, rounds: int) -> Table:
+def measure(setting: Setting, rounds: int) -> Comparison:
     """Time, images/s, MFU, operations, peak memory and their ratios to PEFT LoRA for each method.
 
     On a CPU the methods take turns; on a GPU, where several large models do not fit beside each
-    other, each runs alone. MFU counts the floating point operations of forward and backward, a
-    recomputation not among them, against a matrix product measured in the same call. `operations`
-    are what forward and backward launch, as `step_operations` counts.
+    other, each runs alone. MFU is `step_flops` against a matrix product measured in the same call.
     """
     device = torch.device(setting.device)
     yardstick = matmul_flops(device, setting.dtype)
-    table, peaks = _alone(setting, rounds) if setting.alone else _in_turns(setting, rounds)
+    if setting.alone:
+        table, peaks = _alone(setting, rounds)
+    else:
+        works = {name: make_step(name, setting) for name in METHODS}
+        table, peaks = interleaved(works, rounds, device), _peaks_on_cpu(setting)
     reference = table[REFERENCE]["ms"]
     for name, row in table.items():
         if isinstance(row["ms"], str):
@@ -83,20 +80,15 @@ def measure(setting: Setting, rounds: int) -> Table:
         if setting.alone and not isinstance(reference, str):
             row["ratio"] = row["ms"] / reference
         if name in peaks:
-            row["peak GiB"] = peaks[name] / GIB
+            row["peak GiB"] = peaks[name] / 2**30
             if REFERENCE in peaks:
                 row["peak ratio"] = peaks[name] / peaks[REFERENCE]
     return table
 
 
-def _in_turns(setting: Setting, rounds: int) -> tuple[Table, dict[str, int]]:
-    works = {name: make_step(name, setting) for name in METHODS}
-    table = interleaved(works, rounds, torch.device(setting.device))
-    return table, _peaks_on_cpu(setting)
-
-
-def _alone(setting: Setting, rounds: int) -> tuple[Table, dict[str, int]]:
-    table: Table = {}
+def _alone(setting: Setting, rounds: int) -> tuple[Comparison, dict[str, int]]:
+    """Milliseconds and peak bytes of each method, or that it does not fit."""
+    table: Comparison = {}
     peaks: dict[str, int] = {}
     device = torch.device(setting.device)
     for name in METHODS:
@@ -111,7 +103,7 @@ def _alone(setting: Setting, rounds: int) -> tuple[Table, dict[str, int]]:
     return table, peaks if device.type == "cuda" else _peaks_on_cpu(setting)
 
 
-def _milliseconds(name: str, setting: Setting, rounds: int, device: torch.device) -> float | str:
+def _milliseconds(name: str, setting: Setting, rounds: int, device: torch.device) -> float:
     """Of a step; its model goes with this function, be it with an error, before the next's."""
     work, in_a_row = make_step(name, setting), 1
     work()
@@ -123,10 +115,9 @@ def _milliseconds(name: str, setting: Setting, rounds: int, device: torch.device
 
 
 def _peaks_on_cpu(setting: Setting) -> dict[str, int]:
-    """Bytes by method; a compiler's own memory would hide that of the step."""
-    if setting.compiled:
-        return {}
-    return {name: _peak_in_child(name, setting) for name in METHODS}
+    """Bytes by method; none when compiled, as a compiler's memory would hide that of the step."""
+    names = () if setting.compiled else METHODS
+    return {name: in_fresh_process(peak, name, setting) for name in names}
 
 
 def make_step(name: str, setting: Setting) -> Work:
@@ -190,14 +181,8 @@ def _model(name: str, setting: Setting) -> nn.Module:
     return model
 
 
-def _peak_in_child(name: str, setting: Setting) -> int:
-    """Bytes that a fresh process needs for two steps beyond what importing takes, PEFT included."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_peak, name, setting).result()
-
-
-def _peak(name: str, setting: Setting) -> int:
+def peak(name: str, setting: Setting) -> int:
+    """Bytes that this process needs for two steps beyond what importing takes, PEFT included."""
     import peft  # noqa: F401  (else it would count as memory of the one method that uses it)
 
     imported = highest_resident()
@@ -253,8 +238,7 @@ def _step_on_meta(name: str, backbone: str, dtype: torch.dtype) -> Callable[[], 
     images = torch.zeros(1, *size, device="meta", dtype=dtype, requires_grad=True)
 
     def step() -> None:
-        if METHODS[name] is not None:
-            moa.set_routing_position(model, moa.RoutingPosition(0, 0, 0))
+        moa.set_routing_position(model, moa.RoutingPosition(0, 0, 0))
         loss = model(images).sum() + moa.aux_loss(model)
         torch.autograd.backward(loss)
 

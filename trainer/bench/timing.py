@@ -1,26 +1,32 @@
 """Timing for the benchmark: variants take turns, and only ratios within one run are compared."""
 
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+T = TypeVar("T")
 Work = Callable[[], object]
-Table = dict[str, dict[str, float | str]]
+Comparison = dict[str, dict[str, float | str]]
 """Variant -> column -> value."""
 
 
-def interleaved(works: Mapping[str, Work], rounds: int, device: torch.device) -> Table:
-    """Times every work once per round, so that whatever else the machine does meets all of them.
+class Spent(NamedTuple):
+    """Seconds that a piece of work took: by the clock, and of this process's CPU time."""
 
-    Returns:
-        Per work `ms`, the median wall-clock time, and `ratio`: the median over rounds of its time
-        against that of the first work in the same round. The ratio is one of CPU time on a CPU,
-        where other programs would spoil the clock, and of wall-clock time on a GPU.
-    """
-    wall: dict[str, list[float]] = {name: [] for name in works}
-    busy: dict[str, list[float]] = {name: [] for name in works}
+    wall: float
+    cpu: float
+
+
+def in_turns(
+    works: Mapping[str, Work], rounds: int, device: torch.device
+) -> dict[str, list[Spent]]:
+    """Times every work once per round, so that whatever else the machine does meets all of them."""
+    spent: dict[str, list[Spent]] = {name: [] for name in works}
     for number in range(rounds + 1):  # the first warms up
         for name, work in works.items():
             synchronize(device)
@@ -28,16 +34,29 @@ def interleaved(works: Mapping[str, Work], rounds: int, device: torch.device) ->
             work()
             synchronize(device)
             if number:
-                wall[name].append(time.perf_counter() - started)
-                busy[name].append(time.process_time() - used)
-    spent = wall if device.type == "cuda" else busy
-    first = spent[next(iter(works))]
+                wall, cpu = time.perf_counter() - started, time.process_time() - used
+                spent[name].append(Spent(wall, cpu))
+    return spent
+
+
+def interleaved(works: Mapping[str, Work], rounds: int, device: torch.device) -> Comparison:
+    """Per work `ms`, the median wall-clock time, and `ratio` to the first work.
+
+    That is the median over rounds of its time against that of the first in the same round: CPU time
+    on a CPU, where other programs would spoil the clock, and wall-clock time on a GPU.
+    """
+    times = in_turns(works, rounds, device)
+    spent = {
+        name: [each.wall if device.type == "cuda" else each.cpu for each in times[name]]
+        for name in works
+    }
+    first = next(iter(spent.values()))
     return {
         name: {
-            "ms": 1000 * statistics.median(wall[name]),
-            "ratio": statistics.median(a / b for a, b in zip(spent[name], first, strict=True)),
+            "ms": 1000 * statistics.median(each.wall for each in times[name]),
+            "ratio": statistics.median(a / b for a, b in zip(values, first, strict=True)),
         }
-        for name in works
+        for name, values in spent.items()
     }
 
 
@@ -45,3 +64,10 @@ def synchronize(device: torch.device) -> None:
     """Waits for a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def in_fresh_process(work: Callable[..., T], *args: Any) -> T:
+    """What a call gives in a process of its own, whose peak memory is that of the call."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(work, *args).result()

@@ -29,7 +29,7 @@ from moa.files.atomic_folder import discard, recover_folder, replaced_folder, sy
 from moa.files.reading import AdapterInfo, read_adapter
 from moa.files.saving import CONFIG_FILE, WEIGHTS_FILE, write_adapter
 from shards.errors import StorageError
-from trainer.checkpoint.atomic_text import replace_text
+from trainer.checkpoint.atomic_file import replace_text
 from trainer.process.errors import CheckpointError, OutputError
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,8 @@ AVERAGES_FILE = "averages.safetensors"
 STATE_FILE, MANIFEST_FILE = "state.json", "manifest.json"
 NEEDED = {CONFIG_FILE, WEIGHTS_FILE, OPTIMIZER_FILE, STATE_FILE}
 LATEST = "latest"
-NAME = re.compile(r"step-(\d{8,})")
+GONE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+NAME = re.compile(r"step-\d{8,}")
 
 
 class UnknownFormatError(CheckpointError):
@@ -90,11 +91,10 @@ def save(
     try:
         with replaced_folder(folder) as temporary:
             write_adapter(temporary, masters, info)
-            (temporary / OPTIMIZER_FILE).write_bytes(serialize(dict(moments)))
-            if best is not None:
-                (temporary / BEST_FILE).write_bytes(serialize(dict(best)))
-            if averages:
-                (temporary / AVERAGES_FILE).write_bytes(serialize(dict(averages)))
+            parts = {OPTIMIZER_FILE: moments, BEST_FILE: best, AVERAGES_FILE: averages or None}
+            for name, tensors in parts.items():
+                if tensors is not None:
+                    (temporary / name).write_bytes(serialize(dict(tensors)))
             text = json.dumps({"format_version": FORMAT_VERSION, **state}, indent=2) + "\n"
             (temporary / STATE_FILE).write_text(text, encoding="utf-8")
             for path in temporary.iterdir():
@@ -163,9 +163,7 @@ def _manifest_text(manifest: Mapping[str, Any]) -> str:
 
 
 def _step(folder: Path) -> int:
-    found = NAME.fullmatch(folder.name)
-    assert found is not None, folder
-    return int(found[1])
+    return int(folder.name.removeprefix("step-"))
 
 
 def _folders(root: Path) -> list[Path]:
@@ -185,9 +183,7 @@ def _reading(place: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise CheckpointError(f"{place}: {error}") from error
-    except (ValueError, AttributeError, AdapterError) as error:
+    except (*GONE, ValueError, AttributeError, AdapterError) as error:
         raise CheckpointError(f"{place}: {error}") from error
     except OSError as error:
         raise StorageError(
@@ -221,12 +217,7 @@ def load_newest(root: Path) -> Checkpoint | None:
 
 
 def verify(folder: Path) -> None:
-    """Checks size and SHA-256 of every file of a checkpoint.
-
-    Raises:
-        CheckpointError: a file is missing, or differs from the manifest.
-        StorageError: it cannot be read now.
-    """
+    """Checks size and SHA-256 of every file of a checkpoint; raises as `load` does."""
     with _reading(folder):
         text = (folder / MANIFEST_FILE).read_text(encoding="utf-8")
         manifest = json.loads(text)
@@ -264,7 +255,9 @@ def _load(folder: Path) -> Checkpoint:
                 "another --output_dir"
             )
         _, masters = read_adapter(folder)
-        best = load_file(folder / BEST_FILE) if (folder / BEST_FILE).exists() else None
-        moments, file = load_file(folder / OPTIMIZER_FILE), folder / AVERAGES_FILE
-        averages = load_file(file) if file.exists() else {}
-        return Checkpoint(folder, state, masters, moments, best, averages)
+        moments = load_file(folder / OPTIMIZER_FILE)
+        best, averages = (
+            load_file(folder / name) if (folder / name).exists() else None
+            for name in (BEST_FILE, AVERAGES_FILE)
+        )
+        return Checkpoint(folder, state, masters, moments, best, averages or {})

@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from trainer.checkpoint.atomic_text import replace_text
+from trainer.checkpoint.atomic_file import replace_text
 from trainer.process.errors import OutputError
 
 log = logging.getLogger(__name__)
@@ -24,20 +24,18 @@ NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP}
 
 
 class FolderLock:
-    """Holds a folder for this process.
+    """Holds a folder, which must exist, for this process.
 
     The lock itself is the kernel's (flock). File systems exist where it holds nobody off; there the
     note decides, as far as it can: it names a process, and on the same machine that process is
     alive or not.
-
-    Args:
-        folder: what to hold; must exist.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.note = folder, folder / "owner.json"
         self._lock = FileLock(folder / ".lock")
         self._written: dict[str, Any] = {}
+        self._seen: tuple[int, ...] = ()
 
     def acquire(self) -> None:
         """Takes the folder.
@@ -70,7 +68,8 @@ class FolderLock:
         """Makes sure that the folder is still this run's, before something is written there.
 
         Who removes the folder of a run and starts another under its name does not always end the
-        first one, whose rows and checkpoints would go among the other's.
+        first one, whose rows and checkpoints would go among the other's. As long as the note is the
+        file it was, which costs one look at the folder, nobody reads it.
 
         Raises:
             OutputError: the folder, or the note in it, was removed or is another run's.
@@ -78,6 +77,10 @@ class FolderLock:
         if not self._written:
             return
         try:
+            found = self.note.stat()
+            seen = (found.st_dev, found.st_ino, found.st_mtime_ns)
+            if seen == self._seen:
+                return
             text = self.note.read_text(encoding="utf-8")
         except FileNotFoundError:
             raise self._lost("removed") from None
@@ -85,6 +88,7 @@ class FolderLock:
             return  # a file system that fails now and then; the next check tells
         if text != _text(self._written):
             raise self._lost(f"taken over by {describe(self.owner())}")
+        self._seen = seen
 
     def _lost(self, how: str) -> OutputError:
         return OutputError(
@@ -133,10 +137,8 @@ def is_alive(owner: dict[str, Any]) -> bool | None:
 
     It can be told on the same host in the same container; after a reboot nothing runs any more.
     """
-    if not owner or owner.get("host") != socket.gethostname():
-        return None
     here = _machine()
-    if None in here.values() or owner.get("boot") is None:
+    if owner.get("host") != socket.gethostname() or None in (*here.values(), owner.get("boot")):
         return None
     if owner["boot"] != here["boot"]:
         return False

@@ -7,15 +7,15 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
 from moa.files.atomic_folder import recover_folder, sync
-from trainer.checkpoint.atomic_text import replace_text
+from trainer.checkpoint.atomic_file import replace_text
 from trainer.checkpoint.folder_lock import FolderLock
 from trainer.config.run_config import ROOT, RunConfig, as_plain
 from trainer.process.errors import CheckpointError, OutputError
@@ -28,11 +28,7 @@ PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "numpy")
 
 
 class RunFolder:
-    """Paths of a run's files; on the main rank it also writes them.
-
-    Args:
-        path: the folder.
-    """
+    """Paths of a run's files; on the main rank it also writes them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -45,6 +41,7 @@ class RunFolder:
         self.routing, self.heartbeats = path / "routing.png", path / "heartbeats"
         self.done = path / "done"
         self._lock = FolderLock(path)
+        self._rows: dict[Path, TextIO] = {}
 
     def claim(self) -> None:
         """Creates the folder and holds it until the process ends.
@@ -67,12 +64,10 @@ class RunFolder:
                 "--output_dir"
             ) from error
 
-    def check(self) -> None:
-        """Raises `OutputError` if the claimed folder was removed, or taken by another run."""
-        self._lock.check()
-
     def release(self) -> None:
         """Lets others use the folder."""
+        with suppress(OSError):  # what could not be written was told of then
+            self._close_rows()
         self._lock.release()
 
     @contextmanager
@@ -92,14 +87,11 @@ class RunFolder:
     ) -> None:
         """Writes the resolved configuration, the resolved DeepSpeed JSON and the environment.
 
-        Args:
-            config: the run.
-            ds_json: complete DeepSpeed configuration.
-            changes: what `--checkpoint.allow_changes` let through so far.
+        `changes` are what `--checkpoint.allow_changes` let through so far.
         """
         text = yaml.safe_dump(as_plain(config), sort_keys=False)
-        (self.path / "config.yaml").write_text(text, encoding="utf-8")
-        (self.path / "ds_config.json").write_text(json.dumps(ds_json, indent=2) + "\n")
+        replace_text(self.path / "config.yaml", text)
+        replace_text(self.path / "ds_config.json", json.dumps(ds_json, indent=2) + "\n")
         environment = {
             "python": platform.python_version(),
             "packages": {name: version(name) for name in PACKAGES},
@@ -108,24 +100,31 @@ class RunFolder:
             "command": sys.argv,
             "changes_on_resume": list(changes),
         }
-        (self.path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+        replace_text(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
 
     def append(self, path: Path, row: Mapping[str, Any]) -> None:
-        """Adds one JSON line, flushed to the file before returning.
+        """Adds one JSON line, with the system before this returns, so that a kill loses none.
 
         Raises:
             OutputError: the folder is no longer this run's.
         """
-        self.check()
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self._lock.check()
+        if path not in self._rows:
+            self._rows[path] = path.open("a", buffering=1, encoding="utf-8")
+        self._rows[path].write(json.dumps(row) + "\n")
 
     def sync_rows(self) -> None:
         """Waits until all rows are on the disk, before a checkpoint that comes after them."""
-        self.check()
+        self._lock.check()
+        self._close_rows()
         for path in (self.results, self.evaluations, self.metrics):
             if path.exists():
                 sync(path)
+
+    def _close_rows(self) -> None:
+        """The next row opens its file anew, in case somebody has replaced it meanwhile."""
+        while self._rows:
+            self._rows.popitem()[1].close()
 
     def cut_back(
         self, first_step: int, first_evaluation: int | None = None, keeps_results: bool = True
@@ -137,6 +136,7 @@ class RunFolder:
             first_evaluation: the same for evaluations, where it is another.
             keeps_results: whether earlier rows of `results.jsonl` are still right.
         """
+        self._close_rows()
         self.done.unlink(missing_ok=True)
         evaluation = first_step if first_evaluation is None else first_evaluation
         first = {
@@ -151,11 +151,7 @@ class RunFolder:
 
 
 def read_rows(path: Path, torn: bool = False) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file.
-
-    Args:
-        path: the file.
-        torn: whether a last line that a kill cut short may be left out.
+    """The rows of a JSON-lines file; `torn` leaves out a last line that a kill cut short.
 
     Raises:
         CheckpointError: a line is not JSON.

@@ -28,16 +28,12 @@ def prefixed(name: str, columns: Mapping[str, float]) -> dict[str, float]:
 class Ema:
     """timm's `ModelEmaV3` over flat tensors, each in its own dtype.
 
-    Args:
-        weights: the tensors as they are now.
-        config: decay and warm-up.
-        count: updates so far; the first one takes the weights as they are.
+    After `count` updates the average is `weights`; the very first takes the weights as they are.
     """
 
     def __init__(self, weights: Sequence[Tensor], config: AverageConfig, count: int = 0) -> None:
-        self.count, warmup = count, config.ema_warmup
-        held = _held(weights)
-        self._timm = ModelEmaV3(held, decay=config.ema_decay, use_warmup=warmup)
+        self.count, held = count, _held(weights)
+        self._timm = ModelEmaV3(held, decay=config.ema_decay, use_warmup=config.ema_warmup)
 
     def update(self, weights: Sequence[Tensor]) -> None:
         """Notes the weights after a step."""
@@ -58,11 +54,8 @@ def _held(weights: Sequence[Tensor]) -> nn.Module:
 class Averages:
     """The averages that a run keeps; empty if `config` asks for none.
 
-    Args:
-        config: which ones.
-        engine: owns the weights, at the start of the run or at a checkpoint.
-        tensors: of that checkpoint, from `tensors`.
-        facts: of that checkpoint, from `facts`; a checkpoint without them starts averages anew.
+    `engine` stands at the start of the run, or at a checkpoint that gives `tensors` and `facts`; a
+    checkpoint without them starts averages anew.
     """
 
     def __init__(
@@ -80,8 +73,9 @@ class Averages:
             values = self._shares(tensors, EMA) or engine.flat_masters()
             self.ema = Ema(values, config, facts.get(EMA, 0))
         if config.swad:
-            settings = (config.swad_n_converge, config.swad_n_tolerance)
-            self.swad = Swad(*settings, config.swad_tolerance_ratio)
+            self.swad = Swad(
+                config.swad_n_converge, config.swad_n_tolerance, config.swad_tolerance_ratio
+            )
             if SWAD in facts:
                 counts = facts[SWAD]["counts"]
                 shares = {n: self._shares(tensors, f"{SWAD}.{n}") for n in counts}
@@ -89,11 +83,8 @@ class Averages:
                 self.swad = self.swad.restored(facts[SWAD], found)
 
     def _shares(self, tensors: Mapping[str, Tensor], part: str) -> list[Tensor] | None:
-        whole = {
-            name.removeprefix(f"{part}|"): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(f"{part}|")
-        }
+        start = f"{part}|"
+        whole = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
         return self.engine.shares_of(whole) if whole else None
 
     def update(self) -> None:
@@ -107,12 +98,10 @@ class Averages:
             self.swad.add(masters)
 
     def after(self, loss: float, regular: bool) -> "Averages":
-        """What an evaluation makes of them; these stay as they were.
+        """What an evaluation with this validation loss makes of them; these stay as they were.
 
-        Args:
-            loss: the validation loss it found.
-            regular: whether a longer run would make it as well. If not, the valley goes on as if
-                it had not been.
+        Unless it is `regular`, one that a longer run makes as well, the valley goes on as if it had
+        not been.
         """
         result = copy(self)
         if self.swad is not None and regular:

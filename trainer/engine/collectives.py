@@ -1,11 +1,14 @@
 """The processes' group: joined, left, and the sums and broadcasts over it."""
 
 import gc
+import hashlib
 import importlib
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import deepspeed
@@ -14,10 +17,15 @@ import torch.distributed as dist
 from deepspeed.runtime import compiler
 from torch import Tensor
 
-from trainer.engine import operators
 from trainer.process.world import World, export_world
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+OPERATORS = "TORCH_EXTENSIONS_DIR"
+"""Environment variable: the folder of compiled operators."""
+ON_CPU = "deepspeed_shm_comm"
+"""What DeepSpeed compiles to communicate on CPUs."""
 
 
 def device_of(world: World) -> torch.device:
@@ -39,7 +47,7 @@ def start(world: World) -> None:
     elif world.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // world.local_size))
-    operators.prepare(device.type == "cpu")
+    prepare_operators(device.type == "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # torch 2.14 renamed collectives that DeepSpeed, and we for older releases, call at every step.
     warnings.filterwarnings(
@@ -52,6 +60,25 @@ def start(world: World) -> None:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def prepare_operators(cpu: bool) -> None:
+    """Lets this environment find ninja, and DeepSpeed's compiled operators again.
+
+    Environments of one user share torch's folder of operators. DeepSpeed compiles them anew, a
+    silent minute, whenever the paths of its headers differ from the last time; two environments
+    would undo each other's work at every start. What the user set stays. With `cpu` the processes
+    communicate on CPUs, and a first compilation is announced.
+    """
+    # Where an environment that was not activated has ninja, PATH does not lead there.
+    programs = str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join([programs, os.environ.get("PATH", "")])
+    environment = f"{sys.prefix} {sys.version} {torch.__version__}"
+    name = hashlib.sha256(environment.encode()).hexdigest()[:12]
+    own = Path.home() / ".cache" / "torch_extensions" / f"moa-trainer-{name}"
+    folder = Path(os.environ.setdefault(OPERATORS, str(own)))
+    if cpu and not any((folder / ON_CPU).glob("*.so")):
+        log.info("compiling DeepSpeed's operator: about a minute, once per environment")
 
 
 def _import_muon() -> None:

@@ -1,20 +1,21 @@
-"""The DeepSpeed engine: process group, optimizer, initialisation, collectives, shutdown."""
+"""The DeepSpeed engine: a model spread over the ranks, its optimizer, its steps."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.moe.utils import configure_moe_param_groups
 from torch import Tensor, nn
 
 import moa
+from moa.layers.layer import moa_layers
 from trainer.checkpoint.checkpoint import Checkpoint
 from trainer.config.run_config import OptimConfig
-from trainer.engine import zero_state
 from trainer.engine.collectives import device_of
-from trainer.engine.partition import partition
+from trainer.engine.zero_state import ZeroState
 from trainer.process.errors import CheckpointError, TrainingInvalidError
 from trainer.process.world import World
 
@@ -24,7 +25,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-class Engine:
+class Engine(ZeroState):
     """A model under DeepSpeed ZeRO with the optimizer of `OptimConfig`.
 
     Args:
@@ -37,10 +38,8 @@ class Engine:
             parallelism chooses its transport.
 
     Attributes:
-        module: the model, on the device and in the engine's precision.
-        device: where it computes.
-        dtype: the dtype of weights and inputs.
-        trainables: name -> parameter, in the model's order.
+        device: where the model computes.
+        dtype: of its weights and inputs.
     """
 
     def __init__(
@@ -54,15 +53,16 @@ class Engine:
     ) -> None:
         self.module, self.device = model, device_of(world)
         if ds_json["zero_optimization"]["stage"] == 3:
-            partition(model, ds_json, self.device)
+            _partition(model, ds_json, self.device)
         else:
             model.to(self.device)
         if adapters.ep_size > 1:
             from moa.parallel.expert_parallel import ExpertParallel
 
             ExpertParallel(model, adapters.ep_size, world.rank, tokens)
-        self.trainables = trainables_of(model)
-        groups = parameter_groups(self.trainables)
+        self.trainables = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        named = {"params": list(self.trainables.values()), "name": "trainables"}
+        groups: list[dict[str, Any]] = [named]  # DeepSpeed asks for the name
         if adapters.ep_size > 1:  # experts apart: they are summed over other ranks than the rest
             groups = configure_moe_param_groups(groups)
         optimizer = OPTIMIZERS[config.name](
@@ -103,12 +103,8 @@ class Engine:
             TrainingInvalidError: names the parameters that received none.
         """
         missing = set(self.trainables)
-
-        def noter(name: str) -> Callable[[Tensor], None]:
-            return lambda _: missing.discard(name)
-
         hooks = [
-            p.register_hook(noter(name))  # type: ignore[no-untyped-call]
+            p.register_hook(lambda _, name=name: missing.discard(name))  # type: ignore[no-untyped-call]
             for name, p in self.trainables.items()
         ]
         yield
@@ -121,49 +117,39 @@ class Engine:
                 "train"
             )
 
-    def masters(self) -> dict[str, Tensor]:
-        """fp32 values of all trainables, on the CPU of every rank; a collective."""
-        return zero_state.read_masters(self.module, self.trainables)
-
-    def moments(self) -> dict[str, Tensor]:
-        """Adam's moments as `name|exp_avg` and `name|exp_avg_sq`, like `masters`; a collective."""
-        return zero_state.read_moments(self.ds, self.trainables)
-
-    def flat_masters(self) -> list[Tensor]:
-        """This rank's share of the fp32 masters; the optimizer's own memory."""
-        return zero_state.flat_masters(self.ds)
-
-    def whole(self, flats: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Like `masters`, of other values in the layout of `flat_masters`; a collective."""
-        return zero_state.read_lent(self.ds, self.trainables, flats)
-
-    def shares_of(self, values: Mapping[str, Tensor]) -> list[Tensor]:
-        """Whole values in the layout of `flat_masters`; the inverse of `whole`, a collective."""
-        return zero_state.shares_of(self.ds, self.trainables, values)
-
-    @contextmanager
-    def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Within the block the model has other trainables, whole and alike on all ranks.
-
-        The optimizer does not notice, and the model gets its own back afterwards; a collective.
-        """
-        own = self.masters()
-        zero_state.show(self.module, values)
-        try:
-            yield
-        finally:
-            zero_state.show(self.module, own)
-
     def restore(self, checkpoint: Checkpoint) -> None:
         """Gives Adam its fp32 masters, moments and step count back."""
         # Adam has not seen the steps that were left out.
         step = int(checkpoint.state["step"]) - int(checkpoint.state.get("skipped_steps", 0))
-        zero_state.write(self.ds, self.trainables, checkpoint.masters, checkpoint.moments, step)
+        self.write(checkpoint.masters, checkpoint.moments, step)
 
 
-def trainables_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train, by name, in the model's order."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+def _partition(model: nn.Module, ds_json: dict[str, Any], device: torch.device) -> None:
+    """Makes every parameter a ZeRO-3 one, module by module, with the main rank's values.
+
+    Only the main rank holds the whole model, on its CPU; the others hold its outline on the meta
+    device, and at no time more than one module's own tensors beside their partitions.
+    """
+    dtype = torch.bfloat16 if ds_json["bf16"]["enabled"] else torch.float32
+    for module in model.modules():
+        own = nn.Module()
+        tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        if any(tensor.is_meta for tensor in tensors):
+            module.to_empty(device="cpu", recurse=False)
+        for name, parameter in module.named_parameters(recurse=False):
+            if not hasattr(parameter, "ds_id"):
+                parameter.data = parameter.data.to(dtype)
+                own.register_parameter(name, parameter)
+        if len(own._parameters):
+            deepspeed.zero.Init(module=own, config_dict_or_path=ds_json)
+        for name, buffer in module.named_buffers(recurse=False):
+            value = buffer.to(device, dtype if buffer.is_floating_point() else buffer.dtype)
+            dist.broadcast(value, 0)
+            setattr(module, name, value)
+    for _, layer in moa_layers(model):
+        if layer.config.kronecker:  # the model's rule, used inside the layer's forward
+            for parameter in layer.rule.parameters():
+                deepspeed.zero.register_external_parameter(layer, parameter)
 
 
 def restore_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -181,8 +167,3 @@ def restore_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
         )
     for name, place in places.items():
         place.copy_(checkpoint.masters[name])
-
-
-def parameter_groups(trainables: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
-    """The optimizer's groups, each with the `name` that DeepSpeed asks for."""
-    return [{"params": list(trainables.values()), "name": "trainables"}]

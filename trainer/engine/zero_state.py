@@ -1,10 +1,11 @@
 """What the optimizer holds, by name and whole, whatever stage and world it is spread over.
 
 DeepSpeed keeps fp32 masters and Adam's moments in flat partitions; here they become one fp32 tensor
-per trainable name on the CPU of every rank, and go back. All functions but `show` are collectives.
+per trainable name on the CPU of every rank, and go back.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,96 +27,111 @@ EXPERT_PARALLEL = "expert_parallel"
 """The model's attribute under expert parallelism (`moa.parallel.expert_parallel.NAME`)."""
 
 
-def read_masters(module: nn.Module, trainables: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """fp32 values of all trainables, and as it is what training moves without a gradient."""
-    moved = {n: t for n, t in moa.adapter_state_dict(module).items() if n not in trainables}
-    full = {n: _on_cpu(safe_get_full_fp32_param(p)) for n, p in trainables.items()}
-    return _whole(module, {n: t.detach().cpu().clone() for n, t in moved.items()} | full)
+class ZeroState:
+    """Masters and moments under a DeepSpeed engine; every method is a collective.
 
-
-def read_moments(ds: Any, trainables: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Adam's moments as `name|exp_avg` and `name|exp_avg_sq`."""
-    _link(ds.optimizer)
-    local = {
-        f"{name}|{moment}": _on_cpu(safe_get_full_optimizer_state(parameter, moment))
-        for name, parameter in trainables.items()
-        for moment in MOMENTS
-    }
-    return _whole(ds.module, local)
-
-
-def write(
-    ds: Any,
-    trainables: Mapping[str, nn.Parameter],
-    masters: Mapping[str, Tensor],
-    moments: Mapping[str, Tensor],
-    step: int,
-) -> None:
-    """Gives the optimizer its fp32 masters, moments and step count back.
-
-    The model got its weights before, but an engine in bf16 made its masters from rounded ones.
+    Attributes:
+        ds: the engine.
+        module: its model.
+        trainables: name -> parameter, in the model's order.
     """
-    for flat in _flat_masters(ds.optimizer):
-        # Adam makes its state at its first step; the setters below need it now.
-        ds.basic_optimizer.state[flat] = {
-            "step": torch.tensor(float(step)),
-            **{moment: torch.zeros_like(flat) for moment in MOMENTS},
+
+    ds: Any
+    module: nn.Module
+    trainables: Mapping[str, nn.Parameter]
+
+    def masters(self) -> dict[str, Tensor]:
+        """fp32 values of all trainables, and as it is what training moves without a gradient."""
+        places = moa.adapter_state_dict(self.module)
+        moved = {n: t.detach().cpu().clone() for n, t in places.items() if n not in self.trainables}
+        full = {n: _on_cpu(safe_get_full_fp32_param(p)) for n, p in self.trainables.items()}
+        return _whole(self.module, moved | full)
+
+    def moments(self) -> dict[str, Tensor]:
+        """Adam's moments as `name|exp_avg` and `name|exp_avg_sq`."""
+        _link(self.ds.optimizer)
+        local = {
+            f"{name}|{moment}": _on_cpu(safe_get_full_optimizer_state(parameter, moment))
+            for name, parameter in self.trainables.items()
+            for moment in MOMENTS
         }
-    _link(ds.optimizer)
-    for name, parameter in trainables.items():
-        if _is_idle(name):
-            continue
-        _write_one(parameter, masters[name], None)
-        for moment in MOMENTS:
-            _write_one(parameter, moments[f"{name}|{moment}"], moment)
-    ds.global_steps = step
+        return _whole(self.module, local)
 
+    def write(
+        self, masters: Mapping[str, Tensor], moments: Mapping[str, Tensor], step: int
+    ) -> None:
+        """Gives the optimizer its fp32 masters, moments and step count back.
 
-def flat_masters(ds: Any) -> list[Tensor]:
-    """This rank's share of the fp32 masters, as the optimizer holds it."""
-    return [flat.detach() for flat in _flat_masters(ds.optimizer)]
+        The model got its weights before, but an engine in bf16 made its masters from rounded ones.
+        """
+        for flat in _flat_masters(self.ds.optimizer):
+            # Adam makes its state at its first step; the setters below need it now.
+            self.ds.basic_optimizer.state[flat] = {
+                "step": torch.tensor(float(step)),
+                **{moment: torch.zeros_like(flat) for moment in MOMENTS},
+            }
+        _link(self.ds.optimizer)
+        for name, parameter in self.trainables.items():
+            if _is_idle(name):
+                continue
+            _write_one(parameter, masters[name], None)
+            for moment in MOMENTS:
+                _write_one(parameter, moments[f"{name}|{moment}"], moment)
+        self.ds.global_steps = step
 
+    def flat_masters(self) -> list[Tensor]:
+        """This rank's share of the fp32 masters; the optimizer's own memory."""
+        return [flat.detach() for flat in _flat_masters(self.ds.optimizer)]
 
-def read_lent(
-    ds: Any, trainables: Mapping[str, nn.Parameter], flats: Sequence[Tensor]
-) -> dict[str, Tensor]:
-    """What `read_masters` would give if the masters were `flats`."""
-    masters = flat_masters(ds)
-    own = [flat.clone() for flat in masters]
-    torch._foreach_copy_(masters, list(flats))
-    whole = read_masters(ds.module, trainables)
-    torch._foreach_copy_(masters, own)
-    return whole
+    def whole(self, flats: Sequence[Tensor]) -> dict[str, Tensor]:
+        """What `masters` would give if `flat_masters` were `flats`."""
+        with self._lent() as masters:
+            torch._foreach_copy_(masters, list(flats))
+            return self.masters()
 
+    def shares_of(self, values: Mapping[str, Tensor]) -> list[Tensor]:
+        """Whole values in the layout of `flat_masters`; the inverse of `whole`."""
+        with self._lent() as masters:
+            for name, parameter in self.trainables.items():
+                if not _is_idle(name):
+                    _write_one(parameter, values[name], None)
+            return [flat.clone() for flat in masters]
 
-def shares_of(
-    ds: Any, trainables: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
-) -> list[Tensor]:
-    """This rank's share of whole values, laid out like `flat_masters`."""
-    masters = flat_masters(ds)
-    own = [flat.clone() for flat in masters]
-    for name, parameter in trainables.items():
-        if not _is_idle(name):
-            _write_one(parameter, values[name], None)
-    shares = [flat.clone() for flat in masters]
-    torch._foreach_copy_(masters, own)
-    return shares
+    @contextmanager
+    def _lent(self) -> Iterator[list[Tensor]]:
+        """`flat_masters`, to be written to within the block; the optimizer gets its own back."""
+        masters = self.flat_masters()
+        own = [flat.clone() for flat in masters]
+        yield masters
+        torch._foreach_copy_(masters, own)
 
+    @contextmanager
+    def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within the block the model has other trainables, whole and alike on all ranks.
 
-@torch.no_grad()
-def show(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Puts whole values into the model alone; its optimizer keeps what it has."""
-    parameters: dict[str, Any] = dict(module.named_parameters())
-    for name, place in moa.adapter_state_dict(module).items():
-        if _is_idle(name):
-            continue
-        parameter = parameters.get(name)
-        if parameter is None or not hasattr(parameter, "ds_tensor"):
-            place.copy_(values[name])
-            continue
-        parameter.ds_tensor.copy_(_own_share(parameter, values[name]))
-        if parameter.numel() == parameter.ds_numel:  # a small one, which stays gathered
-            parameter.copy_(values[name])
+        The optimizer does not notice, and the model gets its own back afterwards.
+        """
+        own = self.masters()
+        self._show(values)
+        try:
+            yield
+        finally:
+            self._show(own)
+
+    @torch.no_grad()
+    def _show(self, values: Mapping[str, Tensor]) -> None:
+        """Puts whole values into the model alone."""
+        parameters: dict[str, Any] = dict(self.module.named_parameters())
+        for name, place in moa.adapter_state_dict(self.module).items():
+            if _is_idle(name):
+                continue
+            parameter = parameters.get(name)
+            if parameter is None or not hasattr(parameter, "ds_tensor"):
+                place.copy_(values[name])
+                continue
+            parameter.ds_tensor.copy_(_own_share(parameter, values[name]))
+            if parameter.numel() == parameter.ds_numel:  # a small one, which stays gathered
+                parameter.copy_(values[name])
 
 
 def _flat_masters(optimizer: Any) -> list[Tensor]:
@@ -144,19 +160,17 @@ def _link(optimizer: Any) -> None:
 
 def _write_one(parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
     """Sets a master (`moment` None) or a moment from its whole value."""
-    if not hasattr(parameter, "ds_tensor"):
-        value = value.to(parameter.device)
-        if moment is None:
-            safe_set_full_fp32_param(parameter, value)
-        else:
-            safe_set_full_optimizer_state(parameter, value, moment)
-        return
-    # DeepSpeed's own setter of whole values fails at ZeRO-3 where ranks do not divide the size.
-    own = _own_share(parameter, value)
-    if moment is None:
-        safe_set_local_fp32_param(parameter, own)
+    if hasattr(parameter, "ds_tensor"):
+        # DeepSpeed's own setter of whole values fails at ZeRO-3 where ranks do not divide the size.
+        value = _own_share(parameter, value)
+        set_master, set_moment = safe_set_local_fp32_param, safe_set_local_optimizer_state
     else:
-        safe_set_local_optimizer_state(parameter, own, moment)
+        value = value.to(parameter.device)
+        set_master, set_moment = safe_set_full_fp32_param, safe_set_full_optimizer_state
+    if moment is None:
+        set_master(parameter, value)
+    else:
+        set_moment(parameter, value, moment)
 
 
 def _own_share(parameter: Any, value: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 from moa.files.atomic_folder import replaced_folder
 from moa.files.saving import write_adapter
-from trainer.checkpoint.atomic_text import replace_text
+from trainer.checkpoint.atomic_file import replace_text
 from trainer.evaluate.figures import Figures
 from trainer.evaluate.job import Evaluation
 from trainer.evaluate.members import SOUP, held_out_by

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.atomic_text import replace_text
+from trainer.checkpoint.atomic_file import replace_text
 from trainer.evaluate.flags import add_shared_flags
 from trainer.process.ending import conclude
 from trainer.process.errors import ConfigError, cannot_write

@@ -1,7 +1,6 @@
 """An evaluation's pages: routing maps, heat maps, confusions, features; on the main rank."""
 
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shards import ShardIndex
+from trainer.checkpoint.atomic_file import replaced_file
 from trainer.evaluate.drawing import confusion_figure, png
 from trainer.monitor.curves import Curves
 from trainer.monitor.heat_maps import expert_heat_maps, mutual_information
@@ -71,9 +71,8 @@ class Pages:
         picture = png(routing_figure(shown, maps, experts, title))
         self.curves.picture("routing/maps", picture, step)
         if best:
-            part = self.routing_file.with_suffix(".part")
-            part.write_bytes(picture)
-            os.replace(part, self.routing_file)
+            with replaced_file(self.routing_file) as temporary:
+                temporary.write_bytes(picture)
 
     def _unit(self, images: Tensor) -> Tensor:
         """Images as they were before normalisation, in [0, 1]."""

@@ -24,7 +24,7 @@ from timm.optim import param_groups_weight_decay
 from torch import nn
 from torch.nn import functional as F
 
-from trainer.checkpoint.atomic_text import replace_text
+from trainer.checkpoint.atomic_file import replace_text, replaced_file
 from trainer.prepare.vit_embedded import GLYPH_CLASSES, WEIGHTS_PATH
 from trainer.pretrain_embedded.glyphs import HELD_OUT_FONTS, TRAIN_FONTS, GlyphBank, GlyphSampler
 
@@ -202,11 +202,12 @@ version may give slightly different weights.
 def save(config: PretrainConfig, result: PretrainResult, folder: Path) -> Path:
     """Writes the weights and the model card, each whole; returns the path of the weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights, part = folder / WEIGHTS_PATH.name, folder / f"{WEIGHTS_PATH.name}.tmp"
+    weights = folder / WEIGHTS_PATH.name
     tensors = {name: value.contiguous() for name, value in result.model.state_dict().items()}
-    save_file(tensors, part, metadata={"format": "pt", "classes": " ".join(GLYPH_CLASSES)})
-    part.chmod(0o644)  # safetensors makes it private to its owner
-    os.replace(part, weights)
+    with replaced_file(weights) as temporary:
+        metadata = {"format": "pt", "classes": " ".join(GLYPH_CLASSES)}
+        save_file(tensors, temporary, metadata=metadata)
+        temporary.chmod(0o644)  # safetensors makes it private to its owner
     replace_text(folder / "README.md", model_card(config, result))
     return weights
 

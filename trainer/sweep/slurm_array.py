@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from trainer.checkpoint.atomic_text import replace_text
+from trainer.checkpoint.atomic_file import replace_text
 from trainer.config.command_line import OwnFlags, parse_without_data
 from trainer.process.ending import conclude
 from trainer.process.errors import ConfigError

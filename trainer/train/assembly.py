@@ -1,8 +1,12 @@
 """Puts a run together from its parts, brings it to its start, and trains to the end."""
 
+from dataclasses import replace
+from functools import partial
+
 from rich.console import Console
 
 from trainer.checkpoint import checkpoint
+from trainer.checkpoint.atomic_file import replace_text
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.engine.averaging import Averages
 from trainer.engine.collectives import sum_over_ranks
@@ -16,7 +20,7 @@ from trainer.process.world import World
 from trainer.train.best import Best, is_left_out, restored_best, write_best
 from trainer.train.loop import Trainer
 from trainer.train.resume import Start
-from trainer.train.zero_shot import evaluate_zero_shot
+from trainer.train.validation import evaluate_zero_shot
 
 
 def train(
@@ -45,16 +49,11 @@ def train(
                 trainer.train(None)
         trainer.validation.save_last(world.is_main)
     if world.is_main:
-        folder.done.write_text("done\n")
+        replace_text(folder.done, "done\n")
 
 
 def assemble(
-    parts: Parts,
-    world: World,
-    folder: RunFolder,
-    start: Start,
-    stopping: Stopping,
-    watch: Watchdog,
+    parts: Parts, world: World, folder: RunFolder, start: Start, stopping: Stopping, watch: Watchdog
 ) -> Trainer:
     """A trainer that stands where the run starts, in a folder that is cut back to there."""
     config = parts.config
@@ -100,7 +99,9 @@ def assemble(
         losses=config.average.swad,
     )
     if start.step == 0 and config.model.head_init == "text":
-        evaluate_zero_shot(parts, world, engine, evaluator, folder, watch)
+        # A signal ends it at once, and the same command starts again.
+        alive = replace(evaluator, pause=partial(watch.note, EVALUATING))
+        evaluate_zero_shot(parts, world, engine, alive, folder)
     kept = (resumed.averages, state.get("averages")) if resumed else ()
     averages = Averages(config.average, engine, *kept)
     return Trainer(parts, world, engine, evaluator, folder, state, best, stopping, watch, averages)

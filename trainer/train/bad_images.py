@@ -21,10 +21,8 @@ PREFIX = "moa/bad/"
 class BadImages:
     """Running counts per domain and reason, the same on every rank.
 
-    Args:
-        stream: the training data.
-        limit: largest share of a domain's images that may be replaced.
-        named: counts of a resumed run, from `state`; empty for a new one.
+    At most the share `limit` of a domain's images may be replaced. `named` are the counts of a
+    resumed run, from `state`.
     """
 
     def __init__(self, stream: DomainStream, limit: float, named: Mapping[str, int]) -> None:
@@ -48,7 +46,7 @@ class BadImages:
         self.total += sum_over_ranks(self._new.to(device)).cpu()
         self._new.zero_()
         stream, drawn = self.stream, (step + 1) * self.stream.batch_per_domain
-        sizes = {env: stream.num_train(env) for env in stream.sources}
+        sizes = {domain: stream.num_train(domain) for domain in stream.sources}
         check_bad_fraction(self.total, dict.fromkeys(sizes, drawn), sizes, self.domains, self.limit)
 
     def state(self) -> dict[str, int]:

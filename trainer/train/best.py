@@ -39,12 +39,8 @@ class Best:
     """The best evaluation, and whether a longer run would have made it.
 
     A run also evaluates after its last step, which a longer run may not do. So the best of the
-    regular evaluations is kept beside a closing one that beats it: the longer run goes on from the
-    former.
-
-    Args:
-        regular: the best of the evaluations at every `eval_every`-th step.
-        closing: the evaluation after the last step, if irregular and better.
+    `regular` evaluations, at every `eval_every`-th step, is kept beside a `closing` one that beats
+    it: the longer run goes on from the former.
     """
 
     def __init__(self, regular: Candidate | None = None, closing: Candidate | None = None) -> None:

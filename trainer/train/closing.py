@@ -1,57 +1,19 @@
-"""The table a run closes with: all accuracies at the selected step, and facts of the run."""
+"""What a run closes with: all accuracies at the selected step, and facts of the run."""
 
 import shlex
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 
-from trainer.checkpoint.run_folder import RunFolder
+from moa.files.saving import WEIGHTS_FILE
+from trainer.checkpoint.run_folder import SPEED, RunFolder, read_rows
 from trainer.evaluate.selection import Row, training_domain_validation, validation_accuracy
 from trainer.prepare.parts import Parts
 from trainer.tables import Table
 
 
-def closing_table(
-    rows: Sequence[Row], domains: Sequence[str], withheld: Sequence[int], facts: Mapping[str, str]
-) -> Table:
-    """Per-domain accuracies at the selected step, and the facts of the run below them.
-
-    Args:
-        rows: of the run.
-        domains: all names in order.
-        withheld: numbers of the domains not trained on, the target first.
-        facts: what else to tell.
-    """
-    selected, held_out = training_domain_validation(rows, withheld), withheld[0]
-    shown = {key: f"{100 * selected[key]:.1f}" for key in selected if key.endswith("_acc")}
-    lines = [
-        (f"{name} (held out)" if i in withheld else name,
-         *(shown[f"env{i}_{split}_acc"] for split in ("in", "out")))
-        for i, name in enumerate(domains)
-    ]  # fmt: skip
-    validation = f"{100 * validation_accuracy(selected, withheld):.1f}"
-    lines += [
-        ("validation (mean source out)", "", validation),
-        (f"held-out accuracy, {domains[held_out]}", shown[f"env{held_out}_in_acc"], ""),
-        *((name, value, "") for name, value in facts.items()),
-    ]
-    number = len(domains)
-    return Table(
-        ("domain", "in accuracy %", "out accuracy %"),
-        lines,
-        f"Selected step {selected['step']} (training-domain validation)",
-        align="lr",
-        bold={(number + 1, 1)},
-        sections=(number - 1, number + 1),
-    )
-
-
-def show_result(parts: "Parts", folder: "RunFolder", console: "Console") -> None:
+def show_result(parts: Parts, folder: RunFolder, console: Console) -> None:
     """Prints the closing table of a finished run, and where to look further."""
-    from moa.files.saving import WEIGHTS_FILE
-    from trainer.checkpoint.run_folder import SPEED, read_rows
-    from trainer.train.closing import closing_table
-
     rows, report = read_rows(folder.results), parts.report
     file, speed = folder.adapter / WEIGHTS_FILE, rows[-1].get(SPEED)
     size = f"{file.stat().st_size / 2**20:.2f} MiB" if file.exists() else "was removed"
@@ -74,3 +36,31 @@ def show_result(parts: "Parts", folder: "RunFolder", console: "Console") -> None
         f"curves: tensorboard --logdir {shlex.quote(str(folder.tensorboard))}",
     ):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def closing_table(
+    rows: Sequence[Row], domains: Sequence[str], withheld: Sequence[int], facts: Mapping[str, str]
+) -> Table:
+    """Per-domain accuracies at the selected step, and the facts of the run below them."""
+    selected, held_out = training_domain_validation(rows, withheld), withheld[0]
+    shown = {key: f"{100 * selected[key]:.1f}" for key in selected if key.endswith("_acc")}
+    lines = [
+        (f"{name} (held out)" if i in withheld else name,
+         *(shown[f"env{i}_{split}_acc"] for split in ("in", "out")))
+        for i, name in enumerate(domains)
+    ]  # fmt: skip
+    validation = f"{100 * validation_accuracy(selected, withheld):.1f}"
+    lines += [
+        ("validation (mean source out)", "", validation),
+        (f"held-out accuracy, {domains[held_out]}", shown[f"env{held_out}_in_acc"], ""),
+        *((name, value, "") for name, value in facts.items()),
+    ]
+    number = len(domains)
+    return Table(
+        ("domain", "in accuracy %", "out accuracy %"),
+        lines,
+        f"Selected step {selected['step']} (training-domain validation)",
+        align="lr",
+        bold={(number + 1, 1)},
+        sections=(number - 1, number + 1),
+    )

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,17 +34,8 @@ from trainer.train.validation import Validation
 class Trainer:
     """Trains one run; its parts are built elsewhere and passed in.
 
-    Args:
-        parts: configuration, data and identity of the run.
-        world: this process.
-        engine: the model under DeepSpeed.
-        evaluator: counts correct predictions on all domains.
-        folder: the run's files.
-        state: counters of a resumed run, from `state_dict`; empty for a new one.
-        best: the best adapter of a resumed run.
-        stopping: signals and the time limit; by default nothing stops the run.
-        watch: notes where this rank is; by default for no one.
-        averages: those of a resumed run; by default they start here.
+    `state`, `best` and `averages` are those of a resumed run, and by default of one that starts
+    here. By default nothing stops the run, and nobody watches where this rank is.
     """
 
     def __init__(
@@ -72,7 +64,7 @@ class Trainer:
         self.nonfinite = NonfiniteSteps(self.stream, folder, world, allowed, skipped)
         self.stopping = stopping or Stopping(world.is_main)
         self.watch = watch or Watchdog(Path(), world, deadline=0)
-        due = bool(state.get("evaluation_due", False))
+        due = bool(state.get("evaluation_due"))
         self.evaluation_due = due and self._evaluates_after(self.step - 1)
         self.first_step = self.saved_step = self.step
         self.steps_timed, self.seconds_timed = 0, 0.0
@@ -111,13 +103,9 @@ class Trainer:
             self.evaluate_or_stop(step, monitor)
             if self.step % self.config.checkpoint.every == 0 or step == last:
                 self.save_checkpoint()
-        self._close(monitor)
-
-    def _close(self, monitor: Monitor | None) -> None:
-        """Evaluates what was left for the end."""
         self.watch.note(EVALUATING)
         try:
-            self.validation.close(self.config.train.steps - 1, monitor)
+            self.validation.close(last, monitor)
         except EvaluationBrokenOff:
             self._stop()
 
@@ -162,10 +150,7 @@ class Trainer:
         return {SPEED: images / self.seconds_timed}
 
     def train_step(self, batches: Iterator[Batch]) -> tuple[dict[str, Any], float]:
-        """One optimizer step.
-
-        Returns:
-            The step's `metrics.jsonl` row, and the seconds spent waiting for data.
+        """One optimizer step: its `metrics.jsonl` row, and the seconds spent waiting for data.
 
         Raises:
             TrainingInvalidError: one step too many is not finite, or (first step) gradients are
@@ -181,10 +166,7 @@ class Trainer:
             waited += time.perf_counter() - started
             self.bad_images.note(batch.bad)
             self.watch.note(COMPUTING)
-            if self.step == 0:
-                with self.engine.checks_gradients():
-                    sums += self._micro_step(batch)
-            else:
+            with self.engine.checks_gradients() if self.step == 0 else nullcontext():
                 sums += self._micro_step(batch)
         self.bad_images.end_step(self.step, sum_over_ranks, self.engine.device)
         ce, aux, losses = self._agree(sums / pieces)
@@ -193,6 +175,8 @@ class Trainer:
         moa.update_balance(self.engine.module, torch.zeros_like if left_out else sum_over_ranks)
         if not left_out:
             self.validation.averages.update()
+        # Only the main rank writes rows down.
+        digest = {"batch_digest": self.stream.batch_digest(self.step)} if self.world.is_main else {}
         row = {
             "step": self.step,
             "loss": ce + aux,
@@ -200,18 +184,14 @@ class Trainer:
             "aux_loss": aux,
             "lr": self.engine.learning_rate(),
             "grad_norm": norm,
-            "batch_digest": self.stream.batch_digest(self.step),
+            **digest,
             **self.nonfinite.columns(),
             **self.bad_images.columns(),
         }
         return row, waited
 
     def _agree(self, sums: torch.Tensor) -> tuple[float, float, list[float]]:
-        """One collective for this rank's [ce, aux] and its votes on stopping.
-
-        Returns:
-            The global mean of both, and every rank's own loss.
-        """
+        """The global means of [ce, aux] and every rank's own loss; votes on stopping go along."""
         ranks = self.world.size
         losses = sums.new_zeros(ranks)
         losses[self.world.rank] = sums.sum()
@@ -222,11 +202,9 @@ class Trainer:
 
     def _micro_step(self, batch: Batch) -> torch.Tensor:
         """Forward, backward and (after the last piece) update; [ce, aux] of this rank's piece."""
-        engine, train = self.engine, self.config.train
-        moa.set_routing_position(
-            engine.module,
-            moa.RoutingPosition(train.seed, self.step, batch.first_slot, len(batch.labels)),
-        )
+        engine, seed = self.engine, self.config.train.seed
+        position = moa.RoutingPosition(seed, self.step, batch.first_slot, len(batch.labels))
+        moa.set_routing_position(engine.module, position)
         images = finish_images(batch, engine.device, self.parts.info.data_config)
         scores = engine(images.to(engine.dtype))
         ce = F.cross_entropy(scores.float(), batch.labels.to(engine.device, non_blocking=True))
@@ -253,22 +231,17 @@ class Trainer:
         """Writes a checkpoint; a collective."""
         self.watch.note(SAVING)
         with self.stopping.timed("save"):
-            self._save_checkpoint()
+            masters, moments = self.engine.masters(), self.engine.moments()
+            averages = self.validation.averages.tensors()
+            if self.world.is_main:
+                self.folder.sync_rows()
+                save = partial(
+                    checkpoint.save, self.folder.checkpoints, self.parts.info, masters, moments,
+                    self.state_dict(), self.config.checkpoint.keep,
+                    best=self.best.tensors_beside(self.step), averages=averages,
+                )  # fmt: skip
+                self.saves.put(self.stopping.timed("write")(save))  # perhaps in another thread
         self.saved_step = self.step
-
-    def _save_checkpoint(self) -> None:
-        masters, moments = self.engine.masters(), self.engine.moments()
-        averages = self.validation.averages.tensors()
-        if self.world.is_main:
-            self.folder.sync_rows()
-            root, keep, info = self.folder.checkpoints, self.config.checkpoint.keep, self.parts.info
-            state, best = self.state_dict(), self.best.tensors_beside(self.step)
-
-            @self.stopping.timed("write")  # perhaps in another thread
-            def save() -> None:
-                checkpoint.save(root, info, masters, moments, state, keep, best, averages)
-
-            self.saves.put(save)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, and everything that a resumed run must agree with."""

@@ -8,7 +8,6 @@ whose gradient norm is not finite. That costs no collective of its own.
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from shards.stream.batches import rank_range
 from shards.stream.stream import DomainStream
+from trainer.checkpoint.atomic_file import replace_text
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.process.errors import TrainingInvalidError
 from trainer.process.world import World
@@ -46,12 +46,8 @@ def as_json(row: Mapping[str, Any]) -> dict[str, Any]:
 class NonfiniteSteps:
     """Counts steps that were left out, up to what `train.skip_nonfinite` allows.
 
-    Args:
-        stream: the training data, for the sample keys.
-        folder: the run folder, for `nonfinite-step-N.json`.
-        world: this process.
-        allowed: how many steps of the run may be left out.
-        skipped: how many were before this start.
+    Each leaves the sample keys of its batch in `nonfinite-step-N.json` in the run folder. `skipped`
+    of the `allowed` steps were left out before this start.
     """
 
     def __init__(
@@ -61,15 +57,10 @@ class NonfiniteSteps:
         self.allowed, self.skipped = allowed, skipped
 
     def left_out(self, step: int, losses: Sequence[float], norm: float) -> bool:
-        """Whether the engine left the step out; the same on every rank.
-
-        Args:
-            step: the step.
-            losses: of every rank's share of the batch.
-            norm: of the global gradient.
+        """Whether the engine left the step out, by every rank's loss and the gradient's norm.
 
         Raises:
-            TrainingInvalidError: it is one too many.
+            TrainingInvalidError: it is one too many; on all ranks alike.
         """
         ranks = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
         if not ranks and math.isfinite(norm):
@@ -102,22 +93,16 @@ class NonfiniteSteps:
 
     def _dump(self, path: Path, step: int, losses: Sequence[float], norm: float) -> None:
         """Writes what each rank had, so that the step can be looked into."""
-        keys, ranks = self.stream.keys(step), range(self.world.size)
-        shares = [rank_range(len(keys), rank, self.world.size) for rank in ranks]
+        keys, ranks = self.stream.keys(step), []
+        for rank, loss in enumerate(losses):
+            share = rank_range(len(keys), rank, self.world.size)
+            own = keys[share.start : share.stop]
+            finite = math.isfinite(loss)
+            ranks.append({"rank": rank, "loss": str(loss), "finite": finite, "keys": own})
         content = {
             "step": step,
             "batch_digest": self.stream.batch_digest(step),
             "gradient_norm": str(norm),  # JSON knows no infinity
-            "ranks": [
-                {
-                    "rank": rank,
-                    "loss": str(losses[rank]),
-                    "finite": math.isfinite(losses[rank]),
-                    "keys": keys[shares[rank].start : shares[rank].stop],
-                }
-                for rank in ranks
-            ],
+            "ranks": ranks,
         }
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        replace_text(path, json.dumps(content, indent=1) + "\n")

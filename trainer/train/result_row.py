@@ -20,16 +20,10 @@ DOMAINBED_NAMES = {
 def result_row(
     parts: Parts, folder: Path, step: int, columns: Mapping[str, float]
 ) -> dict[str, Any]:
-    """A row that DomainBed's own `collect_results` can read.
+    """A row that DomainBed's own `collect_results` can read, with what an evaluation found.
 
     Beside its keys stand `moa/domains` in order, and hashes of the images, of their split and of
     the base weights, by which a report tells whether two runs can be compared.
-
-    Args:
-        parts: the run.
-        folder: its run folder.
-        step: after which step the evaluation was.
-        columns: accuracies and whatever else it found.
     """
     config, origin = parts.config, parts.info.origin
     assert origin is not None, "`build` gives every run one"

@@ -49,7 +49,8 @@ def find_start(folder: RunFolder, parts: Parts) -> Start:
     """
     checkpoint.clean_up(folder.checkpoints)
     mode, newest = parts.config.resume, checkpoint.load_newest(folder.checkpoints)
-    if mode == "never" and (newest is not None or _has_rows(folder)):
+    begun = newest is not None or folder.results.exists() or folder.evaluations.exists()
+    if mode == "never" and begun:
         raise OutputError(
             f"output_dir: {folder.path} already holds a run; give another --output_dir, or "
             "--resume auto to continue it"
@@ -82,10 +83,6 @@ def find_start(folder: RunFolder, parts: Parts) -> Start:
             )
         log.info("resumed after step %d from %s%s", step - 1, newest.folder, _lost(folder, step))
     return Start(newest.folder, step, finished, [{"step": step, **change} for change in changes])
-
-
-def _has_rows(folder: RunFolder) -> bool:
-    return folder.results.exists() or folder.evaluations.exists()
 
 
 def _lost(folder: RunFolder, step: int) -> str:
@@ -158,16 +155,9 @@ def _refusal(change: Mapping[str, Any], folder: Path) -> str:
     name = change["setting"]
     key = "data" if name.startswith("data or") else name
     start = f"{name}: the run in {folder} has {change['old']!r}, now {change['new']!r}; "
-    if key in LEAKING:
-        return (
-            f"{start}keep the old value, or start another run with another --output_dir: what this "
-            "one has trained on would be tested on"
-        )
-    if key in FIXED:
-        return (
-            f"{start}keep the old value, or start another run with another --output_dir: "
-            f"{FIXED[key]}"
-        )
+    if key in LEAKING or key in FIXED:
+        why = FIXED.get(key, "what this one has trained on would be tested on")
+        return f"{start}keep the old value, or start another run with another --output_dir: {why}"
     return (
         f"{start}keep the old value, start another run with another --output_dir, or go on "
         f"regardless with --checkpoint.allow_changes='[{key}]'"

@@ -75,9 +75,10 @@ def say_what(parts: "Parts", world: World) -> None:
         config.moa.method, config.model.backbone, " and ".join(parts.withheld_names),
         config.data.dataset, world.size, config.train.precision,
     )  # fmt: skip
-    if unused := config.moa.unused():
-        names = ", ".join(f"moa.{name}" for name in unused)
-        log.warning("without effect, since %s does not use them: %s", config.moa.method, names)
-    if unused := config.data.unused():
-        names = ", ".join(f"data.{name}" for name in unused)
-        log.warning("without effect, since data.root is no remote one: %s", names)
+    for section, unused, why in (
+        ("moa", config.moa.unused(), f"{config.moa.method} does not use them"),
+        ("data", config.data.unused(), "data.root is no remote one"),
+    ):
+        if unused:
+            names = ", ".join(f"{section}.{name}" for name in unused)
+            log.warning("without effect, since %s: %s", why, names)

@@ -1,11 +1,14 @@
 """`Validation`: what is evaluated when, which adapter is the best, and which rows tell of it."""
 
+import json
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
 from moa.files.saving import save_adapter
-from trainer.checkpoint.run_folder import RunFolder, read_rows
+from trainer.checkpoint.atomic_file import replace_text
+from trainer.checkpoint.run_folder import ZERO_SHOT, RunFolder, read_rows
 from trainer.engine.averaging import Averages, prefixed
 from trainer.engine.collectives import from_main
 from trainer.engine.engine import Engine
@@ -14,8 +17,11 @@ from trainer.evaluate.selection import columns_of, training_domain_validation, v
 from trainer.monitor.insight import Insight
 from trainer.monitor.monitor import Monitor
 from trainer.prepare.parts import Parts
+from trainer.process.world import World
 from trainer.train.best import Best, Candidate, write_best
 from trainer.train.result_row import card_figures, result_row
+
+log = logging.getLogger(__name__)
 
 
 class Validation:
@@ -24,15 +30,8 @@ class Validation:
     With `--eval.mode full` each evaluation leaves a complete row in `results.jsonl`. With
     `selection` it leaves the sources' `out` accuracies in `evaluations.jsonl`, and at the end two
     of these rows are completed in `results.jsonl`: the selected adapter's and the last one's. A
-    rule that looks at the sources' `out` splits selects the same step from either file.
-
-    Args:
-        parts: the run.
-        engine: holds the adapter in training.
-        evaluator: counts correct predictions.
-        folder: the run's files.
-        best: the best adapter so far.
-        averages: the averages of the run, evaluated beside the adapter in training.
+    rule that looks at the sources' `out` splits selects the same step from either file. The
+    averages are evaluated beside the adapter in training.
     """
 
     def __init__(
@@ -53,18 +52,18 @@ class Validation:
 
     def _cells(self) -> list[DomainSplit]:
         """What an evaluation looks at while the run trains."""
-        cells, withheld = self.evaluator.domain_splits(), self.parts.withheld
-        if not self.closes:
-            return cells
-        return [(env, split) for env, split in cells if split == "out" and env not in withheld]
+        cells = self.evaluator.domain_splits()
+        return list(filter(self._validates, cells)) if self.closes else cells
+
+    def _validates(self, cell: DomainSplit) -> bool:
+        """Whether it is a source's `out` split."""
+        domain, split = cell
+        return split == "out" and domain not in self.parts.withheld
 
     def evaluate(self, step: int, monitor: Monitor | None, columns: Mapping[str, float]) -> None:
         """Evaluates after `step`, and keeps the adapter if it is the best; a collective.
 
-        Args:
-            step: the step just done.
-            monitor: on the main rank.
-            columns: what else the row shall tell.
+        The main rank has a monitor, and writes a row with these `columns`, too.
 
         Raises:
             EvaluationBrokenOff: the ranks agreed to stop; nothing of it is kept.
@@ -74,7 +73,8 @@ class Validation:
         cells = self._cells()
         with self.insight.watching(self.engine.ds, step) as seen:
             counts, losses = seen.evaluator.with_losses(self.engine.ds, cells)
-        averages = self.averages.after(self._loss(losses), self._is_regular(step))
+        regular = step % self.config.train.eval_every == 0
+        averages = self.averages.after(self._loss(losses), regular)
         found = accuracies(counts) | self._of_averages(averages, cells)
         self.averages = averages
         row = result_row(self.parts, self.folder.path, step, {**found, **columns})
@@ -135,16 +135,9 @@ class Validation:
                 folder = self.folder.path / f"adapter-{name}"
                 save_adapter(self.engine.module, folder, info, values)
 
-    def _is_regular(self, step: int) -> bool:
-        return step % self.config.train.eval_every == 0
-
     def _loss(self, losses: Mapping[DomainSplit, float]) -> float:
         """The unweighted mean loss of the sources' `out` splits; a collective."""
-        found = [
-            loss
-            for (env, split), loss in losses.items()
-            if split == "out" and env not in self.parts.withheld
-        ]
+        found = [loss for cell, loss in losses.items() if self._validates(cell)]
         # From one rank: the others' sums may differ in the last bit, and a valley with it.
         return from_main(sum(found) / len(found)) if found else 0.0
 
@@ -170,8 +163,27 @@ class Validation:
     def _by_domain(self, found: Mapping[str, float]) -> dict[str, dict[str, float]]:
         """Accuracies by the domain's name and split, as far as they were found."""
         result = {}
-        for env, name in enumerate(self.parts.index.domains):
-            splits = {s: found[key] for s in SPLITS if (key := f"env{env}_{s}_acc") in found}
+        for domain, name in enumerate(self.parts.index.domains):
+            splits = {s: found[key] for s in SPLITS if (key := f"env{domain}_{s}_acc") in found}
             if splits:
                 result[name] = splits
         return result
+
+
+def evaluate_zero_shot(
+    parts: Parts, world: World, engine: Engine, evaluator: Evaluator, folder: RunFolder
+) -> None:
+    """Writes the accuracies of a classifier made from text, before any training; a collective.
+
+    LoRA experts add nothing yet, Kronecker experts next to nothing. The file is `zero_shot.json`,
+    not `results.jsonl`: selection, ours as DomainBed's, would take the row for a trained step.
+    """
+    columns = accuracies(evaluator(engine.ds))
+    if world.is_main:
+        row = result_row(parts, folder.path, 0, columns)
+        replace_text(folder.path / ZERO_SHOT, json.dumps(row) + "\n")
+        log.info(
+            "zero-shot, before training: %.3f on held-out %s, %.3f in validation",
+            columns[f"env{parts.held_out}_in_acc"], parts.held_out_name,
+            validation_accuracy(row, parts.withheld),
+        )  # fmt: skip

@@ -22,7 +22,7 @@ from trainer.bench import (
     layer as bench_layer,
     step as bench_step,
 )
-from trainer.bench.timing import interleaved
+from trainer.bench.timing import in_fresh_process, interleaved
 
 
 def test_variants_of_the_layer_compute_the_same() -> None:
@@ -211,7 +211,7 @@ def test_the_reference_pays_for_its_steps_alone() -> None:
     """Not for importing PEFT, which takes more than a step of a small model."""
     setting = bench_step.Setting("vit_embedded", 2, "cpu", torch.float32)
     theirs, ours = (
-        bench_step._peak_in_child(name, setting)
+        in_fresh_process(bench_step.peak, name, setting)
         for name in (bench_step.REFERENCE, "lora r=8, qkv of all blocks")
     )
     assert theirs < 2 * ours

@@ -22,7 +22,9 @@ from trainer.checkpoint.save_queue import SaveQueue
 from trainer.config.command_line import parse
 from trainer.config.resume_rules import FIXED, FREE, LEAKING
 from trainer.config.run_config import RunConfig, flat, flat_fields
+from trainer.process.ending import conclude
 from trainer.process.errors import ConfigError, OutputError, exit_code
+from trainer.process.world import ALONE
 from trainer.train.resume import check_agreement
 
 
@@ -170,6 +172,34 @@ def test_a_folder_removed_or_taken_under_a_run_ends_it(tmp_path: Path) -> None:
     assert not first.metrics.exists()
     assert json.loads((first.path / "owner.json").read_text())["pid"] == child
     kill(child)
+
+
+def test_rows_are_with_the_system_at_once_and_follow_a_file_that_was_replaced(
+    tmp_path: Path,
+) -> None:
+    folder = RunFolder(tmp_path)
+    with folder.claimed():
+        for step in range(2):
+            folder.append(folder.metrics, {"step": step})
+            assert read_rows(folder.metrics)[-1] == {"step": step}
+        folder.metrics.rename(tmp_path / "aside")
+        folder.sync_rows()
+        folder.append(folder.metrics, {"step": 2})
+        assert read_rows(folder.metrics) == [{"step": 2}]
+
+
+def test_a_row_that_finds_a_full_disk_ends_with_73(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(tmp_path)
+
+    def write() -> None:
+        with folder.claimed():
+            folder.append(Path("/dev/full"), {"step": 0})
+
+    assert conclude(write, ALONE) == 73
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "No space left" in line
 
 
 def test_a_last_line_of_garbage_is_a_torn_one(tmp_path: Path) -> None:

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from trainer.engine import operators
+from trainer.engine import collectives
 
 
 def prepared(monkeypatch: pytest.MonkeyPatch, cpu: bool = True) -> Path:
-    monkeypatch.delenv(operators.VARIABLE, raising=False)
-    operators.prepare(cpu)
-    return Path(os.environ[operators.VARIABLE])
+    monkeypatch.delenv(collectives.OPERATORS, raising=False)
+    collectives.prepare_operators(cpu)
+    return Path(os.environ[collectives.OPERATORS])
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HOME", "PATH", operators.VARIABLE):  # as they are, afterwards
+    for name in ("HOME", "PATH", collectives.OPERATORS):  # as they are, afterwards
         monkeypatch.setenv(name, str(tmp_path))
 
 
@@ -30,8 +30,8 @@ def test_each_environment_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_the_user_set_stays(tmp_path: Path) -> None:
-    operators.prepare(cpu=True)
-    assert os.environ[operators.VARIABLE] == str(tmp_path)
+    collectives.prepare_operators(cpu=True)
+    assert os.environ[collectives.OPERATORS] == str(tmp_path)
 
 
 def test_compiling_is_announced_until_it_is_done(
@@ -42,7 +42,7 @@ def test_compiling_is_announced_until_it_is_done(
     assert "compiling" not in caplog.text
     folder = prepared(monkeypatch)
     assert caplog.text.count("compiling") == 1
-    (folder / operators.ON_CPU).mkdir(parents=True)
-    (folder / operators.ON_CPU / "operator.so").touch()
+    (folder / collectives.ON_CPU).mkdir(parents=True)
+    (folder / collectives.ON_CPU / "operator.so").touch()
     prepared(monkeypatch)
     assert caplog.text.count("compiling") == 1
