@@ -181,7 +181,7 @@ def _whole(module: nn.Module, local: dict[str, Tensor]) -> dict[str, Tensor]:
     own = {n: t for n, t in local.items() if not _is_idle(n)}
     parts: list[dict[str, Tensor]] = [{} for _ in range(parallel.ep_size)]
     experts = {n: t for n, t in own.items() if ".experts." in n}
-    dist.all_gather_object(parts, experts, group=parallel.group)
+    dist.all_gather_object(parts, experts, group=parallel.members.group)
     return own | {name: tensor for part in parts for name, tensor in part.items()}
 
 
