@@ -52,7 +52,8 @@ def launch_anew(
         launcher = [DEEPSPEED, "--num_gpus", str(processes), "--master_port", free_port(), RUN]
     return subprocess.run(
         [*launcher, *command],
-        capture_output=True, text=True, cwd=ROOT, env=environment(**extra), timeout=400, check=False,
+        capture_output=True, text=True, cwd=ROOT, timeout=400, check=False,
+        env=environment(**extra),
     )  # fmt: skip
 
 
