@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -95,16 +96,23 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_block(
     block: Block, folder: Path, env: dict[str, str]
 ) -> "subprocess.CompletedProcess[str]":
-    """Runs a block as a shell does; without one where all its commands are Python's."""
-    lines = replace(block, text=block.script()).commands()
-    if re.search(r"[|&;<>$]", block.text) or any(words[0] != "python" for words in lines):
-        return subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", block.script()],
-            cwd=folder, env=env, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-    for words in lines:
+    """Runs a block as a shell does, its lines one by one where nothing ties them together."""
+    shell = ["bash", "-euo", "pipefail", "-c"]
+    lines = [block.script()]
+    if not re.search(r"[|&;<>$]", block.text):
+        lines = replace(block, text=block.script()).lines()
+    for line in lines:
+        words = shlex.split(line, comments=True)
         found = [sorted(glob(word, root_dir=folder)) or [word] for word in words[1:]]
-        result = warm.run(*chain(*found), env=env, cwd=folder)
+        command = list(chain(*found))
+        if words[0] == "python" and line != block.script():
+            result = warm.run(*command, env=env, cwd=folder)
+        elif words[:2] == ["deepspeed", "--num_gpus"]:  # tests of the run use it as it is
+            result = warm.run(*command[2:], processes=int(words[2]), env=env, cwd=folder)
+        else:
+            result = subprocess.run(
+                [*shell, line], cwd=folder, env=env, capture_output=True, text=True, check=False
+            )
         if result.returncode:
             break
     return result

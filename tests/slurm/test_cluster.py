@@ -111,7 +111,7 @@ class Job:
             over = self.state() in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
             ended = ended + 1 if over and self.cluster.is_quiet() else 0
             enough = self.text().count(words) >= times
-            assert enough or ended < 50, f"no {words!r}, {self.facts()}: {self.text()}"
+            assert enough or ended < 30, f"no {words!r}, {self.facts()}: {self.text()}"
             return enough
 
         self.cluster.wait_until(there, lambda: f"{words!r} in {self.facts()}: {self.text()}")
@@ -189,21 +189,17 @@ def test_templates_fit_as_they_are(cluster: Cluster) -> None:
             assert "to start at" in shown.stderr, template
 
 
-@pytest.mark.parametrize(
-    ("layout", "nodes"),
-    [(TWO_NODES, "2"), ([*ONE_NODE, "--export=PYTHON,SITE_ENV,OMP_NUM_THREADS"], "1")],
-)
 def test_two_tasks_train_as_without_slurm(
-    cluster: Cluster, reference: Path, tmp_path: Path, layout: list[str], nodes: str
+    cluster: Cluster, reference: Path, tmp_path: Path
 ) -> None:
     left_by_another_launcher = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "192.0.2.1"}
     job = Job(
-        cluster, tmp_path / "log", "domainnet_vitl", layout, settings(tmp_path / "run"),
+        cluster, tmp_path / "log", "domainnet_vitl", TWO_NODES, settings(tmp_path / "run"),
         **left_by_another_launcher,
     )  # fmt: skip
     facts = job.wait_for_state("COMPLETED", "FAILED")
     assert facts["JobState"] == "COMPLETED", job.text()
-    assert facts["NumNodes"] == nodes
+    assert facts["NumNodes"] == "2"
     assert_same(tmp_path / "run", reference)
     text = job.text()
     assert text.index("trainable numbers") < text.index("curves: tensorboard")
@@ -214,7 +210,8 @@ def test_five_requeues_in_a_row_equal_one_run(
     cluster: Cluster, reference: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    node = ["--nodelist=n3", "--time=60", *ONE_NODE]
+    few = "--export=PYTHON,SITE_ENV,OMP_NUM_THREADS"  # the tasks need what the script sets, too
+    node = ["--nodelist=n3", "--time=60", few, *ONE_NODE]
     job = Job(cluster, tmp_path / "log", "domainnet_vitl", node, settings(run))
 
     job.wait_for_step(run, 5)
@@ -330,35 +327,35 @@ def test_guard_ends_requeues_without_progress(cluster: Cluster, tmp_path: Path) 
 def test_array_fills_its_gaps(cluster: Cluster, tmp_path: Path) -> None:
     root = tmp_path / "grid"
     shared = settings(root, moa__method="linear", moa__ep_size="1", train__steps="3")
-    shared.append("--held-out=plain,inverted,outline,textured")
+    shared.append("--held-out=plain,inverted,outline")
     size = ["--ntasks-per-node=1", "--cpus-per-task=60", "--nodelist=n0"]  # two at a time
     log = tmp_path / "log-%a"
-    job = Job(cluster, log, "leave_one_out", ["--array=0-3", *size], shared)
-    cluster.run("scancel", f"{job.number}_1", f"{job.number}_3")
+    job = Job(cluster, log, "leave_one_out", ["--array=0-2", *size], shared)
+    cluster.run("scancel", f"{job.number}_0", f"{job.number}_2")
     wait_for_no_job(cluster)
     found = report(cluster, root)
-    names = [f"linear-{name}-0" for name in ("inverted", "textured")]
-    assert "4 runs, 2 finished, 0 running or queued, 2 missing" in found
-    for line in (f"missing: 1 {names[0]}", f"missing: 3 {names[1]}"):
+    names = [f"linear-{name}-0" for name in ("plain", "outline")]
+    assert "3 runs, 1 finished, 0 running or queued, 2 missing" in found
+    for line in (f"missing: 0 {names[0]}", f"missing: 2 {names[1]}"):
         assert line in found
     line = next(line for line in found.splitlines() if line.startswith("sbatch "))
-    start = "sbatch --array=1,3 slurm/leave_one_out.sh "
+    start = "sbatch --array=0,2 slurm/leave_one_out.sh "
     assert line.startswith(start)
     rest = shlex.split(line.removeprefix(start))
-    job = Job(cluster, log, "leave_one_out", ["--array=1,3", *size], rest)
+    job = Job(cluster, log, "leave_one_out", ["--array=0,2", *size], rest)
     cluster.wait_until(
         lambda: "running or queued: 1 " in report(cluster, root), lambda: "a queued cell"
     )
     # The last element to start has the number of the array, by which SLURM means all of them.
-    last = job.element(3)
+    last = job.element(2)
     last.wait_for_text("restart 0")
     cluster.run("scancel", "--signal=USR1", "--batch", last.number)
     last.wait_for_text("slurm: requeued")
     last.start_again()
     wait_for_no_job(cluster)
-    assert [job.element(index).facts()["Restarts"] for index in (1, 3)] == ["0", "1"]
+    assert [job.element(index).facts()["Restarts"] for index in (0, 2)] == ["0", "1"]
     found = report(cluster, root)
-    assert "4 runs, 4 finished, 0 running or queued, 0 missing" in found, found
+    assert "3 runs, 3 finished, 0 running or queued, 0 missing" in found, found
     assert "sbatch" not in found
     assert "linear" in found.partition("inverted")[2], "the table"
 

@@ -1,4 +1,4 @@
-"""One process of the parity matrix: trains the same six steps under many arrangements.
+"""One process of the parity matrix: trains the same four steps under many arrangements.
 
 Started by tests/trainer/engine/test_parity.py. Writes what
 the main rank saw to the file given.
@@ -30,7 +30,7 @@ from trainer.prepare.parts import Parts, build  # noqa: E402
 from trainer.process.world import World, world_from_environment  # noqa: E402
 from trainer.train.loop import Trainer  # noqa: E402
 
-STEPS = 6
+STEPS = 4
 # An eps near the gradients' size: with a small one Adam divides every error of scale away.
 OPTIM = OptimConfig(name="adamw", lr=2e-3, eps=1e-2, weight_decay=0.1, clip=0.05)
 

@@ -78,7 +78,7 @@ def wait_until(
     found, changed = signs(), time.monotonic()
     looked = changed
     while not holds():
-        time.sleep(0.1)  # only between two looks
+        time.sleep(0.2)  # only between two looks
         if (now := time.monotonic()) - looked > LOOK:
             before, found, looked = found, signs(), now
             changed = changed if found == before else now
