@@ -37,7 +37,9 @@ demo: $(VENV)/.installed-core
 	$(BIN)/deepspeed --num_gpus 2 trainer/run.py --ds_config ds_configs/zero2.json --output_dir outputs/demo
 
 test: $(VENV)/.installed-test
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	@# One process more than cores, up to five: tests of SLURM wait more than they compute.
+	processes=$$(($$(nproc) + 1)); CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest \
+	  -n $$((processes < 5 ? processes : 5)) --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(VENV)/.installed-test
 	$(BIN)/python -m pytest tests/gpu_checks.py

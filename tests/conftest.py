@@ -3,10 +3,29 @@
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes share the cores
+
 LOGGERS = ("trainer", "shards", "moa")
+LONGEST = (
+    "slurm/test_cluster.py",
+    "trainer/engine/test_parity.py",
+    "docs/test_commands.py",
+    "trainer/process/test_stopping.py",
+    "trainer/train/test_run.py",
+    "trainer/train/test_killed.py",
+    "trainer/engine/test_averaging.py",
+    "trainer/engine/test_topologies.py",
+)
+"""Files to begin with, so that no process is left with one of them when the others are done."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = {
     "moa": "files > model, parallel > layers > config > blocks > errors",
     "shards": "writer > opening > embedded > write, stream > read, pixels > config > datasets > "
-    "addresses, randomness, errors",
+    "addresses, randomness, durable, errors",
     "trainer": "run, reference > bench, train > monitor, report, export, flatness > "
     "sweep, evaluate > pretrain_embedded, plan, engine > prepare, checkpoint > config > process > "
     "tables",
@@ -33,6 +33,7 @@ MAY_IMPORT = {
     },
     "torch.distributed": {
         "trainer/engine/collectives.py",
+        "trainer/engine/engine.py",
         "trainer/engine/zero_state.py",
         "moa/parallel/expert_parallel.py",
         "moa/parallel/exchange.py",

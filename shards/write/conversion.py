@@ -19,6 +19,7 @@ import filelock
 import numpy as np
 
 from shards.datasets import DatasetSpec
+from shards.durable import PARTIAL, replaced_when_whole
 from shards.errors import DataConfigError, OutputError
 from shards.read.index import ShardIndex
 from shards.read.layout import (
@@ -31,7 +32,6 @@ from shards.read.layout import (
     section_digest,
     stock_info,
 )
-from shards.write.atomic_file import PARTIAL, replaced_when_whole
 from shards.write.exclusion import check_sizes, report_exclusion
 from shards.write.image_folder import dataset_folder, list_images, report_passed_over
 from shards.write.progress import progress

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from shards.durable import replaced_when_whole
 from shards.errors import DamagedDataError
 from shards.read.layout import ShardInfo, file_sha256, sample_key
-from shards.write.atomic_file import replaced_when_whole
 from shards.write.shard_plan import ShardTask, unreadable
 
 if TYPE_CHECKING:

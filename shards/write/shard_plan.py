@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from shards.durable import PARTIAL
 from shards.errors import DamagedDataError
 from shards.randomness import Int64Array, hash64, permutation
 from shards.read.layout import FORMAT_VERSION, INDEX_NAME, INFO_NAME, TABLE_DTYPE, key_prefixes
-from shards.write.atomic_file import PARTIAL
 from shards.write.image_folder import Listing
 
 BLOCK = 512  # tar's unit

@@ -48,6 +48,11 @@ class Block:
         found = [shlex.split(line, comments=True) for line in joined.splitlines()]
         return [words for words in found if words]
 
+    def lines(self) -> list[str]:
+        """Its commands, a line each, continued lines joined."""
+        joined = self.text.replace("\\\n", " ")
+        return [line for line in joined.splitlines() if shlex.split(line, comments=True)]
+
     def script(self) -> str:
         """Its commands with the extra flags."""
         joined = self.text.replace("\\\n", " ")

@@ -26,8 +26,8 @@ from trainer.train import session  # noqa: E402
 
 EVERY = 2
 SETTINGS = {
-    "moa.method": "moa_kron", "train.steps": 21, "train.batch_per_domain": 2,
-    "train.eval_every": 5, "checkpoint.every": EVERY, "data.dataset": "folder",
+    "moa.method": "moa_kron", "train.steps": 15, "train.batch_per_domain": 2,
+    "train.eval_every": 4, "checkpoint.every": EVERY, "data.dataset": "folder",
 }  # fmt: skip
 
 

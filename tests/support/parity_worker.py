@@ -1,6 +1,6 @@
-"""One process of the parity matrix: trains the same six steps under many arrangements.
+"""One process of the parity matrix: trains the same four steps under many arrangements.
 
-Started by tests/test_trainer_parity.py under `torchrun`, or plainly for the reference. Writes what
+Started by tests/trainer/engine/test_parity.py. Writes what
 the main rank saw to the file given.
 """
 
@@ -21,15 +21,16 @@ from torch.nn import functional as F  # noqa: E402
 import moa  # noqa: E402
 from moa import MoAConfig  # noqa: E402
 from shards import finish_images  # noqa: E402
+from shards.stream.batches import Batch  # noqa: E402
 from trainer.checkpoint.run_folder import RunFolder  # noqa: E402
 from trainer.config.run_config import ROOT, ModelConfig, OptimConfig, RunConfig, TrainConfig  # noqa: E402
 from trainer.engine import collectives  # noqa: E402
 from trainer.engine.engine import Engine  # noqa: E402
 from trainer.prepare.parts import Parts, build  # noqa: E402
-from trainer.process.world import world_from_environment  # noqa: E402
+from trainer.process.world import World, world_from_environment  # noqa: E402
 from trainer.train.loop import Trainer  # noqa: E402
 
-STEPS = 6
+STEPS = 4
 # An eps near the gradients' size: with a small one Adam divides every error of scale away.
 OPTIM = OptimConfig(name="adamw", lr=2e-3, eps=1e-2, weight_decay=0.1, clip=0.05)
 
@@ -66,14 +67,25 @@ def stirred(parts: Parts) -> Parts:
     return parts
 
 
+_batches: dict[int, list[Batch]] = {}
+
+
+def batches_of(parts: Parts, world: World, accumulation: int) -> list[Batch]:
+    """This rank's share of all steps: the same under every arrangement, so it is read once."""
+    if accumulation not in _batches:
+        loader = parts.stream.loader(
+            0, STEPS, world.rank, world.size, workers=0, accumulation=accumulation
+        )
+        _batches[accumulation] = list(loader)
+    return _batches[accumulation]
+
+
 def reference(config: RunConfig) -> dict[str, Any]:
     """Plain torch, one process: AdamW, clip_grad_norm_, nothing of the engine.
 
     In bf16 the weights are rounded after every step from fp32 masters, which Adam steps by fp32
     sums of the gradients; in fp32 the masters are the weights.
     """
-    from trainer.process.world import World
-
     parts = stirred(build(config, World(0, 1, 0, 1)))
     model, pieces = parts.model.train(), config.train.accumulation
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
@@ -84,7 +96,7 @@ def reference(config: RunConfig) -> dict[str, Any]:
     adam = torch.optim.AdamW(
         masters.values(), lr=optim.lr, eps=optim.eps, weight_decay=optim.weight_decay
     )
-    batches = iter(parts.stream.loader(0, STEPS, 0, 1, workers=0, accumulation=pieces))
+    batches = iter(batches_of(parts, World(0, 1, 0, 1), pieces))
     rows = []
     for step in range(STEPS):
         losses = []
@@ -120,11 +132,7 @@ def under_engine(config: RunConfig) -> dict[str, Any]:
     parts = stirred(build(config, world))
     ready = Engine(parts.model, config.optim, parts.ds_json, world, config.moa, parts.tokens(world))
     trainer = Trainer(parts, world, ready, None, None, {})  # type: ignore[arg-type]
-    batches = iter(
-        parts.stream.loader(
-            0, STEPS, world.rank, world.size, workers=0, accumulation=config.train.accumulation
-        )
-    )
+    batches = iter(batches_of(parts, world, config.train.accumulation))
     ready.module.train()
     rows = []
     for step in range(STEPS):
@@ -172,7 +180,7 @@ def under_faults(config: RunConfig, folder: Path) -> dict[str, Any]:
     parts = build(config, world)
     ready = Engine(parts.model, config.optim, parts.ds_json, world, config.moa, parts.tokens(world))
     trainer = Trainer(parts, world, ready, None, RunFolder(folder), {})  # type: ignore[arg-type]
-    batches = iter(parts.stream.loader(0, 4, world.rank, world.size, workers=0))
+    batches = iter(batches_of(parts, world, 1))
     head = ready.trainables["head.weight"]
     fault, loss = Faulty(trainer, head), F.cross_entropy
     F.cross_entropy = fault  # type: ignore[assignment]

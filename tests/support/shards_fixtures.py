@@ -7,7 +7,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from shards.config import DataConfig
 from shards.datasets import DatasetSpec, dataset_spec
+from shards.opening import open_shards
 from shards.pixels.transforms import train_transform
 from shards.read.index import ShardIndex
 from shards.stream.stream import DomainStream
@@ -87,6 +89,19 @@ def make_set(folder: Path, shard_size: int = 8, **options: object) -> ShardIndex
     """A shard set of such a folder."""
     make_folder(folder / "images", **options)  # type: ignore[arg-type]
     return write_shards(folder / "images", folder / "shards", FOLDER, shard_size=shard_size)
+
+
+def few_digits(folder: Path, per_class: int) -> ShardIndex:
+    """The first images of each embedded digit and style, as a set of its own."""
+    embedded = open_shards(DataConfig())
+    for env, domain in enumerate(embedded.domains):
+        labels = embedded.labels(env)
+        for label, name in enumerate(embedded.classes):
+            target = folder / "images" / domain / name
+            target.mkdir(parents=True)
+            for rank in (labels == label).nonzero()[0][:per_class]:
+                (target / f"{rank}.png").write_bytes(embedded.read(env, int(rank)).image)
+    return write_shards(folder / "images", folder / "digits", dataset_spec("digits"))
 
 
 def small_train_transform():

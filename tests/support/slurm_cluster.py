@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from getpass import getuser
 from pathlib import Path
@@ -20,7 +20,10 @@ import psutil
 from tests.support.trainer_fixtures import ROOT
 
 PATIENCE = 240.0
-"""Seconds to wait for a state before a test gives up; how long it took is not asserted."""
+"""Seconds without a sign of progress before a test gives up; how long all takes is not asserted."""
+
+LOOK = 5.0
+"""Seconds between two looks for such signs."""
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
@@ -68,12 +71,18 @@ def missing() -> list[str]:
     return [name for name in DAEMONS if shutil.which(name, path=PATH) is None]
 
 
-def wait_until(holds: Callable[[], bool], what: str, patience: float = PATIENCE) -> None:
-    """Polls until `holds`; fails with `what` after `patience` seconds."""
-    deadline = time.monotonic() + patience
+def wait_until(
+    holds: Callable[[], bool], what: Callable[[], str], signs: Callable[[], object]
+) -> None:
+    """Polls until `holds`; fails with `what` once all `signs` have stayed the same for long."""
+    found, changed = signs(), time.monotonic()
+    looked = changed
     while not holds():
-        assert time.monotonic() < deadline, f"waited {patience:.0f} s for: {what}"
-        time.sleep(0.1)  # only between two looks
+        time.sleep(0.2)  # only between two looks
+        if (now := time.monotonic()) - looked > LOOK:
+            before, found, looked = found, signs(), now
+            changed = changed if found == before else now
+            assert now - changed < PATIENCE, f"nothing moves, waiting for: {what()}"
 
 
 def _free_ports(count: int) -> list[int]:
@@ -139,11 +148,35 @@ class Cluster:
             f"--socket={self.folder}/munge.socket", f"--pid-file={self.folder}/munged.pid",
             f"--log-file={self.folder}/munged.log", f"--seed-file={self.folder}/munged.seed",
         )  # fmt: skip
-        wait_until((self.folder / "munge.socket").exists, "the socket of munged")
+        self.wait_until((self.folder / "munge.socket").exists, lambda: "the socket of munged")
         self._spawn("slurmctld", "slurmctld", "-D")
         for node in self.nodes:
             self._spawn(node, "slurmd", "-D", "-N", node)
-        wait_until(self.is_idle, f"idle nodes; see the logs in {self.folder}")
+        self.wait_until(self.is_idle, lambda: f"idle nodes; see the logs in {self.folder}")
+
+    def wait_until(self, holds: Callable[[], bool], what: Callable[[], str]) -> None:
+        """Polls until `holds`; fails with `what` once nothing has moved in the cluster for long."""
+        wait_until(holds, what, self._signs)
+
+    def _signs(self) -> object:
+        """What changes while anything goes on: the queue, the logs, what jobs have computed."""
+        queue = self.run("squeue", "--noheader", "--format=%i %T %r %N", check=False).stdout
+        logs = sum(path.stat().st_size for path in self.folder.glob("*.log"))
+        seconds = 0
+        for process in self._job_processes():
+            with suppress(psutil.Error):
+                seconds += int(sum(process.cpu_times()[:2]))
+        return queue, logs, seconds
+
+    def _job_processes(self, node: str | None = None) -> Iterator[psutil.Process]:
+        """What jobs have started, on all nodes or one."""
+        mine = str(self.folder / "slurm.conf")
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                environment = process.environ()
+                where = environment.get("SLURMD_NODENAME")
+                if environment.get("SLURM_CONF") == mine and where and node in (where, None):
+                    yield process
 
     def is_idle(self) -> bool:
         """Whether all nodes are there and nothing runs on any, nor still ends."""
@@ -169,7 +202,9 @@ class Cluster:
         try:
             self.run("scancel", "--quiet", f"--user={getuser()}", check=False)
             shown = ["squeue", "--noheader"]
-            wait_until(lambda: not self.run(*shown, check=False).stdout.strip(), "an empty queue")
+            self.wait_until(
+                lambda: not self.run(*shown, check=False).stdout.strip(), lambda: "an empty queue"
+            )
         finally:
             self._end_daemons()
 
@@ -197,20 +232,11 @@ class Cluster:
         """Brings a lost node back, and waits until SLURM has heard of it."""
         self._spawn(node, "slurmd", "-D", "-N", node)
         self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
-        wait_until(self.is_idle, f"an idle {node}")
+        self.wait_until(self.is_idle, lambda: f"an idle {node}")
 
     def processes_on(self, node: str) -> list[int]:
         """What runs for jobs on a node: SLURM's own process of each step, then the step's."""
-        mine = str(self.folder / "slurm.conf")
-        found = [process.pid for process in self._step_daemons(node)]
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                environment = process.environ()
-                if (environment.get("SLURM_CONF"), environment.get("SLURMD_NODENAME")) == (
-                    mine, node,
-                ):  # fmt: skip
-                    found.append(process.pid)
-        return found
+        return [process.pid for process in (*self._step_daemons(node), *self._job_processes(node))]
 
     def _step_daemons(self, node: str) -> list[psutil.Process]:
         """The slurmstepd of a node; each has its own name for a title, and the node's log open."""

@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from shards import DataConfig, open_shards
 from shards.stream.evaluation import Split, split_places
-from tests.support.trainer_fixtures import arguments, environment, launch
+from tests.support.trainer_fixtures import arguments, environment, launch, launch_anew
 from trainer.config.command_line import parse
 from trainer.prepare.parts import build
 from trainer.process.world import ALONE
@@ -126,7 +127,7 @@ def test_ds_config_that_contradicts_the_run(
 
 def test_weights_without_a_network(tmp_path: Path) -> None:
     """The hub client is told to be offline, as it is on many compute nodes."""
-    result = launch(
+    result = launch_anew(
         *arguments(tmp_path / "run", model__backbone="vit_tiny_patch16_224", moa__method="linear"),
         HF_HUB_OFFLINE="1",
         HF_HOME=str(tmp_path / "hub"),
@@ -140,16 +141,23 @@ def test_weights_without_a_network(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "code", "word"),
-    [({"data__held_out": "sketch"}, 2, "'sketch'"), ({}, 73, "--output_dir")],
+    ("start", "change", "code", "word"),
+    [
+        (launch, {"data__held_out": "sketch"}, 2, "'sketch'"),
+        (launch_anew, {}, 73, "--output_dir"),  # by the deepspeed launcher
+    ],
     ids=["domain", "output"],
 )
-def test_deepspeed_launcher_passes_the_exit_code_on(
-    change: dict[str, str], code: int, word: str, tmp_path: Path
+def test_one_rank_tells_and_the_exit_code_is_passed_on(
+    start: Callable[..., "subprocess.CompletedProcess[str]"],
+    change: dict[str, str],
+    code: int,
+    word: str,
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "file").write_text("")
     output = tmp_path / ("run" if change else "file/run")
-    result = launch(*arguments(output, **change), processes=2)
+    result = start(*arguments(output, **change), processes=2)
     assert result.returncode == code, result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
     assert len(lines) == 1
@@ -178,17 +186,17 @@ def test_class_lists_that_differ_between_domains(tmp_path: Path) -> None:
 
 
 def test_changed_setting_on_resume_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    few: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run"
-    result = launch(*arguments(output, train__steps="2", moa__method="linear"))
+    result = launch(*arguments(output, **few, train__steps="2", moa__method="linear"))
     assert result.returncode == 0, result.stderr
-    changed = arguments(output, train__steps="3", moa__method="linear", optim__lr="0.5")
+    changed = arguments(output, **few, train__steps="3", moa__method="linear", optim__lr="0.5")
     assert main(changed) == 2
     error = capsys.readouterr().err
     assert "optim.lr" in error
     assert "0.002" in error
     assert "0.5" in error
-    same = arguments(output, train__steps="2", moa__method="linear")
+    same = arguments(output, **few, train__steps="2", moa__method="linear")
     assert main([*same, "--resume=never"]) == 73
     assert "already holds a run" in capsys.readouterr().err

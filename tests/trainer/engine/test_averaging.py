@@ -157,7 +157,7 @@ def masters_by_step(output: Path) -> list[dict[str, Tensor]]:
 
 @pytest.mark.timeout(900)
 def test_averages_across_topologies_equal_those_of_all_checkpoints(
-    tmp_path: Path,
+    few: dict[str, str], tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
     for steps, processes, settings in (
@@ -165,7 +165,7 @@ def test_averages_across_topologies_equal_those_of_all_checkpoints(
         ("6", 2, {"ds_config": "ds_configs/zero3.json"}),
         ("9", 0, {}),
     ):
-        command = arguments(output, train__steps=steps, **AVERAGING, **settings)
+        command = arguments(output, train__steps=steps, **AVERAGING, **few, **settings)
         result = launch(*command, processes=processes)
         assert result.returncode == 0, result.stderr
     every = masters_by_step(output)
@@ -201,9 +201,11 @@ def assert_curves_show(output: Path, row: dict[str, Any]) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_killed_and_resumed_averages_are_those_of_one_run(tmp_path: Path) -> None:
+def test_killed_and_resumed_averages_are_those_of_one_run(
+    few: dict[str, str], tmp_path: Path
+) -> None:
     whole, output = tmp_path / "whole", tmp_path / "run"
-    settings = {**AVERAGING, "train__steps": "8"}
+    settings = {**AVERAGING, **few, "train__steps": "8"}
     result = launch(*arguments(whole, **settings))
     assert result.returncode == 0, result.stderr
     kill_after_step(arguments(output, **settings), output / "metrics.jsonl", 4)

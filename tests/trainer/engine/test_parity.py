@@ -7,9 +7,6 @@ reference.
 """
 
 import json
-import os
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support import warm
 from tests.support.trainer_fixtures import ROOT, environment
 
 WORKER = str(ROOT / "tests" / "support" / "parity_worker.py")
-TORCHRUN = str(Path(sys.executable).parent / "torchrun")
 TOLERANCE = 1e-6
 Case = dict[str, Any]
 
@@ -133,16 +130,9 @@ def without_place(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(world: int, cases: list[Case], target: Path) -> dict[str, Any]:
-    """Results by name; with `world` 0 in one plain process, else under torchrun."""
-    launcher = [sys.executable, WORKER]
-    if world:
-        port = str(21000 + os.getpid() % 20000)
-        launcher = [TORCHRUN, f"--nproc-per-node={world}", f"--master-port={port}", WORKER]
-    result = subprocess.run(
-        [*launcher, str(target)],
-        capture_output=True, text=True, cwd=ROOT, timeout=580, check=False,
-        env=environment(PARITY_CASES=json.dumps(cases)),
-    )  # fmt: skip
+    """Results by name; with `world` 0 in one plain process."""
+    env = environment(PARITY_CASES=json.dumps(cases))
+    result = warm.run(WORKER, str(target), env=env, processes=world, timeout=580)
     assert result.returncode == 0, result.stderr[-4000:]
     results: dict[str, Any] = torch.load(target)
     return results

@@ -1,8 +1,6 @@
 """Heads made from text against open_clip itself, on small random models; nothing is downloaded."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import moa
 from moa.files.reading import AdapterInfo
 from moa.files.saving import save_adapter
 from shards import DataConfig, eval_transform, evaluation_loader, open_shards
+from tests.support import warm
 from tests.support.trainer_fixtures import arguments, environment, launch, rows
 from trainer.config.class_texts import (
     in_words,
@@ -27,7 +26,6 @@ from trainer.config.class_texts import (
     spoken_names,
 )
 from trainer.config.command_line import parse
-from trainer.config.run_config import ROOT
 from trainer.prepare.parts import build
 from trainer.prepare.text_head import (
     TextModel,
@@ -407,11 +405,9 @@ def test_a_run_reports_clips_zero_shot_accuracy_and_its_adapter_loads(
     assert head["scale"] == pytest.approx(torch.tensor(3.0).exp().item())
     assert f"before training: {row['env5_in_acc']:.3f} on held-out rotated" in result.stdout
     weights = flags[0]
-    evaluated = subprocess.run(
-        [sys.executable, "-m", "trainer.evaluate", "--adapter", tmp_path / "run" / "adapter-last",
-         weights, "--json"],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    adapter = str(tmp_path / "run" / "adapter-last")
+    command = ["-m", "trainer.evaluate", "--adapter", adapter, weights, "--json"]
+    evaluated = warm.run(*command, env=environment())
     assert evaluated.returncode == 0, evaluated.stderr
     last = rows(tmp_path / "run" / "results.jsonl")[-1]
     again = json.loads(evaluated.stdout.splitlines()[-1])

@@ -26,6 +26,7 @@ from tests.support.trainer_fixtures import (
     launch,
     rows,
 )
+from tests.support.warm import Started, free_port, ranks
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.run_config import TrainConfig
 from trainer.process.ending import conclude
@@ -45,10 +46,12 @@ from trainer.process.world import World
 
 WORKER = str(ROOT / "tests" / "support" / "stopping_worker.py")
 LONG = {"train__steps": "25", "train__eval_every": "24", "train__batch_per_domain": "2"}
-PATIENCE = 120.0  # seconds after which a test gives up; nothing here is near it
+PATIENCE = 500.0  # seconds after which a test gives up; a busy machine is nowhere near it
 
 
-def wait_until(condition: Callable[[], object], *processes: subprocess.Popen[bytes]) -> None:
+def wait_until(
+    condition: Callable[[], object], *processes: subprocess.Popen[bytes] | Started
+) -> None:
     """Polls until the condition holds; fails if a process ends before."""
     end = time.monotonic() + PATIENCE
     while not condition():
@@ -61,22 +64,11 @@ class Ranks:
     """Two processes of one run, started as `srun` would, so that each can be treated alone."""
 
     def __init__(self, output: Path, *command: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
         self.logs = [output.with_suffix(f".{rank}.txt") for rank in range(2)]
-        self.processes = []
-        for rank, log in enumerate(self.logs):
-            env = environment(
-                RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2",
-                MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
-            )  # fmt: skip
-            with log.open("wb") as file:
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, *command], env=env, stdout=file, stderr=file, cwd=ROOT
-                    )
-                )
+        self.processes = [
+            Started(command, log, log, environment(**world))
+            for log, world in zip(self.logs, ranks(2), strict=True)
+        ]
 
     def __enter__(self) -> "Ranks":
         return self
@@ -84,7 +76,7 @@ class Ranks:
     def __exit__(self, *_: object) -> None:
         for process in self.processes:
             process.kill()
-            process.wait()
+            process.wait(PATIENCE)
 
     def wait(self) -> list[int]:
         return [process.wait(PATIENCE) for process in self.processes]
@@ -94,8 +86,8 @@ class Ranks:
 
 
 def finished(output: Path, *command: str) -> tuple[list[int], str]:
-    with Ranks(output, *command) as ranks:
-        return ranks.wait(), ranks.text()
+    with Ranks(output, *command) as both:
+        return both.wait(), both.text()
 
 
 def steps_done(output: Path) -> int:
@@ -113,17 +105,18 @@ def accuracies(output: Path) -> list[dict[str, object]]:
     return [{k: v for k, v in row.items() if k.endswith("_acc") or k == "step"} for row in found]
 
 
-def test_interrupted_twice_is_byte_for_byte_the_uninterrupted_run(tmp_path: Path) -> None:
+def test_interrupted_twice_is_byte_for_byte_the_uninterrupted_run(
+    few: dict[str, str], tmp_path: Path
+) -> None:
     """Signals under the deepspeed launcher, then a stop within an evaluation, then to the end."""
     whole, output = tmp_path / "whole", tmp_path / "run"
-    codes, text = finished(whole, RUN, *arguments(whole, **LONG))
+    codes, text = finished(whole, RUN, *arguments(whole, **LONG, **few))
     assert codes == [0, 0], text
     assert not list((whole / "heartbeats").glob("*")), "cleared at the end"
 
-    command = arguments(output, **LONG, data__workers="1")
-    port = str(20000 + os.getpid() % 20000)
+    command = arguments(output, **LONG, **few, data__workers="1")
     launcher = subprocess.Popen(
-        [DEEPSPEED, "--num_gpus", "2", "--master_port", port, RUN, *command],
+        [DEEPSPEED, "--num_gpus", "2", "--master_port", free_port(), RUN, *command],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT, env=environment(),
     )  # fmt: skip
     wait_until(lambda: steps_done(output) > 3, launcher)
@@ -146,6 +139,7 @@ def test_interrupted_twice_is_byte_for_byte_the_uninterrupted_run(tmp_path: Path
     assert "the same command continues" in line
     assert line in (output / "log.txt").read_text()
     assert "Traceback" not in printed
+    assert "FutureWarning" not in printed
 
     codes, text = finished(output, WORKER, "evaluation", *command)
     assert codes == [RESUBMIT, RESUBMIT], text
@@ -159,9 +153,11 @@ def test_interrupted_twice_is_byte_for_byte_the_uninterrupted_run(tmp_path: Path
     assert accuracies(output) == accuracies(whole)
 
 
-def test_time_limit_that_is_over_at_once_still_lets_one_step_through(tmp_path: Path) -> None:
+def test_time_limit_that_is_over_at_once_still_lets_one_step_through(
+    few: dict[str, str], tmp_path: Path
+) -> None:
     output = tmp_path / "run"
-    result = launch(*arguments(output, **LONG, train__time_limit="1s"))
+    result = launch(*arguments(output, **LONG, **few, train__time_limit="1s"))
     assert result.returncode == RESUBMIT, result.stderr
     assert "stopped by the time limit after step 0" in result.stdout
     assert newest_state(output)["step"] == 1
@@ -194,15 +190,17 @@ def test_steps_that_are_not_finite_leave_no_trace_and_then_end_the_run(tmp_path:
 
 
 @pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL], ids=lambda s: s.name)
-def test_rank_that_hangs_or_dies_ends_the_other(how: signal.Signals, tmp_path: Path) -> None:
+def test_rank_that_hangs_or_dies_ends_the_other(
+    how: signal.Signals, few: dict[str, str], tmp_path: Path
+) -> None:
     output = tmp_path / "run"
-    command = arguments(output, **LONG, train__step_deadline="3")
-    with Ranks(output, RUN, *command) as ranks:
-        first, second = ranks.processes
+    command = arguments(output, **LONG, **few, train__step_deadline="3")
+    with Ranks(output, RUN, *command) as both:
+        first, second = both.processes
         wait_until(lambda: steps_done(output) > 3, first, second)
         second.send_signal(how)
-        assert first.wait(PATIENCE) == PEER_LOST, ranks.text()
-        text = ranks.text()
+        assert first.wait(PATIENCE) == PEER_LOST, both.text()
+        text = both.text()
     lines = [line for line in text.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert (

@@ -43,11 +43,13 @@ def test_what_cannot_be_held_out(held_out: str, message: str) -> None:
         build(parse([f"--data.held_out={held_out}"]), ALONE)
 
 
-def test_a_run_trains_on_neither_and_tests_on_the_first(tmp_path: Path) -> None:
+def test_a_run_trains_on_neither_and_tests_on_the_first(
+    few: dict[str, str], tmp_path: Path
+) -> None:
     output = tmp_path / "run"
-    result = launch(*arguments(output, data__held_out="outline+plain"))
+    result = launch(*arguments(output, **few, data__held_out="outline+plain"))
     assert result.returncode == 0, result.stderr
-    index = open_shards(DataConfig())
+    index = open_shards(DataConfig(root=few["data__root"]))
     target, other = index.domain_number("outline"), index.domain_number("plain")
     sources = [env for env in range(6) if env not in (target, other)]
     stream = DomainStream(

@@ -11,12 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import trainer.prepare.vit_embedded  # noqa: F401  (registers the embedded backbone)
-from shards import DataConfig, DomainStream, ShardIndex, open_shards
-from shards.datasets import dataset_spec
+from shards import DomainStream, ShardIndex
 from shards.errors import DamagedDataError
 from shards.stream.bad_samples import BadSample
-from shards.writer import write_shards
-from tests.support.shards_fixtures import damage
+from tests.support.shards_fixtures import damage, few_digits
 from tests.support.trainer_fixtures import arguments, launch, rows
 from trainer.evaluate.evaluator import Evaluator
 from trainer.evaluate.figures import figures_of
@@ -31,16 +29,7 @@ BAD = 10  # every how many-th image is damaged
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
     """Eight of each embedded digit and style, with a byte flipped in every 10th image."""
-    folder = tmp_path_factory.mktemp("damaged")
-    embedded = open_shards(DataConfig())
-    for env, domain in enumerate(embedded.domains):
-        labels = embedded.labels(env)
-        for label, name in enumerate(embedded.classes):
-            target = folder / "images" / domain / name
-            target.mkdir(parents=True)
-            for rank in (labels == label).nonzero()[0][:8]:
-                (target / f"{rank}.png").write_bytes(embedded.read(env, int(rank)).image)
-    index = write_shards(folder / "images", folder / "digits", dataset_spec("digits"))
+    index = few_digits(tmp_path_factory.mktemp("damaged"), per_class=8)
     for env in range(6):
         for row in index.table(env)[::BAD]:
             damage(index.root / index.shards[int(row["shard"])].file, int(row["offset"]) + 40)

@@ -1,14 +1,12 @@
 """`--eval.mode selection`: less is evaluated, and what is reported stays the same."""
 
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moa.files.reading import read_adapter
+from tests.support import warm
 from tests.support.trainer_fixtures import ROOT, arguments, environment, launch, rows
 from trainer.config.run_config import CheckpointConfig
 from trainer.evaluate.selection import training_domain_validation, validation_accuracy
@@ -26,20 +24,8 @@ def accuracies(row: Any) -> dict[str, Any]:
 def stopped_at_the_end(command: list[str]) -> None:
     """Two processes, one of which gets a signal in the very last evaluation."""
     worker = str(ROOT / "tests" / "support" / "stopping_worker.py")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, worker, "closing", *command], cwd=ROOT,
-            env=environment(
-                RANK=rank, WORLD_SIZE="2", LOCAL_RANK=rank, LOCAL_WORLD_SIZE="2",
-                MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
-            ),
-        )
-        for rank in ("0", "1")
-    ]  # fmt: skip
-    assert [process.wait(300) for process in processes] == [RESUBMIT, RESUBMIT]
+    result = warm.run(worker, "closing", *command, processes=2, env=environment())
+    assert result.returncode == RESUBMIT, result.stderr
 
 
 @pytest.mark.timeout(900)

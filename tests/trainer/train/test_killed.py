@@ -2,14 +2,13 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.support import warm
 from tests.support.trainer_fixtures import (
     ROOT,
     arguments,
@@ -30,14 +29,16 @@ def results(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def test_killed_continued_and_extended_runs_equal_an_undisturbed_one(tmp_path: Path) -> None:
+def test_killed_continued_and_extended_runs_equal_an_undisturbed_one(
+    few: dict[str, str], tmp_path: Path
+) -> None:
     """Checkpoints every 4 steps in the background, evaluations after 0, 6 and the last step, 10.
 
     One start is killed, the next finishes the 11 steps, the last one goes on to 13.
     """
     whole, output = tmp_path / "whole", tmp_path / "run"
-    assert launch(*arguments(whole)).returncode == 0
-    short = arguments(output, train__steps="11", checkpoint__background="true")
+    assert launch(*arguments(whole, **few)).returncode == 0
+    short = arguments(output, **few, train__steps="11", checkpoint__background="true")
     # After step 9 the save of step 8 may be under way, and so that of step 4 must be complete.
     kill_after_step(short, output / "metrics.jsonl", 9)
     stray = output / "checkpoints" / "step-00000099.tmp"
@@ -52,7 +53,7 @@ def test_killed_continued_and_extended_runs_equal_an_undisturbed_one(tmp_path: P
     assert state["step"] == 11
     assert {"world_size", "ep_size", "zero_stage", "config_sha256", "seeds", "best"} <= set(state)
 
-    result = launch(*arguments(output))
+    result = launch(*arguments(output, **few))
     assert result.returncode == 0, result.stderr
     assert "resumed after step 10" in result.stdout
     assert (output / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
@@ -75,10 +76,8 @@ def test_twenty_kills_at_random_moments(tmp_path: Path) -> None:
 
     The worker also holds every run that got to its end against one that nobody disturbed.
     """
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "support" / "killed_worker.py"), str(tmp_path), "20"],
-        capture_output=True, text=True, env=environment(), timeout=500, check=False,
-    )  # fmt: skip
+    worker = str(ROOT / "tests" / "support" / "killed_worker.py")
+    result = warm.run(worker, str(tmp_path), "20", env=environment(), timeout=500)
     assert result.returncode == 0, result.stderr
     kills = json.loads((tmp_path / "outcome.json").read_text())
     assert len(kills) == 20
@@ -97,11 +96,11 @@ def test_twenty_kills_at_random_moments(tmp_path: Path) -> None:
     assert {kill["background"] for kill in kills} == {False, True}
 
 
-def test_an_allowed_change_is_kept_on_record(tmp_path: Path) -> None:
+def test_an_allowed_change_is_kept_on_record(few: dict[str, str], tmp_path: Path) -> None:
     output = tmp_path / "run"
-    few = {"moa__method": "linear", "train__steps": "1", "optim__lr": "0.1"}
-    assert launch(*arguments(output, **few)).returncode == 0
-    more = few | {"train__steps": "2", "optim__lr": "0.2"}
+    one = few | {"moa__method": "linear", "train__steps": "1", "optim__lr": "0.1"}
+    assert launch(*arguments(output, **one)).returncode == 0
+    more = one | {"train__steps": "2", "optim__lr": "0.2"}
     result = launch(*arguments(output, **more), "--checkpoint.allow_changes=[optim.lr]")
     assert result.returncode == 0, result.stderr
     assert "optim.lr: 0.1 -> 0.2, as --checkpoint.allow_changes says" in result.stdout
