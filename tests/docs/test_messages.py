@@ -30,7 +30,7 @@ def code_strings() -> str:
     """Every string of the packages and shell scripts, one a line."""
     found: list[str] = []
     for package in ("moa", "shards", "trainer"):
-        for path in (ROOT / package).glob("*.py"):
+        for path in (ROOT / package).glob("**/*.py"):
             tree = ast.parse(path.read_text(encoding="utf-8"))
             found += [text_of(node) for node in ast.walk(tree) if isinstance(node, ast.expr)]
     scripts = [path.read_text(encoding="utf-8") for path in ROOT.glob("slurm/*.sh")]
