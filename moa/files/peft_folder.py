@@ -30,21 +30,15 @@ from moa.files.saving import (
 )
 from moa.layers.experts import LoRAExpert
 from moa.layers.layer import MoALinear
-from moa.model.injection import (
-    IN_BLOCK,
-    InjectReport,
-    check_fresh,
-    classifier,
-    matching_layers,
-)
+from moa.model.injection import IN_BLOCK, InjectReport, check_fresh, classifier, matching_layers
 from moa.model.merging import fixed_layers, lora_factors
 
 PREFIX = "base_model.model."  # of every tensor name
 
+_FACTOR = re.compile(re.escape(PREFIX) + r"(.+)\.lora_[AB]\.weight")
+
 # What the library and the checks below raise at settings that make no sense.
 _REFUSALS = (TypeError, ValueError, ArithmeticError, AttributeError, KeyError, re.error)
-
-_FACTOR = re.compile(re.escape(PREFIX) + r"(.+)\.lora_[AB]\.weight")
 
 # Settings that PEFT is asked about, and settings without an effect on what a trained adapter
 # computes. All others must be off, so that an extension of LoRA by a later PEFT is refused rather
@@ -53,7 +47,7 @@ _READ = """
     r lora_alpha use_rslora rank_pattern alpha_pattern target_modules exclude_modules
     layers_to_transform layers_pattern modules_to_save
 """.split()
-_KNOWN = """
+_WITHOUT_EFFECT = """
     peft_type init_lora_weights task_type auto_mapping peft_version base_model_name_or_path revision
     inference_mode lora_dropout megatron_core runtime_config eva_config qalora_group_size
     ensure_weight_tying
@@ -160,7 +154,7 @@ def import_peft(model: nn.Module, folder: str | Path) -> InjectReport:
         fit_and_inject(empty, config, num_classes)
     except ImportError as error:
         raise AdapterError(
-            f"{folder}: reading it needs peft; pip install 'moa-trainer[peft]'"
+            f"{folder}: reading it needs peft ({error}); pip install 'moa-trainer[peft]'"
         ) from error
     except _REFUSALS as error:
         raise AdapterError(f"{folder}: cannot be imported: {error}") from error
@@ -198,7 +192,7 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
             f"init_lora_weights: {start!r} changes the base weights; save it from PEFT with "
             "path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
         )
-    known = {*_READ, *_KNOWN}
+    known = {*_READ, *_WITHOUT_EFFECT}
     for name in sorted(n for n, v in settings.items() if v and v != "none" and n not in known):
         why = _REMEDIES.get(name, "not part of plain LoRA, which is all that `lora` can be")
         raise ValueError(f"{name}: {settings[name]!r}; {why}")
