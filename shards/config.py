@@ -77,8 +77,8 @@ class DataConfig:
     def problems(self) -> list[str]:
         """Everything that is out of range, one line per problem, each starting with the key."""
         found = self._dataset_problems() + mode_problems(self.mode, self.window)
-        if self.cache_dir is None and self._is_remote():
-            found.append(cache_dir_missing(str(self.root)))
+        if self.cache_dir is None and is_remote(self.root):
+            found.append(cache_dir_missing(self.root))
         tensors_in_pillow = self.augment_on == "device" and self.decode == "pil"
         both_lists = self.exclude_list is not None and self.include_list is not None
         rules = (
@@ -113,15 +113,12 @@ class DataConfig:
             f"folder of its shard set, made by {make_command(self.dataset)}"
         ]
 
-    def _is_remote(self) -> bool:
-        return self.root is not None and is_remote(self.root)
-
     def unused(self) -> list[str]:
         """Settings that were given, although only a remote root has a use for them.
 
         They are legal, since a job script may turn a local root into a remote one.
         """
-        if self._is_remote():
+        if is_remote(self.root):
             return []
         names = ("cache_dir", "cache_gib", "fetch_deadline", "fetch_retries")
         return [name for name in names if getattr(self, name) != getattr(DataConfig, name)]
