@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shards.config import SamplingMode, mode_problems
+from shards.config import SamplingMode, order_problems
 from shards.errors import DataConfigError
 from shards.randomness import Int64Array, UInt32Array
 from shards.read.index import ShardIndex
@@ -61,7 +61,7 @@ class DomainMix:
         holdout_fraction: float = 0.2,
     ) -> None:
         _check_arguments(index, sources, batch_per_domain)
-        if problems := mode_problems(mode, window):
+        if problems := order_problems(mode, window):
             raise DataConfigError(problems[0])
         self.index = index
         self.sources = tuple(int(env) for env in sources)

@@ -11,12 +11,12 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from trainer.config.run_config import RunConfig, flat_fields
+from trainer.config.run_config import RENAMED, RunConfig, flat_fields
 from trainer.process.errors import ConfigError
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 DEFAULT_RECIPE = "embedded"
-ALIASES = {"deepspeed_config": "ds_config"}
+ALIASES = {"deepspeed_config": "ds_config", **RENAMED}
 SECTIONS = {key.partition(".")[0] for key in flat_fields(RunConfig()) if "." in key}
 LAUNCHER_FLAGS = (
     "local_rank",
@@ -108,7 +108,7 @@ def _read_recipe(name: str) -> tuple[list[tuple[str, str]], list[str]]:
         return [], [f"--recipe: {path} is not YAML: {' '.join(str(error).split())}"]
     if not isinstance(content, dict):
         return [], [f"--recipe: {path} must hold `section:` with `field: value` under it"]
-    return list(_flatten(content)), []
+    return [(ALIASES.get(key, key), value) for key, value in _flatten(content)], []
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -18,6 +18,8 @@ from trainer.config.resume_rules import FIXED
 from trainer.process.errors import ConfigError
 from trainer.process.stopping import seconds_of
 
+RENAMED = {"data.mode": "data.order", "data.window": "data.order_window"}
+"""Settings by the names they had when older runs and recipes were written."""
 ROOT = Path(__file__).resolve().parent.parent.parent
 """Folder that holds `trainer/`, `ds_configs/` and the other top-level folders."""
 
@@ -181,7 +183,7 @@ class CheckpointConfig:
             if getattr(self, name) < 1
         ]
         legal = [*flat_fields(RunConfig()), "data"]
-        for name in self.allow_changes:
+        for name in (RENAMED.get(name, name) for name in self.allow_changes):
             if name in FIXED:
                 found.append(
                     f"checkpoint.allow_changes: {name!r} cannot change within a run, since "
@@ -265,12 +267,12 @@ def flat(config: RunConfig) -> dict[str, Any]:
 
 
 def dotted(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values of nested settings, as a YAML file has them."""
+    """Dotted names, as of today, and values of nested settings, as a YAML file has them."""
     for key, value in content.items():
         if isinstance(value, Mapping):
             yield from dotted(value, f"{prefix}{key}.")
         else:
-            yield prefix + key, value
+            yield RENAMED.get(prefix + key, prefix + key), value
 
 
 def as_plain(config: RunConfig) -> dict[str, Any]:
