@@ -7,7 +7,7 @@ from typing import TypeGuard
 COMMAND = "pipe:"
 
 
-def is_remote(root: str | Path) -> TypeGuard[str]:
+def is_remote(root: str | Path | None) -> TypeGuard[str]:
     """Whether a `data.root` is a URL or a command instead of a folder."""
     return isinstance(root, str) and (root.startswith(COMMAND) or "://" in root)
 

@@ -35,11 +35,11 @@ class DataConfig:
     held_out: str | None = None
     """Domain to leave out of training and to test on; unset: the dataset's last domain. `A+B`
     trains on neither and tests on A: the pairs of leave-one-domain-out cross-validation."""
-    mode: SamplingMode = "permutation"
+    order: SamplingMode = "permutation"
     """Order within a domain: `permutation` shows every image once per epoch, `window` does so a few
     shards at a time, `replacement` draws independently as DomainBed does."""
-    window: int = 0
-    """Shards per domain that mode `window` mixes at a time; 0 in the other modes."""
+    order_window: int = 0
+    """Shards per domain that order `window` mixes at a time; 0 in the other orders."""
     cache_dir: str | None = None
     """Folder on the node's own disk for shards of a remote root (`http(s)://`, `s3://`, `gs://`,
     `hf://`, or a command `pipe:... {} ...`), shared by all processes of the node."""
@@ -76,9 +76,9 @@ class DataConfig:
 
     def problems(self) -> list[str]:
         """Everything that is out of range, one line per problem, each starting with the key."""
-        found = self._dataset_problems() + mode_problems(self.mode, self.window)
-        if self.cache_dir is None and self._is_remote():
-            found.append(cache_dir_missing(str(self.root)))
+        found = self._dataset_problems() + order_problems(self.order, self.order_window)
+        if self.cache_dir is None and is_remote(self.root):
+            found.append(cache_dir_missing(self.root))
         tensors_in_pillow = self.augment_on == "device" and self.decode == "pil"
         both_lists = self.exclude_list is not None and self.include_list is not None
         rules = (
@@ -113,15 +113,12 @@ class DataConfig:
             f"folder of its shard set, made by {make_command(self.dataset)}"
         ]
 
-    def _is_remote(self) -> bool:
-        return self.root is not None and is_remote(self.root)
-
     def unused(self) -> list[str]:
         """Settings that were given, although only a remote root has a use for them.
 
         They are legal, since a job script may turn a local root into a remote one.
         """
-        if self._is_remote():
+        if is_remote(self.root):
             return []
         names = ("cache_dir", "cache_gib", "fetch_deadline", "fetch_retries")
         return [name for name in names if getattr(self, name) != getattr(DataConfig, name)]
@@ -134,17 +131,19 @@ class DataConfig:
         return "domainbed" if spec is None or spec.horizontal_flip else "no_flip"
 
 
-def mode_problems(mode: str, window: int) -> list[str]:
-    """What is wrong with `data.mode` and its window: at most one line."""
-    if mode not in (legal := get_args(SamplingMode)):
-        return [f"data.mode = {mode!r}: must be one of {', '.join(legal)}"]
-    if mode == "window" and window < 1:
+def order_problems(order: str, window: int) -> list[str]:
+    """What is wrong with `data.order` and its window: at most one line."""
+    if order not in (legal := get_args(SamplingMode)):
+        return [f"data.order = {order!r}: must be one of {', '.join(legal)}"]
+    if order == "window" and window < 1:
         return [
-            f"data.window = {window}: mode window needs the number of shards per domain to mix at "
-            "a time, 1 or more; 4 is a good start"
+            f"data.order_window = {window}: order window needs the number of shards per domain to "
+            "mix at a time, 1 or more; 4 is a good start"
         ]
-    if mode != "window" and window:
-        return [f"data.window = {window}: only for data.mode window, not {mode}; leave it at 0"]
+    if order != "window" and window:
+        return [
+            f"data.order_window = {window}: only for data.order window, not {order}; leave it at 0"
+        ]
     return []
 
 

@@ -42,6 +42,7 @@ def fetch(
         DamagedDataError: it is had, but not with the size and hash asked for.
         OutputError: the local file cannot be written.
     """
+    shown = without_secrets(url)
     end = time.monotonic() + config.fetch_deadline
     stall = config.fetch_deadline / (config.fetch_retries + 1)  # the share of one attempt
     failure: Exception | None = None
@@ -55,7 +56,10 @@ def fetch(
         attempts += 1
         try:
             found = _copy(url, path, min(stall, left), end)
-            return _compare(url, found, (size, sha256))
+            for what, have, want in zip(("bytes", "sha256"), found, (size, sha256), strict=True):
+                if want is not None and have != want:
+                    raise DamagedDataError(f"{shown}: {what} {have}, the index promises {want}")
+            return
         except FinalAnswerError as error:
             failure = error
             break
@@ -95,10 +99,3 @@ def _copy(url: str, path: Path, stall: float, end: float) -> tuple[int, str]:
         if sink.seekable():
             sink.truncate()
     return size, digest.hexdigest()
-
-
-def _compare(url: str, found: tuple[int, str], wanted: tuple[int | None, str | None]) -> None:
-    for what, have, want in zip(("bytes", "sha256"), found, wanted, strict=True):
-        if want is not None and have != want:
-            shown = without_secrets(url)
-            raise DamagedDataError(f"{shown}: {what} {have}, the index promises {want}")

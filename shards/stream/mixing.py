@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shards.config import SamplingMode, mode_problems
+from shards.config import SamplingMode, order_problems
 from shards.errors import DataConfigError
 from shards.randomness import Int64Array, UInt32Array
 from shards.read.index import ShardIndex
@@ -91,7 +91,7 @@ class DomainMix:
             raise DataConfigError(
                 f"train.batch_per_domain = {self.batch_per_domain}: must be 1 or more"
             )
-        if problems := mode_problems(self.mode, self.window):
+        if problems := order_problems(self.mode, self.window):
             raise DataConfigError(problems[0])
 
     def _training_part(self, domain: int) -> UInt32Array:

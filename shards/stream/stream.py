@@ -99,11 +99,12 @@ class DomainStream(DomainMix):
     def _check_cache(self) -> None:
         """Raise if the shards are remote and the cache cannot hold those read at a time."""
         if self.mode == "window":
-            remedy = "raise data.cache_gib or lower data.window"
+            remedy = "raise data.cache_gib or lower data.order_window"
         else:
             remedy = (
-                f"data.mode {self.mode} needs all shards of the source domains in the cache: raise "
-                "data.cache_gib, or read a few at a time with data.mode window and data.window 4"
+                f"data.order {self.mode} needs all shards of the source domains in the cache: "
+                "raise data.cache_gib, or read a few at a time with data.order window and "
+                "data.order_window 4"
             )
         if self.index.reader.remote:
             self.index.reader.remote.check_capacity(self.shard_bytes_at_a_time(), remedy)

@@ -19,7 +19,7 @@ def test_defaults_are_legal() -> None:
 def test_all_problems_are_listed_at_once() -> None:
     config = DataConfig(
         dataset="digit",
-        mode="shuffle",  # type: ignore[arg-type]
+        order="shuffle",  # type: ignore[arg-type]
         workers=-1,
         holdout_fraction=1.5,
         augment="mirror",  # type: ignore[arg-type]
@@ -27,7 +27,7 @@ def test_all_problems_are_listed_at_once() -> None:
     assert config.problems() == [
         "data.dataset = 'digit': not a known dataset; legal: digits, folder, pacs, vlcs, "
         "officehome, terraincognita, domainnet (did you mean 'digits'?)",
-        "data.mode = 'shuffle': must be one of permutation, window, replacement",
+        "data.order = 'shuffle': must be one of permutation, window, replacement",
         "data.workers = -1: must be 0 or more",
         "data.holdout_fraction = 1.5: must lie in [0, 1); DomainBed uses 0.2",
         "data.augment = 'mirror': must be one of auto, domainbed, no_flip, none",
@@ -40,8 +40,8 @@ def test_all_problems_are_listed_at_once() -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"mode": "window"}, "data.window = 0: mode window needs the number of shards"),
-        ({"window": 4}, "data.window = 4: only for data.mode window, not permutation"),
+        ({"order": "window"}, "data.order_window = 0: order window needs the number of shards"),
+        ({"order_window": 4}, "data.order_window = 4: only for data.order window, not permutation"),
         ({"decode": "cv2"}, "data.decode = 'cv2': must be one of auto, pil"),
         ({"truncated": "drop"}, "data.truncated = 'drop': must be one of keep, substitute"),
         ({"augment_on": "gpu"}, "data.augment_on = 'gpu': must be one of loader, device"),
@@ -62,8 +62,8 @@ def test_reading_settings_that_cannot_work(change: dict, problem: str) -> None:
 
 def test_reading_settings_that_can_work(tmp_path: Path) -> None:
     for change in (
-        {"mode": "window", "window": 4},
-        {"mode": "replacement"},
+        {"order": "window", "order_window": 4},
+        {"order": "replacement"},
         {"root": "s3://bucket/set", "cache_dir": str(tmp_path)},
         {"decode": "pil", "truncated": "substitute", "max_bad_fraction": 0.0},
         {"augment_on": "device"},

@@ -10,12 +10,12 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from trainer.config.run_config import RunConfig, dotted, flat_fields
+from trainer.config.run_config import RENAMED, RunConfig, dotted, flat_fields
 from trainer.process.errors import ConfigError, did_you_mean
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 DEFAULT_RECIPE = "embedded"
-ALIASES = {"deepspeed_config": "ds_config"}
+ALIASES = {"deepspeed_config": "ds_config", **RENAMED}
 """Former and foreign names of settings, in flags and recipes alike -> today's."""
 
 SECTIONS = {key.partition(".")[0] for key in flat_fields(RunConfig()) if "." in key}

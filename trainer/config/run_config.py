@@ -18,6 +18,8 @@ from trainer.config.resume_rules import FIXED
 from trainer.process.errors import ConfigError, did_you_mean
 from trainer.process.stopping import seconds_of
 
+RENAMED = {"data.mode": "data.order", "data.window": "data.order_window"}
+"""Settings by the names they had when older runs and recipes were written."""
 ROOT = Path(__file__).resolve().parent.parent.parent
 """Folder that holds `trainer/`, `ds_configs/` and the other top-level folders."""
 
@@ -163,7 +165,7 @@ class CheckpointConfig:
         """Every range problem, one line each."""
         found = out_of_range("checkpoint", self, every=NUMBER, keep=NUMBER)
         legal = [*flat_fields(RunConfig()), "data"]
-        for name in self.allow_changes:
+        for name in (RENAMED.get(name, name) for name in self.allow_changes):
             if name in FIXED:
                 found.append(
                     f"checkpoint.allow_changes: {name!r} cannot change within a run, since "
@@ -228,12 +230,12 @@ class RunConfig:
 
 
 def dotted(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values of nested settings, as a YAML file has them."""
+    """Dotted names, as of today, and values of nested settings, as a YAML file has them."""
     for key, value in content.items():
         if isinstance(value, Mapping):
             yield from dotted(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", value
+            yield RENAMED.get(prefix + key, prefix + key), value
 
 
 def flat_fields(config: RunConfig) -> dict[str, Any]:

@@ -108,8 +108,8 @@ def build(config: RunConfig, world: World, problems: Sequence[str] = ()) -> Part
         seed=settings.seed,
         trial_seed=settings.trial_seed,
         transform=make_transform(backbone.data_config, config.data.resolved_augment()),
-        mode=config.data.mode,
-        window=config.data.window,
+        mode=config.data.order,
+        window=config.data.order_window,
         holdout_fraction=config.data.holdout_fraction,
         decoder=decoder(config.data),
     )

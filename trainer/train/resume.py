@@ -11,14 +11,19 @@ from typing import Any
 from trainer.checkpoint import checkpoint
 from trainer.checkpoint.run_folder import RunFolder, read_rows
 from trainer.config.resume_rules import FIXED, FREE, LEAKING
-from trainer.config.run_config import RunConfig, flat
+from trainer.config.run_config import RENAMED, RunConfig, flat
 from trainer.prepare.parts import Parts
 from trainer.process.errors import ConfigError, OutputError
 
 log = logging.getLogger(__name__)
 
 # What the data stream says of itself and a setting decides, where the names differ.
-DECIDED_BY = {"sources": ("data.held_out", "data.holdout_fraction")}
+DECIDED_BY: dict[str, tuple[str, ...]] = {
+    "sources": ("data.held_out", "data.holdout_fraction"),
+    "mode": ("data.order",),
+    "window": ("data.order_window",),
+    "order": (),  # the version of the order's arithmetic
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ def find_start(folder: RunFolder, parts: Parts) -> Start:
                 "or use --resume auto"
             )
         return Start()
-    allowed = parts.config.checkpoint.allow_changes
+    allowed = {RENAMED.get(name, name) for name in parts.config.checkpoint.allow_changes}
     changes = check_agreement(newest.state, state_of(parts), folder.path, allowed)
     step, steps = int(newest.state["step"]), parts.config.train.steps
     if step > steps:
@@ -121,7 +126,8 @@ def check_agreement(
         ConfigError: names each other differing setting with its old and new value.
     """
     # What an earlier release had no setting for, it did as the default does now.
-    settings = _differences(flat(RunConfig()) | old["config"], new["config"])
+    known = flat(RunConfig()) | {RENAMED.get(k, k): v for k, v in old["config"].items()}
+    settings = _differences(known, new["config"])
     changes = [change for change in settings if change["setting"] not in FREE]
     refused = [change for change in changes if change["setting"] not in allowed]
     if not refused:  # otherwise the data differ because a setting does
@@ -147,8 +153,9 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[dict[st
 def _follows(entry: str, changes: list[dict[str, Any]]) -> bool:
     """Whether an entry of the data's description differs because of a setting let through."""
     names = {change["setting"] for change in changes}
-    by_name = {name.rpartition(".")[2] for name in names}
-    return entry in by_name or bool(names & set(DECIDED_BY.get(entry, ())))
+    if entry in DECIDED_BY:
+        return bool(names & set(DECIDED_BY[entry]))
+    return entry in {name.rpartition(".")[2] for name in names}
 
 
 def _refusal(change: Mapping[str, Any], folder: Path) -> str:

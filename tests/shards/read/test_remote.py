@@ -139,10 +139,10 @@ def test_a_set_larger_than_the_cache_needs_windows(
     index = ShardIndex.load(server.url, remote_config(tmp_path, needed))
     for mode in ("permutation", "replacement"):
         with pytest.raises(
-            DataConfigError, match=rf"data.cache_gib = .* GiB .*data.mode {mode} needs all shards"
+            DataConfigError, match=rf"data.cache_gib = .* GiB .*data.order {mode} needs all shards"
         ):
             stream_of(index, mode=mode)
-    with pytest.raises(DataConfigError, match=r"raise data.cache_gib or lower data.window"):
+    with pytest.raises(DataConfigError, match=r"raise data.cache_gib or lower data.order_window"):
         stream_of(index, mode="window", window=2)
     stream_of(index, **WINDOW)
 

@@ -141,10 +141,10 @@ def test_world_sizes(index: ShardIndex) -> None:
         ({"batch_per_domain": 0}, "train.batch_per_domain = 0: must be 1 or more"),
         (
             {"mode": "shuffle"},
-            "data.mode = 'shuffle': must be one of permutation, window, replacement",
+            "data.order = 'shuffle': must be one of permutation, window, replacement",
         ),
-        ({"mode": "window"}, "data.window = 0: mode window needs the number of shards"),
-        ({"window": 3}, "data.window = 3: only for data.mode window, not permutation"),
+        ({"mode": "window"}, "data.order_window = 0: order window needs the number of shards"),
+        ({"window": 3}, "data.order_window = 3: only for data.order window, not permutation"),
         ({"holdout_fraction": 1.0}, "holdout_fraction = 1.0"),
     ],
 )

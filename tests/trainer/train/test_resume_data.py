@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 
+from shards.config import DataConfig
 from shards.read.index import ShardIndex
 from shards.read.subset import read_subset
 from tests.support.shards_fixtures import make_set, stream_of
+from trainer.config.run_config import RunConfig, flat
 from trainer.process.errors import ConfigError
 from trainer.train.resume import check_agreement
 
@@ -71,3 +73,27 @@ def test_other_list_under_the_same_name(index: ShardIndex, tmp_path: Path) -> No
         states.append(state(changed))
     with pytest.raises(ConfigError, match=r"\(subset\)"):
         check_agreement(states[0], states[1], tmp_path)
+
+
+def test_a_checkpoint_with_the_old_names_of_the_order(index: ShardIndex, tmp_path: Path) -> None:
+    old = {"config": {"data.mode": "replacement", "data.window": 0}, "data": {}}
+    same, other = (
+        {"config": flat(RunConfig(data=DataConfig(order=order))), "data": {}}  # type: ignore[arg-type]
+        for order in ("replacement", "permutation")
+    )
+    assert check_agreement(old, same, tmp_path) == []
+    with pytest.raises(ConfigError, match=r"^data.order: .* has 'replacement', now 'permutation'"):
+        check_agreement(old, other, tmp_path)
+
+
+def test_a_changed_order_lets_no_other_arithmetic_through(
+    index: ShardIndex, tmp_path: Path
+) -> None:
+    """The data's entry `order` is the version of the arithmetic, not the setting `data.order`."""
+    old, new = state(index), state(index, mode="replacement")
+    new["config"] = {"data.order": "replacement"}
+    changes = check_agreement(old, new, tmp_path, {"data.order"})
+    assert [change["setting"] for change in changes] == ["data.order"]
+    new["data"] = {**new["data"], "order": "other-1"}
+    with pytest.raises(ConfigError, match=r"\(order\)"):
+        check_agreement(old, new, tmp_path, {"data.order"})
