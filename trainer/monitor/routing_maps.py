@@ -112,7 +112,7 @@ def _legend(
     axes: Axes, experts: Sequence[str], colours: Sequence[Colour], title: str, layers: int
 ) -> None:
     """The experts' colours, as many in a line as there is room for, and the title above."""
-    across = min(len(experts), max(2, 3 * (1 + layers) // 4))
+    across = min(len(experts), max(4, (1 + layers) * (TILE + GAP) // 150))
     top = -46 - 20 * -(-len(experts) // across)
     patches = [Patch(color=c, label=name) for c, name in zip(colours, experts, strict=True)]
     axes.legend(
