@@ -344,7 +344,7 @@ def test_array_fills_its_gaps(cluster: Cluster, tmp_path: Path) -> None:
     rest = shlex.split(line.removeprefix(start))
     job = Job(cluster, log, "leave_one_out", ["--array=0,2", *size], rest)
     cluster.wait_until(
-        lambda: "running or queued: 1 " in report(cluster, root), lambda: "a queued cell"
+        lambda: "running or queued: 0 " in report(cluster, root), lambda: "a queued cell"
     )
     # The last element to start has the number of the array, by which SLURM means all of them.
     last = job.element(2)
