@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import moa
 from moa.layers import precision
-from tests.trainer_fixtures import arguments, launch, rows
+from tests.support.trainer_fixtures import arguments, launch, rows
 from trainer.bench.step import _compile_blocks
 
 assert torch.cuda.is_available(), "torch finds no GPU, which these checks are about"

@@ -1,8 +1,11 @@
-"""What make removes, and what it must not leave behind."""
+"""What make removes, what it must not leave behind, and that `make test-gpu` would begin."""
 
 import os
 import subprocess
+from importlib import import_module
 from pathlib import Path
+
+import pytest
 
 from tests.support.trainer_fixtures import ROOT
 
@@ -36,3 +39,8 @@ def test_clean_keeps_the_results(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     assert make(tmp_path, "clean").returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
+
+
+def test_gpu_checks_stop_at_the_missing_gpu_and_nothing_else() -> None:
+    with pytest.raises(AssertionError, match="no GPU"):  # `make test` hides those there are
+        import_module("tests.gpu_checks")
