@@ -59,9 +59,9 @@ def _full(model: nn.Module, file: Path) -> dict[str, float | str]:
         sync(file)
 
     seconds = _seconds(save)
-    found = {"bytes": file.stat().st_size, "blocked s": seconds, "written after s": seconds}
+    size = file.stat().st_size
     file.unlink()
-    return {**found}
+    return {"bytes": size, "blocked s": seconds, "written after s": seconds}
 
 
 def _adapters(

@@ -4,6 +4,7 @@ Letters: N tokens, D in, O out, P kron_dim.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -45,11 +46,11 @@ def _works(width: int, device: torch.device) -> dict[str, Work]:
         "moa_kron, P Kronecker products summed": lambda: summed_kronecker(kron, x),
     }
     gradient = torch.randn(TOKENS, 3 * width, device=device)
-    return {name: _with_backward(forward, gradient) for name, forward in forwards.items()}
 
+    def both(forward: Callable[[], Tensor]) -> None:
+        torch.autograd.backward(forward(), gradient)
 
-def _with_backward(forward: Callable[[], Tensor], gradient: Tensor) -> Work:
-    return lambda: torch.autograd.backward(forward(), gradient)
+    return {name: partial(both, forward) for name, forward in forwards.items()}
 
 
 def _gates(layer: MoALinear, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moa
 import trainer.prepare.vit_embedded  # noqa: F401  (registers the embedded backbone)
-from trainer.bench.timing import Comparison, Work, in_fresh_process, interleaved
+from trainer.bench.timing import Comparison, Work, in_fresh_process, interleaved, milliseconds
 from trainer.monitor.efficiency import highest_resident
 from trainer.prepare.footprint import fused_attention
 
@@ -93,7 +93,7 @@ def _alone(setting: Setting, rounds: int) -> tuple[Comparison, dict[str, int]]:
     device = torch.device(setting.device)
     for name in METHODS:
         try:
-            table[name] = {"ms": _milliseconds(name, setting, rounds, device)}
+            table[name] = {"ms": _time_of(name, setting, rounds, device)}
             if device.type == "cuda":
                 peaks[name] = torch.cuda.max_memory_allocated(device)
         except torch.OutOfMemoryError:
@@ -103,15 +103,14 @@ def _alone(setting: Setting, rounds: int) -> tuple[Comparison, dict[str, int]]:
     return table, peaks if device.type == "cuda" else _peaks_on_cpu(setting)
 
 
-def _milliseconds(name: str, setting: Setting, rounds: int, device: torch.device) -> float:
-    """Of a step; its model goes with this function, be it with an error, before the next's."""
+def _time_of(name: str, setting: Setting, rounds: int, device: torch.device) -> float:
+    """Milliseconds; the model goes with this function, be it with an error, before the next's."""
     work, in_a_row = make_step(name, setting), 1
     work()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # a step's peak, not the compiler's
         in_a_row = IN_FLIGHT
-    works = {name: lambda: [work() for _ in range(in_a_row)]}
-    return float(interleaved(works, rounds, device)[name]["ms"]) / in_a_row
+    return milliseconds(lambda: [work() for _ in range(in_a_row)], rounds, device) / in_a_row
 
 
 def _peaks_on_cpu(setting: Setting) -> dict[str, int]:
@@ -249,5 +248,5 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large square product, the yardstick of MFU."""
     side = 8192 if device.type == "cuda" else 1024
     a = torch.randn(side, side, device=device, dtype=dtype)
-    times = [float(interleaved({"": lambda: a @ a}, 3, device)[""]["ms"]) for _ in range(8)]
-    return 2 * side**3 / (min(times) / 1000)
+    best = min(milliseconds(lambda: a @ a, 3, device) for _ in range(8))
+    return 2 * side**3 / (best / 1000)
