@@ -41,15 +41,12 @@ class Standing:
     """Where a run stands; rich draws it anew whenever it looks.
 
     Attributes:
-        total: steps of the run.
-        first_step: the first step of this start.
+        first_step: of this start.
         withheld: names of the domains that are not trained on.
         done: steps done, those of earlier starts included.
         row: the last step's numbers, as in `metrics.jsonl`.
         img_s: images per second in the last step.
         wait_share: share of the last steps' time that went into waiting for data.
-        peak_gib: most memory held so far.
-        phase: what the run is doing.
         accuracies: of the last evaluation, per domain and split in [0, 1].
         evaluated: its step.
         started: when this start began, on the monotonic clock.

@@ -78,7 +78,6 @@ class Insight:
     """Looks over an evaluator's shoulder.
 
     Args:
-        evaluator: evaluates the run.
         model: the model itself, not an engine's wrapper.
         withheld: numbers of the domains that are not trained on, the target first.
         last: the last step, after which the features are looked at as well.
@@ -94,11 +93,8 @@ class Insight:
     def watching(self, forward: nn.Module, step: int) -> Iterator[Seen]:
         """Within the block, what `Seen.evaluator` evaluates is counted; a collective at its end.
 
-        An error leaves the block without that collective, so it must meet all ranks.
-
-        Args:
-            forward: calls the model: an engine's wrapper, or the model itself.
-            step: the step evaluated.
+        An error leaves the block without that collective, so it must meet all ranks. `forward`
+        calls the model: an engine's wrapper, or the model itself.
         """
         seen = self._unseen()
         with moa.recorded_routes(self.model) as seen.routes:
@@ -166,9 +162,6 @@ class Insight:
             ranks = np.sort(evaluator.ranks(env, "out"))
             number = min(max(1, most // domains), len(ranks))
             # Other classes from domain to domain, where there are few images of each.
-            offset = (env + 0.5) / domains
-            places += [
-                (env, int(ranks[int((place + offset) * len(ranks) / number)]))
-                for place in range(number)
-            ]
+            evenly = (np.arange(number) + (env + 0.5) / domains) * len(ranks) / number
+            places += [(env, int(rank)) for rank in ranks[evenly.astype(int)]]
         return fixed_images(evaluator.index, places, evaluator.data_config, evaluator.decoder)

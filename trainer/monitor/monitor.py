@@ -35,12 +35,7 @@ class Monitor:
     """Shows one run.
 
     Args:
-        parts: the run.
-        folder: its files.
-        world: the processes that train.
-        device: where this one computes.
         first_step: where the run (re)starts; TensorBoard's later events are purged.
-        console: where progress is shown.
     """
 
     def __init__(
