@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import moa
-from moa.layers.experts import KroneckerExpert, KroneckerRule, LoRAExpert, dense_delta
+from moa.layers.experts import KroneckerExpert, KroneckerRule, dense_delta
 from moa.layers.layer import MoALinear
 from moa.layers.precision import wide_product
 from moa.layers.router import CosineRouter, choose
@@ -61,10 +61,7 @@ def _gates(layer: MoALinear, x: Tensor) -> Tensor:
 
 def formed_lora(layer: MoALinear, x: Tensor) -> Tensor:
     """The layer's output [N, O] with every expert's [D, O] matrix formed."""
-    matrices = []
-    for expert in layer.experts:
-        assert isinstance(expert, LoRAExpert)
-        matrices.append((expert.up @ expert.down).T)
+    matrices = [(e.up @ e.down).T for e in layer.experts]  # type: ignore[operator]
     y: Tensor = layer.base(x) + dense_delta(x, matrices, _gates(layer, x))
     return y
 

@@ -17,11 +17,6 @@ from rich.text import Text
 log = logging.getLogger("trainer")
 
 
-def terminal() -> Console:
-    """The console all user-facing output goes to; rich itself honours NO_COLOR."""
-    return Console(file=sys.stdout)
-
-
 def set_up_logging(log_file: Path, console: Console) -> None:
     """Sends the main rank's log lines to the console and to `log_file`."""
     file = logging.FileHandler(log_file, encoding="utf-8")

@@ -33,13 +33,7 @@ ExpertNumbers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Shown:
-    """An image of the fixed set.
-
-    Attributes:
-        pixels: uint8 [h, w, 3], as the model sees it.
-        label: its class name.
-        held_out: whether its domain is the held-out one.
-    """
+    """An image as the model sees it, uint8 [h, w, 3], its domain and its class's name."""
 
     pixels: npt.NDArray[np.uint8]
     domain: str

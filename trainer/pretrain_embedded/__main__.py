@@ -91,8 +91,7 @@ class PretrainResult:
 
     Attributes:
         model: in evaluation mode.
-        losses: training loss of every step.
-        seconds: how long it took, drawing of the glyphs included.
+        seconds: with the drawing of the glyphs.
         accuracy: in [0, 1], by the name of the validation set.
     """
 
