@@ -59,19 +59,19 @@ def _check(args: argparse.Namespace, parts: Sequence[str]) -> None:
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device: 'cuda', but torch finds no GPU; use --device cpu")
-    stepping = "step" in parts
-    if stepping and importlib.util.find_spec("peft") is None:
-        others = " ".join(part for part in PARTS if part != "step")
-        raise ConfigError(
-            "--part: 'step' compares with PEFT, which is not installed; pip install "
-            f"'moa-trainer[test]', or leave it out: --part {others}"
-        )
-    for backbone in (args.backbones or ()) if stepping else ():
-        try:
-            check_backbone(ModelConfig(backbone=backbone, weights="random"))
-        except ConfigError as error:
-            reason = str(error).removeprefix("model.backbone: ")
-            raise ConfigError(f"--backbones: {reason}") from error
+    if "step" in parts:
+        if importlib.util.find_spec("peft") is None:
+            others = " ".join(part for part in PARTS if part != "step")
+            raise ConfigError(
+                "--part: 'step' compares with PEFT, which is not installed; pip install "
+                f"'moa-trainer[test]', or leave it out: --part {others}"
+            )
+        for backbone in args.backbones or ():
+            try:
+                check_backbone(ModelConfig(backbone=backbone, weights="random"))
+            except ConfigError as error:
+                reason = str(error).removeprefix("model.backbone: ")
+                raise ConfigError(f"--backbones: {reason}") from error
     if args.json:
         _write(args.json, None)
 

@@ -152,22 +152,16 @@ def _webdataset(index: ShardIndex, transform: Any) -> Work:
 
 def _image_folder(images: Path) -> Work:
     """DomainBed's chain: Pillow throughout, one dataset per domain, draws with replacement."""
-    augment = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(224, scale=(0.7, 1.0)),
-            transforms.RandomHorizontalFlip(),
-            transforms.ColorJitter(0.3, 0.3, 0.3, 0.3),
-            transforms.RandomGrayscale(),
-            transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
-        ]
-    )
+    chain = [
+        transforms.RandomResizedCrop(224, scale=(0.7, 1.0)), transforms.RandomHorizontalFlip(),
+        transforms.ColorJitter(0.3, 0.3, 0.3, 0.3), transforms.RandomGrayscale(),
+        transforms.ToTensor(), transforms.Normalize(MEAN, STD),
+    ]  # fmt: skip
     loaders = []
     for name in DOMAINS:
-        folder = datasets.ImageFolder(str(images / name), transform=augment)
+        folder = datasets.ImageFolder(images / name, transform=transforms.Compose(chain))
         draws = torch.utils.data.RandomSampler(folder, replacement=True, num_samples=10**6)
-        loader = torch.utils.data.DataLoader(folder, PER_DOMAIN, sampler=draws)
-        loaders.append(iter(loader))
+        loaders.append(iter(torch.utils.data.DataLoader(folder, PER_DOMAIN, sampler=draws)))
 
     def work() -> None:
         for _ in range(STEPS):
