@@ -13,13 +13,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from trainer import tables
 from trainer.process.ending import conclude
 from trainer.process.errors import ConfigError, OutputError
 from trainer.process.world import ALONE
+from trainer.tables import Table, output_console
 
 if TYPE_CHECKING:
-    from trainer.bench.step import Setting
     from trainer.bench.timing import Comparison
 
 PARTS = ("layer", "step", "engine", "checkpoint", "data")
@@ -55,30 +54,26 @@ def _check(args: argparse.Namespace, parts: Sequence[str]) -> None:
     """Finds what would end the benchmark after minutes of measuring."""
     import torch
 
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device: 'cuda', but torch finds no GPU; use --device cpu")
-    if "step" in parts:
-        _check_steps(args)
-    if args.json:
-        _write(args.json, None)
-
-
-def _check_steps(args: argparse.Namespace) -> None:
     from trainer.config.run_config import ModelConfig
     from trainer.prepare.backbone import check_backbone
 
-    if importlib.util.find_spec("peft") is None:
-        others = " ".join(part for part in PARTS if part != "step")
-        raise ConfigError(
-            "--part: 'step' compares with PEFT, which is not installed; pip install "
-            f"'moa-trainer[test]', or leave it out: --part {others}"
-        )
-    for backbone in args.backbones or ():
-        try:
-            check_backbone(ModelConfig(backbone=backbone, weights="random"))
-        except ConfigError as error:
-            reason = str(error).removeprefix("model.backbone: ")
-            raise ConfigError(f"--backbones: {reason}") from error
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device: 'cuda', but torch finds no GPU; use --device cpu")
+    if "step" in parts:
+        if importlib.util.find_spec("peft") is None:
+            others = " ".join(part for part in PARTS if part != "step")
+            raise ConfigError(
+                "--part: 'step' compares with PEFT, which is not installed; pip install "
+                f"'moa-trainer[test]', or leave it out: --part {others}"
+            )
+        for backbone in args.backbones or ():
+            try:
+                check_backbone(ModelConfig(backbone=backbone, weights="random"))
+            except ConfigError as error:
+                reason = str(error).removeprefix("model.backbone: ")
+                raise ConfigError(f"--backbones: {reason}") from error
+    if args.json:
+        _write(args.json, None)
 
 
 def _write(path: str, measured: "dict[str, Comparison] | None") -> None:
@@ -138,47 +133,33 @@ def _measure(part: str, args: argparse.Namespace) -> "Iterator[dict[str, Compari
     import torch
 
     bench: Any = importlib.import_module(f"trainer.bench.{part}")
+    gpu = args.device == "cuda"
     if part == "layer":
         yield bench.measure(args.rounds, torch.device(args.device))
     elif part == "step":
-        for setting in _settings(args):
+        precision = args.precision or ("bf16" if gpu else "fp32")
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        more = (args.checkpointing, gpu or args.alone)
+        for backbone, batch, compiled in itertools.product(
+            args.backbones or (LARGE if gpu else ("vit_base_patch16_clip_224",)),
+            args.batches or ((64, 256) if gpu else (4,)),
+            (False, True) if args.compile else (False,),
+        ):
+            setting = bench.Setting(backbone, batch, args.device, dtype, compiled, *more)
             yield {str(setting): bench.measure(setting, args.rounds)}
     elif part == "engine":
-        on_gpu = (bench.GPU_CASES, args.rounds) if args.device == "cuda" else ()
-        yield from bench.measure(*on_gpu)
+        yield from bench.measure(bench.GPU_CASES, args.rounds) if gpu else bench.measure()
     elif part == "checkpoint":
         yield bench.measure()
     else:
         yield bench.measure(args.rounds)
 
 
-def _settings(args: argparse.Namespace) -> "Iterator[Setting]":
-    """A table of training steps each."""
-    import torch
-
-    from trainer.bench.step import Setting
-
-    gpu = args.device == "cuda"
-    precision = args.precision or ("bf16" if gpu else "fp32")
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    for backbone, batch, compiled in itertools.product(
-        args.backbones or (LARGE if gpu else ("vit_base_patch16_clip_224",)),
-        args.batches or ((64, 256) if gpu else (4,)),
-        (False, True) if args.compile else (False,),
-    ):
-        alone = gpu or args.alone
-        yield Setting(backbone, batch, args.device, dtype, compiled, args.checkpointing, alone)
-
-
 def _show(measured: "dict[str, Comparison]") -> None:
-    console = tables.output_console()
     for title, rows in measured.items():
         columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-        lines = [
-            [variant, *(_text(row.get(name, "")) for name in columns)]
-            for variant, row in rows.items()
-        ]
-        tables.Table(["variant", *columns], lines, title, align="lr").show(console)
+        lines = [[name, *(_text(row.get(c, "")) for c in columns)] for name, row in rows.items()]
+        Table(["variant", *columns], lines, title, align="lr").show(output_console())
 
 
 def _text(value: float | str) -> str:

@@ -1,5 +1,6 @@
 """What a checkpoint costs: adapters and their optimizer state, against the whole model's."""
 
+import itertools
 import tempfile
 import time
 from collections.abc import Callable
@@ -39,10 +40,9 @@ def measure() -> dict[str, Comparison]:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         rows: Comparison = {"whole model, Adam": _full(model, root / "full.safetensors")}
-        for best in (False, True):
-            for background in (False, True):
-                name = "adapters, Adam" + ", best adapter" * best + ", background" * background
-                rows[name] = _adapters(model, info, root / f"{best}-{background}", best, background)
+        for best, background in itertools.product((False, True), repeat=2):
+            name = "adapters, Adam" + ", best adapter" * best + ", background" * background
+            rows[name] = _adapters(model, info, root / f"{best}-{background}", best, background)
     full = float(rows["whole model, Adam"]["bytes"])
     for row in rows.values():
         row["% of bytes"] = 100 * float(row["bytes"]) / full
@@ -59,9 +59,9 @@ def _full(model: nn.Module, file: Path) -> dict[str, float | str]:
         sync(file)
 
     seconds = _seconds(save)
-    found = {"bytes": file.stat().st_size, "blocked s": seconds, "written after s": seconds}
+    size = file.stat().st_size
     file.unlink()
-    return {**found}
+    return {"bytes": size, "blocked s": seconds, "written after s": seconds}
 
 
 def _adapters(

@@ -7,8 +7,7 @@ loader processes share a node's cores; divide a node's need of images by these f
 import itertools
 import statistics
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,10 @@ import torch
 from PIL import Image
 from torchvision import datasets, transforms
 
-from shards import (
-    Decoder,
-    DomainStream,
-    ShardIndex,
-    decode_image,
-    loader_transform,
-    train_transform,
-)
+import shards
+from shards import ShardIndex, decode_image
 from shards.datasets import dataset_spec
+from shards.stream.batches import undisturbed
 from shards.writer import write_shards
 from trainer.bench.timing import Comparison, Work, in_turns
 
@@ -35,12 +29,9 @@ STEPS, PER_DOMAIN = 5, 16  # of the stream in one round
 IMAGES = STEPS * PER_DOMAIN * len(DOMAINS)
 RESUMED_AT = (10, 10_000, 1_000_000)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-DATA_CONFIG: Mapping[str, Any] = {
-    "input_size": (3, 224, 224),
-    "interpolation": "bilinear",  # as in DomainBed
-    "mean": MEAN,
-    "std": STD,
-}
+DATA_CONFIG: Mapping[str, Any] = {  # bilinear as in DomainBed
+    "input_size": (3, 224, 224), "interpolation": "bilinear", "mean": MEAN, "std": STD,
+}  # fmt: skip
 
 
 def measure(rounds: int) -> dict[str, Comparison]:
@@ -49,7 +40,8 @@ def measure(rounds: int) -> dict[str, Comparison]:
     These are images per CPU-second with their ratio to the first variant, and CPU milliseconds of
     starting (from a set's folder to the first batch) and of resuming (from an opened set).
     """
-    with tempfile.TemporaryDirectory() as folder, single_thread():
+    # One thread for torch, so that CPU time does not depend on the machine's size.
+    with tempfile.TemporaryDirectory() as folder, undisturbed():
         images = make_images(Path(folder) / "images")
         index = write_shards(images, Path(folder) / "shards", dataset_spec("folder"))
         title = f"data: {IMAGES} JPEGs of 400 to 600 px to 224 px, DomainBed's augmentation"
@@ -62,26 +54,13 @@ def measure(rounds: int) -> dict[str, Comparison]:
         }
 
 
-@contextmanager
-def single_thread() -> Iterator[None]:
-    """One thread for torch's operations, so that CPU time does not depend on the machine's size."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def make_images(root: Path) -> Path:
     """An image folder of smooth shapes with some noise, about 70 KB a file."""
     random = np.random.RandomState(0)
     for domain, name, number in itertools.product(DOMAINS, CLASSES, range(PER_CLASS)):
         width, height = random.randint(400, 601, size=2)
         coarse = random.randint(0, 256, (8, 8, 3), dtype=np.uint8)
-        smooth = np.asarray(
-            Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-        )
+        smooth = np.asarray(Image.fromarray(coarse).resize((width, height)))  # bicubic
         noisy = np.clip(smooth + random.normal(0, 9, smooth.shape), 0, 255).astype(np.uint8)
         path = root / domain / name / f"{number:03d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,8 +70,8 @@ def make_images(root: Path) -> Path:
 
 def works(index: ShardIndex, images: Path) -> dict[str, Work]:
     """Ways to turn the same number of images into training tensors, the bare loop first."""
-    whole = train_transform(DATA_CONFIG, "domainbed")
-    half = loader_transform(DATA_CONFIG, "domainbed")
+    whole = shards.train_transform(DATA_CONFIG, "domainbed")
+    half = shards.loader_transform(DATA_CONFIG, "domainbed")
     files = _files_of(_stream(index, whole), images)
     size = PER_DOMAIN * len(DOMAINS)
     batches = [files[first : first + size] for first in range(0, IMAGES, size)]
@@ -112,7 +91,7 @@ def works(index: ShardIndex, images: Path) -> dict[str, Work]:
         "bare loop: read, decode, augment, stack": bare,
         "our stream": ours(whole),
         "our stream, colours left to the device": ours(half),
-        "our stream, decode: pil": ours(whole, decoder=Decoder("pil")),
+        "our stream, decode: pil": ours(whole, decoder=shards.Decoder("pil")),
         "webdataset's pipeline, our decode and augment": _webdataset(index, whole),
         "DomainBed's ImageFolder": _image_folder(images),
     }
@@ -141,19 +120,14 @@ def _cpu_seconds(variants: Mapping[str, Work], rounds: int) -> dict[str, list[fl
     return {name: [each.cpu for each in found] for name, found in times.items()}
 
 
-def _stream(index: ShardIndex, transform: Any, **options: Any) -> DomainStream:
-    return DomainStream(
-        index,
-        sources=range(len(DOMAINS)),
-        batch_per_domain=PER_DOMAIN,
-        seed=0,
-        trial_seed=0,
-        transform=transform,
-        **options,
-    )
+def _stream(index: ShardIndex, transform: Any, **options: Any) -> shards.DomainStream:
+    return shards.DomainStream(
+        index, sources=range(len(DOMAINS)), batch_per_domain=PER_DOMAIN, seed=0, trial_seed=0,
+        transform=transform, **options,
+    )  # fmt: skip
 
 
-def _files_of(stream: DomainStream, images: Path) -> list[Path]:
+def _files_of(stream: shards.DomainStream, images: Path) -> list[Path]:
     """The image files that the stream's first steps read, in order."""
     sorted_files = {name: sorted((images / name).rglob("*.jpg")) for name in DOMAINS}
     keys = [key for step in range(STEPS) for key in stream.keys(step)]
@@ -165,17 +139,12 @@ def _webdataset(index: ShardIndex, transform: Any) -> Work:
     import webdataset
 
     urls = [str(index.root / shard.file) for shard in index.shards]
-    pipeline = (
-        webdataset.WebDataset(urls, shardshuffle=False)
-        .shuffle(100)
-        .to_tuple("jpg", "cls")
-        .map_tuple(lambda data: transform(decode_image(data)), int)
-        .batched(PER_DOMAIN * len(DOMAINS))
-        .repeat()
-    )
+    samples = webdataset.WebDataset(urls, shardshuffle=False).shuffle(100).to_tuple("jpg", "cls")
+    images = samples.map_tuple(lambda data: transform(decode_image(data)), int)
+    batches = images.batched(PER_DOMAIN * len(DOMAINS)).repeat()
 
     def work() -> None:
-        for _ in itertools.islice(pipeline, STEPS):
+        for _ in itertools.islice(batches, STEPS):
             pass
 
     return work
@@ -183,22 +152,16 @@ def _webdataset(index: ShardIndex, transform: Any) -> Work:
 
 def _image_folder(images: Path) -> Work:
     """DomainBed's chain: Pillow throughout, one dataset per domain, draws with replacement."""
-    augment = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(224, scale=(0.7, 1.0)),
-            transforms.RandomHorizontalFlip(),
-            transforms.ColorJitter(0.3, 0.3, 0.3, 0.3),
-            transforms.RandomGrayscale(),
-            transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
-        ]
-    )
+    chain = [
+        transforms.RandomResizedCrop(224, scale=(0.7, 1.0)), transforms.RandomHorizontalFlip(),
+        transforms.ColorJitter(0.3, 0.3, 0.3, 0.3), transforms.RandomGrayscale(),
+        transforms.ToTensor(), transforms.Normalize(MEAN, STD),
+    ]  # fmt: skip
     loaders = []
     for name in DOMAINS:
-        folder = datasets.ImageFolder(str(images / name), transform=augment)
+        folder = datasets.ImageFolder(images / name, transform=transforms.Compose(chain))
         draws = torch.utils.data.RandomSampler(folder, replacement=True, num_samples=10**6)
-        loader = torch.utils.data.DataLoader(folder, PER_DOMAIN, sampler=draws)
-        loaders.append(iter(loader))
+        loaders.append(iter(torch.utils.data.DataLoader(folder, PER_DOMAIN, sampler=draws)))
 
     def work() -> None:
         for _ in range(STEPS):
@@ -209,5 +172,5 @@ def _image_folder(images: Path) -> Work:
 
 
 def _first_batch(index: ShardIndex, step: int = 0) -> None:
-    stream = _stream(index, train_transform(DATA_CONFIG, "domainbed"))
+    stream = _stream(index, shards.train_transform(DATA_CONFIG, "domainbed"))
     next(iter(stream.loader(step, step + 1)))

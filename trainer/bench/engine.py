@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 import moa
-from trainer.bench.timing import Comparison, in_fresh_process, interleaved
+from trainer.bench.timing import Comparison, in_fresh_process, milliseconds
 from trainer.config import deepspeed_json
 from trainer.config.run_config import ModelConfig, RunConfig, TrainConfig
 from trainer.monitor.efficiency import highest_resident, peak_gib
@@ -92,8 +92,8 @@ def _steps(case: Case, rounds: int) -> dict[str, float | str]:
     before = ready.masters()
     moa.set_routing_position(ready.module, moa.RoutingPosition(0, 0, 0))
     images = torch.randn(case.batch, *backbone.data_config["input_size"])
-    labels = torch.randint(345, (case.batch,), device=ready.device)
     images = images.to(ready.device, ready.dtype)
+    labels = torch.randint(345, (case.batch,), device=ready.device)
     built = time.perf_counter()
 
     def step() -> float:
@@ -114,8 +114,8 @@ def _steps(case: Case, rounds: int) -> dict[str, float | str]:
         "first step s": time.perf_counter() - built,
     }
     if rounds:
-        milliseconds = interleaved({"": step}, rounds, ready.device)[""]["ms"]
-        row |= {"ms": milliseconds, "img/s": case.batch / float(milliseconds) * 1000}
+        ms = milliseconds(step, rounds, ready.device)
+        row |= {"ms": ms, "img/s": case.batch / ms * 1000}
     collectives.stop()
     row["peak GiB"] = peak_gib(ready.device)
     if ready.device.type == "cuda":

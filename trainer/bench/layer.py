@@ -4,12 +4,13 @@ Letters: N tokens, D in, O out, P kron_dim.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 import moa
-from moa.layers.experts import KroneckerExpert, KroneckerRule, LoRAExpert, dense_delta
+from moa.layers.experts import KroneckerExpert, KroneckerRule, dense_delta
 from moa.layers.layer import MoALinear
 from moa.layers.precision import wide_product
 from moa.layers.router import CosineRouter, choose
@@ -45,11 +46,11 @@ def _works(width: int, device: torch.device) -> dict[str, Work]:
         "moa_kron, P Kronecker products summed": lambda: summed_kronecker(kron, x),
     }
     gradient = torch.randn(TOKENS, 3 * width, device=device)
-    return {name: _with_backward(forward, gradient) for name, forward in forwards.items()}
 
+    def both(forward: Callable[[], Tensor]) -> None:
+        torch.autograd.backward(forward(), gradient)
 
-def _with_backward(forward: Callable[[], Tensor], gradient: Tensor) -> Work:
-    return lambda: torch.autograd.backward(forward(), gradient)
+    return {name: partial(both, forward) for name, forward in forwards.items()}
 
 
 def _gates(layer: MoALinear, x: Tensor) -> Tensor:
@@ -60,10 +61,7 @@ def _gates(layer: MoALinear, x: Tensor) -> Tensor:
 
 def formed_lora(layer: MoALinear, x: Tensor) -> Tensor:
     """The layer's output [N, O] with every expert's [D, O] matrix formed."""
-    matrices = []
-    for expert in layer.experts:
-        assert isinstance(expert, LoRAExpert)
-        matrices.append((expert.up @ expert.down).T)
+    matrices = [(e.up @ e.down).T for e in layer.experts]  # type: ignore[operator]
     y: Tensor = layer.base(x) + dense_delta(x, matrices, _gates(layer, x))
     return y
 

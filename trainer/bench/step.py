@@ -18,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moa
 import trainer.prepare.vit_embedded  # noqa: F401  (registers the embedded backbone)
-from trainer.bench.timing import Comparison, Work, in_fresh_process, interleaved
+from trainer.bench.timing import Comparison, Work, in_fresh_process, interleaved, milliseconds
 from trainer.monitor.efficiency import highest_resident
-from trainer.prepare.footprint import fused_attention
+from trainer.prepare.footprint import blank_images, fused_attention
 
 REFERENCE = "PEFT LoRA r=8, qkv of all blocks"
 METHODS = {
@@ -89,29 +89,29 @@ def measure(setting: Setting, rounds: int) -> Comparison:
 def _alone(setting: Setting, rounds: int) -> tuple[Comparison, dict[str, int]]:
     """Milliseconds and peak bytes of each method, or that it does not fit."""
     table: Comparison = {}
-    peaks: dict[str, int] = {}
-    device = torch.device(setting.device)
+    on_gpu = setting.device == "cuda"
+    peaks = {} if on_gpu else _peaks_on_cpu(setting)
     for name in METHODS:
         try:
-            table[name] = {"ms": _milliseconds(name, setting, rounds, device)}
-            if device.type == "cuda":
-                peaks[name] = torch.cuda.max_memory_allocated(device)
+            table[name] = {"ms": _time_of(name, setting, rounds)}
+            if on_gpu:
+                peaks[name] = torch.cuda.max_memory_allocated()
         except torch.OutOfMemoryError:
             table[name] = {"ms": "out of memory"}
-        if device.type == "cuda":
+        if on_gpu:
             torch.cuda.empty_cache()
-    return table, peaks if device.type == "cuda" else _peaks_on_cpu(setting)
+    return table, peaks
 
 
-def _milliseconds(name: str, setting: Setting, rounds: int, device: torch.device) -> float:
-    """Of a step; its model goes with this function, be it with an error, before the next's."""
+def _time_of(name: str, setting: Setting, rounds: int) -> float:
+    """Milliseconds; the model goes with this function, be it with an error, before the next's."""
     work, in_a_row = make_step(name, setting), 1
     work()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)  # a step's peak, not the compiler's
+    if setting.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # a step's peak, not the compiler's
         in_a_row = IN_FLIGHT
-    works = {name: lambda: [work() for _ in range(in_a_row)]}
-    return float(interleaved(works, rounds, device)[name]["ms"]) / in_a_row
+    device = torch.device(setting.device)
+    return milliseconds(lambda: [work() for _ in range(in_a_row)], rounds, device) / in_a_row
 
 
 def _peaks_on_cpu(setting: Setting) -> dict[str, int]:
@@ -129,9 +129,7 @@ def make_step(name: str, setting: Setting) -> Work:
     model.to(device, setting.dtype).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters) if parameters else None
-    size = timm.data.resolve_model_data_config(model)["input_size"]
-    images = torch.randn(setting.batch, *size, device=device, dtype=setting.dtype)
-    images.requires_grad_(not parameters)
+    images = torch.randn_like(blank_images(model, setting.batch)).requires_grad_(not parameters)
     labels = torch.randint(10, (setting.batch,), device=device)
     if setting.compiled:
         _compile_blocks(model)
@@ -234,8 +232,7 @@ def _step_on_meta(name: str, backbone: str, dtype: torch.dtype) -> Callable[[], 
     """Forward and backward of one image."""
     with torch.device("meta"):
         model = _model(name, Setting(backbone, 1, "meta", dtype)).to(dtype).train()
-    size = timm.data.resolve_model_data_config(model)["input_size"]
-    images = torch.zeros(1, *size, device="meta", dtype=dtype, requires_grad=True)
+    images = blank_images(model, 1).requires_grad_()
 
     def step() -> None:
         moa.set_routing_position(model, moa.RoutingPosition(0, 0, 0))
@@ -249,5 +246,5 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large square product, the yardstick of MFU."""
     side = 8192 if device.type == "cuda" else 1024
     a = torch.randn(side, side, device=device, dtype=dtype)
-    times = [float(interleaved({"": lambda: a @ a}, 3, device)[""]["ms"]) for _ in range(8)]
-    return 2 * side**3 / (min(times) / 1000)
+    best = min(milliseconds(lambda: a @ a, 3, device) for _ in range(8))
+    return 2 * side**3 / (best / 1000)

@@ -27,16 +27,22 @@ def in_turns(
 ) -> dict[str, list[Spent]]:
     """Times every work once per round, so that whatever else the machine does meets all of them."""
     spent: dict[str, list[Spent]] = {name: [] for name in works}
+    synchronize = torch.get_device_module(device).synchronize
     for number in range(rounds + 1):  # the first warms up
         for name, work in works.items():
-            synchronize(device)
+            synchronize()
             started, used = time.perf_counter(), time.process_time()
             work()
-            synchronize(device)
+            synchronize()
             if number:
                 wall, cpu = time.perf_counter() - started, time.process_time() - used
                 spent[name].append(Spent(wall, cpu))
     return spent
+
+
+def milliseconds(work: Work, rounds: int, device: torch.device) -> float:
+    """Median wall-clock time of one work alone."""
+    return 1000 * statistics.median(each.wall for each in in_turns({"": work}, rounds, device)[""])
 
 
 def interleaved(works: Mapping[str, Work], rounds: int, device: torch.device) -> Comparison:
@@ -45,25 +51,16 @@ def interleaved(works: Mapping[str, Work], rounds: int, device: torch.device) ->
     That is the median over rounds of its time against that of the first in the same round: CPU time
     on a CPU, where other programs would spoil the clock, and wall-clock time on a GPU.
     """
-    times = in_turns(works, rounds, device)
-    spent = {
-        name: [each.wall if device.type == "cuda" else each.cpu for each in times[name]]
-        for name in works
-    }
-    first = next(iter(spent.values()))
-    return {
-        name: {
-            "ms": 1000 * statistics.median(each.wall for each in times[name]),
-            "ratio": statistics.median(a / b for a, b in zip(values, first, strict=True)),
+    table: Comparison = {}
+    first: list[float] = []
+    for name, times in in_turns(works, rounds, device).items():
+        spent = [each.wall if device.type == "cuda" else each.cpu for each in times]
+        first = first or spent
+        table[name] = {
+            "ms": 1000 * statistics.median(each.wall for each in times),
+            "ratio": statistics.median(a / b for a, b in zip(spent, first, strict=True)),
         }
-        for name, values in spent.items()
-    }
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return table
 
 
 def in_fresh_process(work: Callable[..., T], *args: Any) -> T:

@@ -20,7 +20,7 @@ from trainer.process.errors import ConfigError, cannot_write
 from trainer.process.world import ALONE
 from trainer.tables import Table, output_console
 
-WHOLE_NUMBERS = (
+NUMBERS: tuple[tuple[str, float, float, str], ...] = (
     ("samples", 32, 1, "samples of each domain"),
     ("batch", 32, 1, "images a batch; bounds memory, not the result"),
     ("eigenvalues", 1, 0, "largest eigenvalues of the Hessian; 0 leaves them out"),
@@ -28,8 +28,10 @@ WHOLE_NUMBERS = (
     ("directions", 3, 0, "random directions"),
     ("points", 21, 2, "points along each"),
     ("seed", 0, 0, "of samples, directions and the eigenvalues' start"),
+    ("rho", 0.5, 0, "radius of the sharpness, in relative changes of the weights"),
+    ("reach", 1.0, 0, "ends of the slices; at 1 a filter is moved by its own length"),
 )
-"""Flag, default, least value and help."""
+"""Flag, default, bound and help: whole numbers from the bound on, or finite ones above it."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,16 +43,10 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--split", choices=["in", "out"], default="out", help="their split (%(default)s)"
     )
-    for name, default, _, text in WHOLE_NUMBERS:
-        result.add_argument(f"--{name}", type=int, default=default, help=f"{text} (%(default)s)")
-    result.add_argument(
-        "--rho", type=float, default=0.5,
-        help="radius of the sharpness, in relative changes of the weights (%(default)s)",
-    )  # fmt: skip
-    result.add_argument(
-        "--reach", type=float, default=1.0,
-        help="ends of the slices; at 1 a filter is moved by its own length (%(default)s)",
-    )  # fmt: skip
+    for name, default, _, text in NUMBERS:
+        result.add_argument(
+            f"--{name}", type=type(default), default=default, help=f"{text} (%(default)s)"
+        )
     result.add_argument("--json", action="store_true", help="print JSON, no table")
     return result
 
@@ -67,7 +63,12 @@ def flatness(args: argparse.Namespace) -> None:
 
     members, samples = members_and_samples(args)
     if args.out is not None:
-        _make_folder(args.out)
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=args.out):
+                pass  # it can be written
+        except OSError as error:
+            raise cannot_write("--out", args.out, error) from error
     results = {member.source: measure(member, samples, args) for member in members}
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     text = json.dumps({"settings": settings, "adapters": results}, indent=2)
@@ -88,16 +89,6 @@ def flatness(args: argparse.Namespace) -> None:
         console.out(f"slices: {picture}")
 
 
-def _make_folder(folder: Path) -> None:
-    """Makes the folder of `--out`, and tries whether a file can be made in it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise cannot_write("--out", folder, error) from error
-
-
 def _table(results: Mapping[str, Mapping[str, Any]], rho: float) -> Table:
     columns = ("adapter", "weights", "loss", "largest eigenvalues", f"sharpness ({rho})")
     rows = []
@@ -109,16 +100,13 @@ def _table(results: Mapping[str, Mapping[str, Any]], rho: float) -> Table:
 
 
 def _check(args: argparse.Namespace) -> None:
-    found = [
-        f"--{name}: {getattr(args, name)}; must be a whole number >= {least}"
-        for name, _, least, _ in WHOLE_NUMBERS
-        if getattr(args, name) < least
-    ]
-    found += [
-        f"--{name}: {getattr(args, name)}; must be a finite number > 0"
-        for name in ("rho", "reach")
-        if not 0 < getattr(args, name) < float("inf")
-    ]
+    found = []
+    for name, _, bound, _ in NUMBERS:
+        value = getattr(args, name)
+        if isinstance(value, int) and value < bound:
+            found.append(f"--{name}: {value}; must be a whole number >= {bound}")
+        elif isinstance(value, float) and not bound < value < float("inf"):
+            found.append(f"--{name}: {value}; must be a finite number > {bound}")
     if found:
         raise ConfigError("\n".join(found))
 

@@ -73,11 +73,8 @@ def _surface_of(member: Member, samples: FixedImages, args: argparse.Namespace) 
     backbone = base_of(member, args.weights)
     (model,) = models_on(backbone.model, [member])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batches = zip(
-        torch.split(samples.images.to(device), args.batch),
-        torch.split(torch.tensor(samples.labels, device=device), args.batch),
-        strict=True,
-    )
+    images, labels = samples.images.to(device), torch.tensor(samples.labels, device=device)
+    batches = zip(torch.split(images, args.batch), torch.split(labels, args.batch), strict=True)
     return Surface(model.to(device), list(batches))
 
 

@@ -142,11 +142,11 @@ def random_direction(surface: Surface, seed: int) -> Tensor:
         weights = parameter.detach()
         noise = torch.randn(weights.shape, generator=generator).to(weights)
         if weights.dim() < 2:
-            parts.append(torch.zeros_like(weights).reshape(-1))
+            parts.append(torch.zeros_like(weights))
             continue
         flat, wanted = noise.flatten(1), weights.flatten(1).norm(dim=1, keepdim=True)
-        parts.append((flat / flat.norm(dim=1, keepdim=True) * wanted).reshape(-1))
-    return torch.cat(parts)
+        parts.append(flat / flat.norm(dim=1, keepdim=True) * wanted)
+    return parameters_to_vector(parts)
 
 
 def slice_along(surface: Surface, direction: Tensor, places: Sequence[float]) -> list[float]:

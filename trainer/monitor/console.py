@@ -17,11 +17,6 @@ from rich.text import Text
 log = logging.getLogger("trainer")
 
 
-def terminal() -> Console:
-    """The console all user-facing output goes to; rich itself honours NO_COLOR."""
-    return Console(file=sys.stdout)
-
-
 def set_up_logging(log_file: Path, console: Console) -> None:
     """Sends the main rank's log lines to the console and to `log_file`."""
     file = logging.FileHandler(log_file, encoding="utf-8")
@@ -41,15 +36,12 @@ class Standing:
     """Where a run stands; rich draws it anew whenever it looks.
 
     Attributes:
-        total: steps of the run.
-        first_step: the first step of this start.
+        first_step: of this start.
         withheld: names of the domains that are not trained on.
         done: steps done, those of earlier starts included.
         row: the last step's numbers, as in `metrics.jsonl`.
         img_s: images per second in the last step.
         wait_share: share of the last steps' time that went into waiting for data.
-        peak_gib: most memory held so far.
-        phase: what the run is doing.
         accuracies: of the last evaluation, per domain and split in [0, 1].
         evaluated: its step.
         started: when this start began, on the monotonic clock.

@@ -38,8 +38,6 @@ class Curves:
     """Writes a run's TensorBoard events; on the main rank only.
 
     Args:
-        config: the run, resolved.
-        folder: TensorBoard's folder.
         first_step: where the run (re)starts; later events of an earlier start are purged.
         layers: paths of the layers that route.
     """
@@ -52,16 +50,11 @@ class Curves:
         text = yaml.safe_dump(as_plain(config), sort_keys=False)
         self.writer.add_text("run/config", fenced(text, "yaml"), first_step)
         self.writer.add_text("run/command", fenced(shown_command(sys.argv), "sh"), first_step)
-        self._ends = self._describe(config)
-
-    def _describe(self, config: RunConfig) -> Any:
-        """Opens the hparams page's row; gives what closes it."""
         known = flat_fields(config)
-        settings = {name: _plain(known[name]) for name in HPARAMS if name in known}
-        summaries = hparams(settings, dict.fromkeys(RESULTS, 0.0))  # type: ignore[no-untyped-call]
-        for summary in summaries[:2]:
+        settings = {name: _plain(known[name]) for name in HPARAMS}
+        *opening, self._end = hparams(settings, dict.fromkeys(RESULTS, 0.0))  # type: ignore[no-untyped-call]
+        for summary in opening:  # of the hparams page's row
             self._add(summary)
-        return summaries[2]
 
     def _add(self, summary: Any, step: int | None = None) -> None:
         self.writer._get_file_writer().add_summary(summary, step)  # type: ignore[no-untyped-call]
@@ -79,27 +72,24 @@ class Curves:
         self._add(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
     def projector(
-        self, features: Tensor, labels: Sequence[tuple[str, ...]], images: Tensor, step: int
+        self, features: Tensor, labels: list[list[str]], images: Tensor, step: int
     ) -> None:
-        """The embedding projector's points; those of a step are written once.
+        """The embedding projector's N points, from features [N, F]; a step's are written once.
 
-        Args:
-            features: [N, F].
-            labels: of each point its domain, split of the domains and class.
-            images: [N, 3, h, w] in [0, 1], to show as points.
-            step: the step.
+        Of each point `labels` are its domain, split of the domains and class, and `images`
+        [N, 3, h, w] in [0, 1] what shows it.
         """
         if (Path(self.writer.log_dir) / f"{step:05d}" / "features").exists():
             return
         self.writer.add_embedding(
-            features, metadata=[list(label) for label in labels], label_img=images,
-            global_step=step, tag="features", metadata_header=["domain", "part", "class"],
+            features, metadata=labels, label_img=images, global_step=step, tag="features",
+            metadata_header=["domain", "part", "class"],
         )  # fmt: skip
 
     def close(self, whole: bool) -> None:
         """Flushes; `whole` marks the run as finished on the hparams page."""
         if whole:
-            self._add(self._ends)
+            self._add(self._end)
         self.writer.close()
 
 

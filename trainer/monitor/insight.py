@@ -1,13 +1,13 @@
 """What an evaluation shows besides accuracy: who routes what where, and which classes are confused.
 
-Every rank takes part. What is counted is summed over the ranks in one collective; the few fixed
-images are seen by every rank in the same batches, so that whatever holds the weights (ZeRO-3,
+Every rank takes part. What is counted is summed over the ranks at the end; the few fixed images are
+seen by every rank in the same batches, so that whatever holds the weights (ZeRO-3,
 expert parallelism) finds all ranks at the same place. Only the main rank looks at the result.
 
 Letters: L layers that route, D domains, C classes, E experts, N images, T tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -66,19 +66,11 @@ class Seen:
             shares = (gates / gates.sum(-1, keepdim=True)).sum(1)  # each token counts as one
             counts[env].index_add_(0, labels, shares.to(counts.dtype))
 
-    def add_up(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
-        """Makes the counts those of all ranks; one collective."""
-        parts = [self.counts.flatten(), self.confusion.flatten().to(self.counts.dtype)]
-        counts, confusion = torch.split(sum_over_ranks(torch.cat(parts)), [len(p) for p in parts])
-        self.counts = counts.view_as(self.counts)
-        self.confusion = confusion.view_as(self.confusion).to(torch.int64)
-
 
 class Insight:
     """Looks over an evaluator's shoulder.
 
     Args:
-        evaluator: evaluates the run.
         model: the model itself, not an engine's wrapper.
         withheld: numbers of the domains that are not trained on, the target first.
         last: the last step, after which the features are looked at as well.
@@ -94,17 +86,15 @@ class Insight:
     def watching(self, forward: nn.Module, step: int) -> Iterator[Seen]:
         """Within the block, what `Seen.evaluator` evaluates is counted; a collective at its end.
 
-        An error leaves the block without that collective, so it must meet all ranks.
-
-        Args:
-            forward: calls the model: an engine's wrapper, or the model itself.
-            step: the step evaluated.
+        An error leaves the block without that collective, so it must meet all ranks. `forward`
+        calls the model: an engine's wrapper, or the model itself.
         """
         seen = self._unseen()
         with moa.recorded_routes(self.model) as seen.routes:
             seen.evaluator = replace(self.evaluator, note=seen.note)
             yield seen
-            seen.add_up(self.evaluator.sum_over_ranks)
+            seen.counts = self.evaluator.sum_over_ranks(seen.counts)
+            seen.confusion = self.evaluator.sum_over_ranks(seen.confusion)
             with evaluating(forward):
                 self._look(forward, seen, step == self.last)
         seen.routes = {}
@@ -113,11 +103,10 @@ class Insight:
         found = moa_layers(self.model)
         routed = {n: layer for n, layer in found if isinstance(layer.router, TokenRouter)}
         experts = max((len(layer.ranks) for layer in routed.values()), default=0)
-        index, device = self.evaluator.index, self.evaluator.device
-        domains, classes = len(index.domains), len(index.classes)
-        shape = len(routed), domains, classes, experts
-        counts = torch.zeros(shape, dtype=torch.float64, device=device)
-        confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
+        domains, classes = len(self.evaluator.index.domains), len(self.evaluator.index.classes)
+        with self.evaluator.device:
+            counts = torch.zeros(len(routed), domains, classes, experts, dtype=torch.float64)
+            confusion = torch.zeros(classes, classes, dtype=torch.int64)
         return Seen(self.evaluator, self.withheld, list(routed), counts, confusion)
 
     def _look(self, forward: nn.Module, seen: Seen, features: bool) -> None:
@@ -166,9 +155,6 @@ class Insight:
             ranks = np.sort(evaluator.ranks(env, "out"))
             number = min(max(1, most // domains), len(ranks))
             # Other classes from domain to domain, where there are few images of each.
-            offset = (env + 0.5) / domains
-            places += [
-                (env, int(ranks[int((place + offset) * len(ranks) / number)]))
-                for place in range(number)
-            ]
+            evenly = (np.arange(number) + (env + 0.5) / domains) * len(ranks) / number
+            places += [(env, int(rank)) for rank in ranks[evenly.astype(int)]]
         return fixed_images(evaluator.index, places, evaluator.data_config, evaluator.decoder)

@@ -35,12 +35,7 @@ class Monitor:
     """Shows one run.
 
     Args:
-        parts: the run.
-        folder: its files.
-        world: the processes that train.
-        device: where this one computes.
         first_step: where the run (re)starts; TensorBoard's later events are purged.
-        console: where progress is shown.
     """
 
     def __init__(
@@ -102,11 +97,10 @@ class Monitor:
         standing.done, standing.row, standing.img_s = step + 1, row, perf["img_s"]
         standing.peak_gib, standing.phase = peak, "training"
         if step > standing.first_step:  # the first step of a start waits for the loaders to start
-            stalls = self.wait.note(perf["data_wait_ms"], perf["step_ms"])
-            standing.wait_share = self.wait.share
-            if stalls:
+            if self.wait.note(perf["data_wait_ms"], perf["step_ms"]):
                 cores = len(os.sched_getaffinity(0))
                 log.warning("%s", hint(self.wait.share, self.config, cores))
+            standing.wait_share = self.wait.share
         if self.live is None and (step % self.every == 0 or step + 1 == standing.total):
             log.info("%s", plain_line(standing))
 

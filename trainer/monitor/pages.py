@@ -1,6 +1,7 @@
 """An evaluation's pages: routing maps, heat maps, confusions, features; on the main rank."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shards import ShardIndex
 from trainer.checkpoint.atomic_file import replaced_file
 from trainer.evaluate.drawing import confusion_figure, png
 from trainer.monitor.curves import Curves
@@ -22,22 +22,19 @@ SPRITE = 48
 """Largest side of an image in the projector."""
 
 
+@dataclass(frozen=True)
 class Pages:
-    """Draws what `Insight` has seen.
+    """Draws what `insight` has seen.
 
-    Args:
-        curves: TensorBoard.
-        insight: where the fixed images are from.
+    Attributes:
         ranks: of the experts, for the legend.
         routing_file: where the routing map of the best adapter so far is saved.
     """
 
-    def __init__(
-        self, curves: Curves, insight: Insight, ranks: tuple[int, ...], routing_file: Path
-    ) -> None:
-        self.curves, self.insight, self.ranks = curves, insight, ranks
-        self.routing_file = routing_file
-        self.index: ShardIndex = insight.evaluator.index
+    curves: Curves
+    insight: Insight
+    ranks: tuple[int, ...]
+    routing_file: Path
 
     def add(self, step: int, seen: Seen, best: bool) -> None:
         """Adds the pages of the evaluation after `step`; `best` if its adapter is so far."""
@@ -60,7 +57,7 @@ class Pages:
         }
         if not maps:
             return
-        fixed, index = self.insight.mapped, self.index
+        fixed, index = self.insight.mapped, self.insight.evaluator.index
         pixels = self._unit(fixed.images).mul(255).round().byte().permute(0, 2, 3, 1).numpy()
         shown = [
             Shown(image, index.domains[env], index.classes[label], env in seen.withheld)
@@ -81,14 +78,14 @@ class Pages:
         return (images * std + mean).clamp(0, 1)
 
     def _heat_maps(self, step: int, seen: Seen) -> None:
-        counts, titles = seen.counts.cpu().numpy(), [" ".join(layer_title(n)) for n in seen.layers]
-        domains = [
-            f"{name} (held out)" if env in seen.withheld else name
-            for env, name in enumerate(self.index.domains)
-        ]
+        counts, index = seen.counts.cpu().numpy(), self.insight.evaluator.index
+        titles = [" ".join(layer_title(layer)) for layer in seen.layers]
+        domains = list(index.domains)
+        for env in seen.withheld:
+            domains[env] += " (held out)"
         for what, tables, names in (
             ("domain", counts.sum(2), domains),
-            ("class", counts.sum(1), self.index.classes),
+            ("class", counts.sum(1), index.classes),
         ):
             picture = expert_heat_maps(tables, titles, names, f"Experts by {what}")
             self.curves.picture(f"routing/expert_by_{what}", png(picture), step)
@@ -99,8 +96,8 @@ class Pages:
             self.curves.scalars(bits, step)
 
     def _confusions(self, step: int, seen: Seen) -> None:
-        confusion = seen.confusion.cpu().numpy()
-        domain, classes = self.index.domains[seen.withheld[0]], self.index.classes
+        confusion, index = seen.confusion.cpu().numpy(), self.insight.evaluator.index
+        domain, classes = index.domains[seen.withheld[0]], index.classes
         right = 100 * confusion.trace() / confusion.sum()
         matrices = {f"{domain} (held out): {right:.1f} % right": confusion}
         title = f"Predicted class by true class, after step {step}"
@@ -120,12 +117,9 @@ class Pages:
         rows = 1 + math.isqrt(len(features) - 1)  # of the sprite, which is at most 8192 high
         side = min(SPRITE, fixed.images.shape[-1], 8192 // rows)
         sprites = F.interpolate(self._unit(fixed.images), (side, side), mode="area")
+        index, withheld = self.insight.evaluator.index, self.insight.withheld
         labels = [
-            (
-                self.index.domains[env],
-                "held out" if env in self.insight.withheld else "source",
-                self.index.classes[label],
-            )
-            for env, label in zip(fixed.domains, fixed.labels, strict=True)
+            [index.domains[e], "held out" if e in withheld else "source", index.classes[label]]
+            for e, label in zip(fixed.domains, fixed.labels, strict=True)
         ]
         self.curves.projector(features, labels, sprites, step)

@@ -33,14 +33,7 @@ ExpertNumbers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Shown:
-    """An image of the fixed set.
-
-    Attributes:
-        pixels: uint8 [h, w, 3], as the model sees it.
-        domain: where it is from.
-        label: its class name.
-        held_out: whether that domain is the held-out one.
-    """
+    """An image as the model sees it, uint8 [h, w, 3], its domain and its class's name."""
 
     pixels: npt.NDArray[np.uint8]
     domain: str
@@ -58,9 +51,10 @@ def routing_figure(
         images: the N images.
         maps: layer path -> [N, H, W], the number of the expert that each patch went to.
         experts: what to call each of the E experts in the legend.
-        title: first line.
+        title: the first line.
     """
-    layers, pitch = _even_choice(list(maps), MOST_LAYERS), TILE + GAP
+    evenly = np.linspace(0, len(maps) - 1, min(len(maps), MOST_LAYERS)).round().astype(int)
+    layers, pitch = [list(maps)[place] for place in evenly], TILE + GAP
     colours, bottom = expert_colours(len(experts)), len(images) * pitch
     figure, axes = canvas((1 + len(layers)) * pitch - GAP, bottom + 36)
     _legend(axes, experts, colours, title, len(layers))
@@ -100,12 +94,6 @@ def layer_title(path: str) -> tuple[str, str]:
     """Two lines for a layer: `blocks.2.attn.qkv` is block 2, attn.qkv."""
     head, _, rest = path.rpartition("blocks.")[2].partition(".")
     return (f"block {head}", rest) if head.isdigit() else (path, "")
-
-
-def _even_choice(layers: list[str], most: int) -> list[str]:
-    if len(layers) <= most:
-        return layers
-    return [layers[round(i * (len(layers) - 1) / (most - 1))] for i in range(most)]
 
 
 def _legend(

@@ -20,6 +20,7 @@ import PIL
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.optim import param_groups_weight_decay
 from torch import nn
 from torch.nn import functional as F
 
@@ -90,8 +91,7 @@ class PretrainResult:
 
     Attributes:
         model: in evaluation mode.
-        losses: training loss of every step.
-        seconds: how long it took, drawing of the glyphs included.
+        seconds: with the drawing of the glyphs.
         accuracy: in [0, 1], by the name of the validation set.
     """
 
@@ -99,18 +99,6 @@ class PretrainResult:
     losses: list[float]
     seconds: float
     accuracy: dict[str, float]
-
-
-def _optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices only."""
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        groups[parameter.ndim > 1 and name not in ("cls_token", "pos_embed")].append(parameter)
-    decays = {True: config.weight_decay, False: 0.0}
-    return torch.optim.AdamW(
-        [{"params": groups[matrix], "weight_decay": decay} for matrix, decay in decays.items()],
-        lr=config.peak_lr,
-    )
 
 
 @torch.inference_mode()
@@ -141,7 +129,9 @@ def pretrain(
         torch.manual_seed(config.seed)
         model = timm.create_model("vit_embedded", num_classes=len(GLYPH_CLASSES))
     sampler = GlyphSampler(GlyphBank(train_fonts), config.seed)
-    optimizer = _optimizer(model, config)
+    undecayed = ("cls_token", "pos_embed")  # beside biases and norms
+    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=undecayed)
+    optimizer = torch.optim.AdamW(groups, lr=config.peak_lr)
     losses: list[float] = []
     model.train()
     for step in range(config.steps):

@@ -35,16 +35,18 @@ def run(config: RunConfig, world: World, stopping: Stopping) -> None:
     Whatever can be wrong with the configuration is found before the process group starts.
     """
     # Heavy imports come after the command line has proved legal.
+    from rich.console import Console
+
     from trainer.checkpoint.run_folder import RunFolder
     from trainer.engine.zero_check import zero_problems
-    from trainer.monitor.console import set_up_logging, terminal
+    from trainer.monitor.console import set_up_logging
     from trainer.prepare.parts import build
     from trainer.train.closing import show_result
     from trainer.train.resume import Start, find_start
 
     if config.train.time_limit is not None:
         stopping.limit = seconds_of(config.train.time_limit)
-    console, parts = terminal(), build(config, world, zero_problems(config))
+    console, parts = Console(), build(config, world, zero_problems(config))
     folder, start = RunFolder(parts.config.run_folder(parts.config.data.held_out or "")), Start()
     with folder.claimed() if world.is_main else nullcontext():
         if world.is_main:

@@ -49,6 +49,6 @@ def test_all_variants_make_the_same_number_of_images(
 
 def test_threads_are_given_back() -> None:
     before = torch.get_num_threads()
-    with bench_data.single_thread():
+    with bench_data.undisturbed():
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
