@@ -141,6 +141,7 @@ class BatchLoader(DataLoader[Batch]):
     Args:
         reported: keys of bad samples that the log has named; shared by the loaders of a set.
         workers: loader processes; 0 loads in this one.
+        pin_memory: put batches into page-locked memory.
         start_method: how loader processes are started; None for the platform's own way.
     """
 
@@ -162,7 +163,6 @@ class BatchLoader(DataLoader[Batch]):
             num_workers=workers,
             pin_memory=pin_memory,
             generator=torch.Generator(),
-            collate_fn=_as_it_is,
             multiprocessing_context=start_method if workers else None,
         )
         self._reported = reported
@@ -179,20 +179,11 @@ class BatchLoader(DataLoader[Batch]):
         for batch in super().__iter__():
             if isinstance(batch, Exception):
                 raise batch
-            self._report(batch.bad)
+            for sample in batch.bad:  # once, and here: a loader process may have no log of its own
+                if sample.key not in self._reported:
+                    self._reported.add(sample.key)
+                    log.warning("%s", sample)
             yield batch
-
-    def _report(self, bad: Sequence[BadSample]) -> None:
-        """Log every bad sample once; here, since a loader process may have no log of its own."""
-        for sample in bad:
-            if sample.key not in self._reported:
-                self._reported.add(sample.key)
-                log.warning("%s", sample)
-
-
-def _as_it_is(batch: Made) -> Made:
-    """Stand for torch's own conversion, which has nothing to do here."""
-    return batch
 
 
 def rank_range(total: int, rank: int, world_size: int) -> range:

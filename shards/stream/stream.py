@@ -3,7 +3,7 @@
 `DomainMix` says which sample stands where; here samples are read, decoded and augmented.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -40,13 +40,20 @@ class DomainStream(DomainMix):
     transform: LoaderTransform
     """From pixels to float32 [3, H, W], or to a half-done image for `finish_images`; random
     numbers from torch's default generator."""
-    decoder: Decoder | None = None
-    """What decodes the images; None for the default one."""
+    decoder: Decoder = field(default_factory=Decoder)
+    """What decodes the images."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._decoder = self.decoder or Decoder()
-        self._check_cache()
+        if self.mode == "window":
+            remedy = "raise data.cache_gib or lower data.window"
+        else:
+            remedy = (
+                f"data.mode {self.mode} needs all shards of the source domains in the cache: raise "
+                "data.cache_gib, or read a few at a time with data.mode window and data.window 4"
+            )
+        if self.index.reader.remote:
+            self.index.reader.remote.check_capacity(self.shard_bytes_at_a_time(), remedy)
 
     def loader(
         self,
@@ -61,15 +68,8 @@ class DomainStream(DomainMix):
     ) -> BatchLoader:
         """Load a rank's share of a range of steps: `accumulation` micro-batches per step, in order.
 
-        Args:
-            start_step: first step; to resume, the first one not yet done.
-            stop_step: first step not to load.
-            rank: of this process.
-            world_size: number of processes.
-            workers: loader processes; 0 loads in this one.
-            accumulation: micro-batches per step.
-            pin_memory: put batches into page-locked memory.
-            start_method: how loader processes are started; None for the platform's own way.
+        The steps go from `start_step`, to resume the first one not yet done, to before `stop_step`.
+        `workers`, `pin_memory` and `start_method` are those of `BatchLoader`.
 
         Raises:
             DataConfigError: the steps, rank, world size or accumulation do not fit.
@@ -91,30 +91,11 @@ class DomainStream(DomainMix):
             start_method=start_method,
         )  # fmt: skip
 
-    def announce(self, step: int) -> None:
-        """Have remote shards fetched one window ahead of a step that is about to be read."""
-        if self.index.reader.remote:
-            self.index.reader.remote.expect(self.windows(step))
-
-    def _check_cache(self) -> None:
-        """Raise if the shards are remote and the cache cannot hold those read at a time."""
-        if self.mode == "window":
-            remedy = "raise data.cache_gib or lower data.window"
-        else:
-            remedy = (
-                f"data.mode {self.mode} needs all shards of the source domains in the cache: raise "
-                "data.cache_gib, or read a few at a time with data.mode window and data.window 4"
-            )
-        if self.index.reader.remote:
-            self.index.reader.remote.check_capacity(self.shard_bytes_at_a_time(), remedy)
-
     def load(self, domain: int, position: int, place: int) -> LoadedImage:
         """Read, decode and augment one slot's image, or its substitute if it cannot be used.
 
-        Args:
-            domain: its number.
-            position: in the domain's stream, which keys augmentation and substitute.
-            place: of the sample that stands there.
+        `position` is that in the domain's stream, which keys augmentation and substitute; `place`
+        that of the sample in the domain's file list.
 
         Raises:
             DamagedDataError: a shard is damaged as a whole, or no substitute can be used.
@@ -127,13 +108,12 @@ class DomainStream(DomainMix):
             if attempt:
                 chosen = substitute_index(self.seed, name, len(train), position, attempt)
                 place = int(train[chosen])
-            found = open_image(self.index, domain, place, self._decoder, attempt)
+            found = open_image(self.index, domain, place, self.decoder, attempt)
             if found.bad is not None:
                 bad.append(found.bad)
             if found.pixels is not None:
-                made = seeded(
-                    self.transform, found.pixels, hash64(self.seed, "aug", name, position)
-                )
+                seed = hash64(self.seed, "aug", name, position)
+                made = seeded(self.transform, found.pixels, seed)
                 image, draw = (made, None) if isinstance(made, torch.Tensor) else made
                 return LoadedImage(image, found.label, domain, attempt > 0, bad, draw)
         check = verify_command() if self.index.remote else verify_command(self.index.root)
@@ -157,7 +137,8 @@ class _TrainingBatches(BatchSource):
 
     def build(self, number: int) -> Batch:
         step, piece = divmod(number, self.accumulation)
-        self.stream.announce(self.steps[step])
+        if remote := self.stream.index.reader.remote:  # fetches one window ahead
+            remote.expect(self.stream.windows(self.steps[step]))
         size = len(self.mine) // self.accumulation
         part = self.mine[piece * size : (piece + 1) * size]
         slots = self.stream.slots(self.steps[step], part)
