@@ -122,14 +122,9 @@ def _open(args: argparse.Namespace, spec: DatasetSpec) -> ShardIndex:
     if args.root is not None:
         log.info("listing %s", args.root)
         return write_shards(
-            args.root,
-            args.out,
-            spec,
-            exclude=exclude,
-            shard_size=args.shard_size,
-            shard_bytes=args.shard_bytes,
-            jobs=args.jobs,
-        )
+            args.root, args.out, spec, exclude=exclude, shard_size=args.shard_size,
+            shard_bytes=args.shard_bytes, jobs=args.jobs,
+        )  # fmt: skip
     if args.verify:
         index = ShardIndex.load(args.out, dataset=spec.name)
         if args.dataset is not None:

@@ -10,6 +10,7 @@ from moa.files.origin import Origin
 from moa.files.reading import AdapterInfo
 
 SPLITS = ("in", "out", "all", "left_out")
+_OF_SPLIT = ("trial_seed", "holdout_fraction", "data_hash", "split_hash")
 _FIGURE = re.compile(r"(?:moa/)?env(\d+)_(in|out|all|left_out)_acc")
 
 
@@ -97,23 +98,15 @@ def _held_out_results(info: AdapterInfo, origin: Origin) -> list[EvalResult]:
             continue
         found.append(
             EvalResult(
-                task_type="image-classification",
-                task_name="Domain generalization",
-                dataset_type=origin.dataset,
+                task_type="image-classification", task_name="Domain generalization",
+                dataset_type=origin.dataset, dataset_config=origin.held_out,
                 dataset_name=f"{origin.dataset}, {origin.held_out} (held out)",
-                dataset_config=origin.held_out,
                 dataset_split=match[2],
-                dataset_args={
-                    "trial_seed": origin.trial_seed,
-                    "holdout_fraction": origin.holdout_fraction,
-                    "data_hash": origin.data_hash,
-                    "split_hash": origin.split_hash,
-                },
-                metric_type="accuracy",
-                metric_name=f"accuracy % ({match[2]} split)",
+                dataset_args={name: getattr(origin, name) for name in _OF_SPLIT},
+                metric_type="accuracy", metric_name=f"accuracy % ({match[2]} split)",
                 metric_value=round(100 * value, 2),
             )
-        )
+        )  # fmt: skip
     return found
 
 

@@ -106,11 +106,7 @@ def save_adapter(
 ) -> None:
     """Saves the trainable tensors of `model` as an adapter folder, replacing an older one.
 
-    Args:
-        model: the injected model.
-        folder: destination.
-        info: what the tensors belong to.
-        tensors: values to write instead of the model's, such as an optimizer's fp32 masters.
+    `tensors` are values to write instead of the model's, such as an optimizer's fp32 masters.
 
     Raises:
         FileExistsError: `folder` is neither new, nor empty, nor an older adapter.

@@ -46,9 +46,7 @@ def merge(model: nn.Module) -> None:
 def fixed_layers(model: nn.Module, done: str) -> dict[str, MoALinear]:
     """The adapted layers by path, if all their experts' weights are alike for all tokens.
 
-    Args:
-        model: with or without adapters.
-        done: what shall be done with the layers, as in "cannot be merged".
+    `done` says what shall be done with them, as in "cannot be merged".
 
     Raises:
         MoAConfigError: there are none, or experts weighted by the token.

@@ -48,9 +48,8 @@ def apply_colour(image: Pixels, draw: torch.Tensor) -> Pixels:
 def apply_colour_batch(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """Apply a draw to every image of a batch, on whatever device they are; gives levels.
 
-    Args:
-        images: uint8 [b, 3, H, W].
-        draws: float32 [b, DRAWS] on the CPU, where choosing rows waits for no device.
+    `images` are uint8 [b, 3, H, W]; `draws` float32 [b, DRAWS] on the CPU, where choosing rows
+    waits for no device.
     """
     levels = images.float()
     for place in range(4):

@@ -65,15 +65,11 @@ class DomainMix:
         self._train_places = {domain: self._training_part(domain) for domain in self.sources}
         self._orders = {
             domain: DomainOrder(
-                self.seed,
-                self.index.domains[domain],
-                len(places),
-                self.mode,
-                self.window,
+                self.seed, self.index.domains[domain], len(places), self.mode, self.window,
                 self.index.table(domain)["shard"][places],
             )
             for domain, places in self._train_places.items()
-        }
+        }  # fmt: skip
 
     def _check_arguments(self) -> None:
         """Raise on the first argument that is out of range."""
