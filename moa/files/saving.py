@@ -74,11 +74,7 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], info: AdapterInfo
 
 
 def check_replaceable(folder: str | Path) -> None:
-    """Refuses to let an adapter take the place of other work.
-
-    Raises:
-        FileExistsError: `folder` is there, and is neither empty nor an adapter's folder.
-    """
+    """Raises `FileExistsError` if `folder` is there, and is neither empty nor an adapter's."""
     folder = Path(folder)
     if not folder.exists() or (folder / CONFIG_FILE).exists():
         return

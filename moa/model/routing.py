@@ -39,8 +39,8 @@ def aux_loss(model: nn.Module, sum_over_ranks: SumOverRanks | None = None) -> Te
     """Load balancing loss of the last training forward, summed over layers, times aux_weight.
 
     A scalar with graph; zero if no layer routes, `balance` is not by loss, or nothing ran since the
-    last call. `sum_over_ranks`, differentiable, adds up over the processes that share the batch; it
-    is called once with the counts of all layers [L, 2, E], and None on a single process.
+    last call. `sum_over_ranks` is the differentiable sum over the processes that share the batch,
+    called once with the counts of all layers [L, 2, E]; None on a single process.
 
     Raises:
         RuntimeError: the forward left no graph to routers that train, as under reentrant
@@ -78,12 +78,8 @@ def update_balance(model: nn.Module, sum_over_ranks: SumOverRanks | None = None)
 
     Only layers with `balance = bias` have one: each expert's bias goes up by `balance_rate` if
     fewer tokens than the mean chose it, down if more did (Wang et al., "Auxiliary-loss-free load
-    balancing strategy for Mixture-of-Experts", arXiv 2408.15664).
-
-    Args:
-        model: with or without adapters.
-        sum_over_ranks: sum over the processes that share the batch, called once with the token
-            counts of all layers [L, E]; None on a single process.
+    balancing strategy for Mixture-of-Experts", arXiv 2408.15664). `sum_over_ranks`, as for
+    `aux_loss`, is called once with the token counts of all layers [L, E]; it need not have a graph.
     """
     taken = [(layer, layer.take_chosen()) for _, layer in moa_layers(model)]
     found = [(layer, chosen) for layer, chosen in taken if chosen is not None]

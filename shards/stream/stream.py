@@ -31,11 +31,7 @@ _MAX_SUBSTITUTES = 16
 
 @dataclass(eq=False, kw_only=True)
 class DomainStream(DomainMix):
-    """An endless stream of global batches with the same number of images of every source domain.
-
-    Raises:
-        DataConfigError: an argument is out of range.
-    """
+    """An endless stream of global batches with the same number of images of every source domain."""
 
     transform: LoaderTransform
     """From pixels to float32 [3, H, W], or to a half-done image for `finish_images`; random
@@ -45,9 +41,8 @@ class DomainStream(DomainMix):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mode == "window":
-            remedy = "raise data.cache_gib or lower data.window"
-        else:
+        remedy = "raise data.cache_gib or lower data.window"
+        if self.mode != "window":
             remedy = (
                 f"data.mode {self.mode} needs all shards of the source domains in the cache: raise "
                 "data.cache_gib, or read a few at a time with data.mode window and data.window 4"
