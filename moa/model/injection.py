@@ -37,11 +37,8 @@ class InjectReport:
 def inject(model: nn.Module, config: MoAConfig) -> InjectReport:
     """Wraps the selected linear layers of `model` and leaves only adapters and head trainable.
 
-    All checks come first: a model is either changed completely or not at all.
-
-    Args:
-        model: a timm vision transformer (has `blocks` and `get_classifier`).
-        config: the method and its settings.
+    `model` is a timm vision transformer: it has `blocks` and `get_classifier`. All checks come
+    first, so it is either changed completely or not at all.
 
     Raises:
         MoAConfigError: an illegal setting, or one that does not fit the widths or depth.

@@ -28,12 +28,9 @@ def merge(model: nn.Module) -> None:
     Each layer is computed in float64 on the CPU and rounded at the end, so that neither the device
     nor a setting such as TF32 counts.
 
-    Args:
-        model: an injected model with `lora`, `kadaptation`, or a mixture with `router = uniform`.
-
     Raises:
-        MoAConfigError: the model has no adapters, or ones whose weight depends on the token; it is
-            left as it was.
+        MoAConfigError: the model has no adapters, or ones whose weight depends on the token; legal
+            are `lora`, `kadaptation` and `router = uniform`. It is left as it was.
     """
     for path, layer in fixed_layers(model, "merged").items():
         _fold(layer)

@@ -3,6 +3,7 @@
 `DomainMix` says which sample stands where; here samples are read, decoded and augmented.
 """
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +16,6 @@ from shards.stream.bad_samples import BadSample
 from shards.stream.batches import (
     Batch,
     BatchLoader,
-    BatchSource,
     LoadedImage,
     StartMethod,
     rank_range,
@@ -80,11 +80,22 @@ class DomainStream(DomainMix):
             )
         self.check_world_size(world_size, accumulation)
         mine = rank_range(self.global_batch, rank, world_size)
-        source = _TrainingBatches(self, range(start_step, stop_step), mine, accumulation)
         return BatchLoader(
-            source, reported=self.index.reported, workers=workers, pin_memory=pin_memory,
-            start_method=start_method,
+            functools.partial(self._build, start_step, mine, accumulation),
+            (stop_step - start_step) * accumulation, reported=self.index.reported,
+            workers=workers, pin_memory=pin_memory, start_method=start_method,
         )  # fmt: skip
+
+    def _build(self, start_step: int, mine: range, accumulation: int, number: int) -> Batch:
+        """Build a micro-batch of the rank with the slots `mine`; 0 is the first of `start_step`."""
+        step, piece = divmod(number, accumulation)
+        step += start_step
+        if self.index.reader.remote:  # fetches one window ahead
+            self.index.reader.remote.expect(self.windows(step))
+        size = len(mine) // accumulation
+        part = mine[piece * size : (piece + 1) * size]
+        slots = zip(*(column.tolist() for column in self.slots(step, part)), strict=True)
+        return stack((self.load(*slot) for slot in slots), len(part), part.start)
 
     def load(self, domain: int, position: int, place: int) -> LoadedImage:
         """Read, decode and augment one slot's image, or its substitute if it cannot be used.
@@ -116,27 +127,3 @@ class DomainStream(DomainMix):
             f"domain {name!r}: {_MAX_SUBSTITUTES + 1} images in a row cannot be used, the last: "
             f"{bad[-1]}; check the set with {check}"
         )
-
-
-@dataclass(eq=False)
-class _TrainingBatches(BatchSource):
-    """The micro-batches of one rank over a range of steps; `mine` is its range of slots."""
-
-    stream: DomainStream
-    steps: range
-    mine: range
-    accumulation: int
-
-    def __len__(self) -> int:
-        return len(self.steps) * self.accumulation
-
-    def build(self, number: int) -> Batch:
-        step, piece = divmod(number, self.accumulation)
-        if remote := self.stream.index.reader.remote:  # fetches one window ahead
-            remote.expect(self.stream.windows(self.steps[step]))
-        size = len(self.mine) // self.accumulation
-        part = self.mine[piece * size : (piece + 1) * size]
-        slots = self.stream.slots(self.steps[step], part)
-        numbers = zip(*(column.tolist() for column in slots), strict=True)
-        loaded = (self.stream.load(*slot) for slot in numbers)
-        return stack(loaded, len(part), part.start)

@@ -87,14 +87,29 @@ def _check_folder(index: ShardIndex) -> Iterator[str]:
 
 def _check_shard(number: int, index: ShardIndex, deep: bool) -> tuple[list[str], list[str], int]:
     """Check one shard; gives problems, incomplete images, and the number of bad ones."""
-    return _ShardCheck(index, number, deep).run()
+    check, info = _ShardCheck(index, number, deep), index.shards[number]
+    path = index.root / info.file
+    try:
+        if file_sha256(path) != info.sha256:
+            check.problems.append("sha256 differs from the index")
+        check.compare_members(path)
+    except (OSError, tarfile.TarError) as error:
+        check.problems.append(f"cannot be read ({error})")
+    problems = check.problems + check.named(check.unusable)
+    if len(problems) > _MAX_LINES:
+        problems[_MAX_LINES:] = [f"and {len(problems) - _MAX_LINES} more problems"]
+    return (
+        [f"{path}: {line}" for line in problems],
+        [f"{path}: {line}" for line in check.named(check.incomplete)],
+        len(check.rows) - check.sound,
+    )
 
 
 class _ShardCheck:
     """What is found in one shard; of images by key, since their paths come later in the file."""
 
     def __init__(self, index: ShardIndex, number: int, deep: bool) -> None:
-        self.index, self.info, self.deep = index, index.shards[number], deep
+        self.index, self.samples, self.deep = index, index.shards[number].samples, deep
         domains = range(len(index.domains))
         mine = [np.flatnonzero(index.table(domain)["shard"] == number) for domain in domains]
         self.domain = max(domains, key=lambda domain: len(mine[domain]))  # a shard belongs to one
@@ -106,30 +121,13 @@ class _ShardCheck:
         self.sound = 0
         self.paths: dict[str, str] = {}  # original ones
 
-    def run(self) -> tuple[list[str], list[str], int]:
-        path = self.index.root / self.info.file
-        try:
-            if file_sha256(path) != self.info.sha256:
-                self.problems.append("sha256 differs from the index")
-            self._compare_members(path)
-        except (OSError, tarfile.TarError) as error:
-            self.problems.append(f"cannot be read ({error})")
-        problems = self.problems + self._named(self.unusable)
-        if len(problems) > _MAX_LINES:
-            problems[_MAX_LINES:] = [f"and {len(problems) - _MAX_LINES} more problems"]
-        return (
-            [f"{path}: {line}" for line in problems],
-            [f"{path}: {line}" for line in self._named(self.incomplete)],
-            len(self.rows) - self.sound,
-        )
-
-    def _named(self, images: list[tuple[str, str]]) -> list[str]:
+    def named(self, images: list[tuple[str, str]]) -> list[str]:
         return [f"sample {key}{self.paths.get(key, '')}: {fault}" for key, fault in images]
 
-    def _compare_members(self, path: Path) -> None:
-        if len(self.rows) != self.info.samples:
+    def compare_members(self, path: Path) -> None:
+        if len(self.rows) != self.samples:
             self.problems.append(
-                f"{self.info.samples} samples expected, the tables name {len(self.rows)}"
+                f"{self.samples} samples expected, the tables name {len(self.rows)}"
             )
         seen: dict[str, list[str]] = {key: [] for key in self.rows}
         with tarfile.open(path, "r:") as archive:
