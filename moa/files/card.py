@@ -62,18 +62,15 @@ def creation(info: AdapterInfo) -> list[str]:
 
 def _imports(base_model: str) -> str:
     """What a reader must import so that timm knows the base."""
-    name = base_model.partition(".")[0]
-    module = timm.model_entrypoint(name).__module__ if timm.is_model(name) else "timm"
+    module = timm.model_entrypoint(base_model).__module__ if timm.is_model(base_model) else "timm"
     registers = "" if module.partition(".")[0] == "timm" else f"\nimport {module}"
     return f"import moa, timm{registers}"
 
 
 def hub_name(base_model: str) -> str:
     """The base's name on the hub if timm loads it from there, else timm's name."""
-    known = timm.is_model(base_model.partition(".")[0])
-    config = timm.get_pretrained_cfg(base_model) if known else None
-    embedded = config is not None and not config.hf_hub_id
-    return base_model if embedded else f"timm/{base_model}"
+    config = timm.get_pretrained_cfg(base_model)  # None if timm does not know it
+    return f"timm/{base_model}" if config is None or config.hf_hub_id else base_model
 
 
 def _front_matter(info: AdapterInfo) -> ModelCardData:
