@@ -1,8 +1,9 @@
 """`MoAConfig`: what is adapted and how. Imports nothing heavy, so `--help` stays fast."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args, get_origin
+from math import inf
+from typing import Any, Literal, get_args, get_origin
 
 from moa.blocks import BLOCKS
 from moa.errors import MoAConfigError
@@ -35,6 +36,8 @@ _OF_MIXTURES = (
     "transport",
 )  # fmt: skip
 _OF_ADAPTERS = ("ranks", "expert_dropout")
+
+_Rule = tuple[str, bool, str]  # a setting, whether it is wrong, and what is said after its value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,14 +101,10 @@ class MoAConfig:
 
     def resolved(self) -> "MoAConfig":
         """The same configuration with the method's defaults where something was left open."""
-        ranks, targets, blocks, router = _DEFAULTS.get(self.method, ((), (), "all", None))
-        return replace(
-            self,
-            ranks=ranks if self.ranks is None else self.ranks,
-            targets=targets if self.targets is None else self.targets,
-            blocks=blocks if self.blocks is None else self.blocks,
-            router=router if self.router is None else self.router,
-        )
+        defaults = _DEFAULTS.get(self.method, ((), (), "all", None))
+        usual = zip(("ranks", "targets", "blocks", "router"), defaults, strict=True)
+        left_open: dict[str, Any] = {n: value for n, value in usual if getattr(self, n) is None}
+        return replace(self, **left_open)
 
     @property
     def adapts(self) -> bool:
@@ -147,11 +146,17 @@ class MoAConfig:
         """Every range problem of this configuration, one line each, empty if it is legal."""
         return list(self._wrong_types()) or [  # the other checks compare these values
             *self._wrong_choices(),
-            *self._wrong_places(),
-            *self._wrong_numbers(),
-            *(self._wrong_experts() if self.adapts else ()),
-            *(self._wrong_routing() if self.mixes else ()),
+            *self._broken(self._rules()),
+            *self._broken(self._expert_rules() if self.adapts else ()),
+            *(self.transport_problems() if self.ep_size > 1 and self.adapts else ()),
+            *self._broken(self._routing_rules() if self.mixes else ()),
         ]
+
+    def _broken(self, rules: Iterable[_Rule]) -> Iterator[str]:
+        for name, wrong, why in rules:
+            value = getattr(self, name)
+            if wrong:
+                yield f"moa.{name}: {list(value) if isinstance(value, tuple) else value!r}{why}"
 
     def unused(self) -> list[str]:
         """Names of settings that were given, although the method does not use them.
@@ -195,57 +200,57 @@ class MoAConfig:
             if value not in values and (name, value) != ("router", None):
                 yield f"moa.{name}: {value!r}; legal are {', '.join(values)}"
 
-    def _wrong_places(self) -> Iterator[str]:
-        if self.targets == () and (self.adapts or self.unfreezes):
-            yield "moa.targets: []; name at least one linear layer, such as [attn.qkv]"
-        if isinstance(self.blocks, str) and not BLOCKS.fullmatch(self.blocks):
-            yield (
-                f"moa.blocks: {self.blocks!r}; legal are all, every_K, last_K (K >= 1), or a list "
-                "of block numbers"
-            )
+    def _rules(self) -> Iterator[_Rule]:
+        """What every method must obey."""
+        by_method = ("top_k",) if not self.mixes else ()
+        yield from (
+            ("targets", self.targets == () and (self.adapts or self.unfreezes),
+             "; name at least one linear layer, such as [attn.qkv]"),
+            ("blocks", isinstance(self.blocks, str) and not BLOCKS.fullmatch(self.blocks),
+             "; legal are all, every_K, last_K (K >= 1), or a list of block numbers"),
+            ("ranks", (self.ranks == () and self.adapts) or any(r < 1 for r in self.ranks or ()),
+             "; give one or more whole numbers >= 1"),
+            *((name, getattr(self, name) < 1, "; must be >= 1")
+              for name in ("kron_dim", "router_dim", *by_method)),
+            ("expert_dropout", not 0 <= self.expert_dropout < 1, "; must be >= 0 and below 1"),
+            *((name, not 0 <= getattr(self, name) < inf, "; must be a finite number >= 0")
+              for name in ("gate_noise", "aux_weight", "balance_rate")),
+            ("ep_size", self.ep_size < 1 or (self.ep_size > 1 and not self.mixes),
+             f" with {self.method}; must be >= 1, and above 1 only with multi_lora, moa_lora or "
+             "moa_kron, which have experts to distribute"),
+        )  # fmt: skip
 
-    def _wrong_numbers(self) -> Iterator[str]:
-        """What is out of range for every method."""
-        if (self.ranks == () and self.adapts) or any(rank < 1 for rank in self.ranks or ()):
-            yield f"moa.ranks: {list(self.ranks or ())}; give one or more whole numbers >= 1"
-        for name in ("kron_dim", "router_dim", *(() if self.mixes else ("top_k",))):
-            if getattr(self, name) < 1:
-                yield f"moa.{name}: {getattr(self, name)}; must be >= 1"
-        if not 0 <= self.expert_dropout < 1:
-            yield f"moa.expert_dropout: {self.expert_dropout}; must be >= 0 and below 1"
-        for name in ("gate_noise", "aux_weight", "balance_rate"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                yield f"moa.{name}: {getattr(self, name)}; must be a finite number >= 0"
-        if self.ep_size < 1 or (self.ep_size > 1 and not self.mixes):
-            yield (
-                f"moa.ep_size: {self.ep_size} with {self.method}; must be >= 1, and above 1 only "
-                "with multi_lora, moa_lora or moa_kron, which have experts to distribute"
-            )
+    def _expert_rules(self) -> Iterator[_Rule]:
+        """What methods with adapters must obey."""
+        number, kind = len(self.resolved().ranks or ()), self.method
+        single, several = ("kadaptation", "moa_kron") if self.kronecker else ("lora", "moa_lora")
+        yield from (
+            ("ranks", self.mixes and number == 1,
+             f" gives {kind} one expert; give two or more, or use --moa.method {single}"),
+            ("ranks", not self.mixes and number > 1,
+             f" has {number} experts, {kind} takes one; give one rank, or use --moa.method "
+             f"{several}"),
+            ("shared_rank", self.shared_rank < 0 or (self.shared_rank > 0 and not self.mixes),
+             f" with {kind}; must be >= 0, and above 0 only with multi_lora, moa_lora or moa_kron"),
+            ("kron_impl", self.kron_impl == "dense" and not self.kronecker,
+             f" with {kind}, which has no Kronecker experts; leave it at factored, or use "
+             "--moa.method moa_kron or kadaptation"),
+        )  # fmt: skip
 
-    def _wrong_experts(self) -> Iterator[str]:
-        ranks, kind = self.resolved().ranks or (), self.method
-        if self.mixes and len(ranks) == 1:
-            yield (
-                f"moa.ranks: {list(ranks)} gives {kind} one expert; give two or more, or "
-                f"use --moa.method {'kadaptation' if self.kronecker else 'lora'}"
-            )
-        if not self.mixes and len(ranks) > 1:
-            yield (
-                f"moa.ranks: {list(ranks)} has {len(ranks)} experts, {kind} takes one; give "
-                f"one rank, or use --moa.method {'moa_kron' if self.kronecker else 'moa_lora'}"
-            )
-        if self.shared_rank < 0 or (self.shared_rank and not self.mixes):
-            yield (
-                f"moa.shared_rank: {self.shared_rank} with {kind}; must be >= 0, and above 0 only "
-                "with multi_lora, moa_lora or moa_kron"
-            )
-        if self.kron_impl == "dense" and not self.kronecker:
-            yield (
-                f"moa.kron_impl: 'dense' with {kind}, which has no Kronecker experts; leave it at "
-                "factored, or use --moa.method moa_kron or kadaptation"
-            )
-        if self.ep_size > 1:
-            yield from self.transport_problems()
+    def _routing_rules(self) -> Iterator[_Rule]:
+        """What mixtures must obey."""
+        router, number = self.resolved().router, len(self.resolved().ranks or ())
+        keeps_all, remedy = router in ("soft", "uniform"), "use --moa.router cosine or linear"
+        impossible = number > 0 and not 1 <= self.top_k <= number
+        yield from (
+            ("router", self.method == "multi_lora" and router != "uniform",
+             " with multi_lora, which is the uniform mixture; use --moa.method moa_lora with it"),
+            ("top_k", impossible, f"; legal is 1 to the number of experts, {number}"),
+            ("top_k", keeps_all and self.top_k != 1 and not impossible,
+             f" with router {router!r}, which keeps every expert; leave it at 1, or {remedy}"),
+            ("balance", self.balance == "bias" and keeps_all,
+             f" with router {router!r}, which chooses nothing; leave it at loss, or {remedy}"),
+        )  # fmt: skip
 
     def transport_problems(self) -> Iterator[str]:
         """What forbids the transport where experts are shared, a line or none."""
@@ -253,27 +258,6 @@ class MoAConfig:
             yield (
                 "moa.transport: 'all_to_all' with moa.expert_dropout or moa.kron_impl dense, whose "
                 "masks stay with the tokens; use --moa.transport gather"
-            )
-
-    def _wrong_routing(self) -> Iterator[str]:
-        router, number = self.resolved().router, len(self.resolved().ranks or ())
-        if self.method == "multi_lora" and router != "uniform":
-            yield (
-                f"moa.router: {self.router!r} with multi_lora, which is the uniform mixture; use "
-                "--moa.method moa_lora with it"
-            )
-        keeps_all, remedy = router in ("soft", "uniform"), "use --moa.router cosine or linear"
-        if number and not 1 <= self.top_k <= number:
-            yield f"moa.top_k: {self.top_k}; legal is 1 to the number of experts, {number}"
-        elif keeps_all and self.top_k != 1:
-            yield (
-                f"moa.top_k: {self.top_k} with router {router!r}, which keeps every expert; "
-                f"leave it at 1, or {remedy}"
-            )
-        if self.balance == "bias" and keeps_all:
-            yield (
-                f"moa.balance: 'bias' with router {router!r}, which chooses nothing; leave it at "
-                f"loss, or {remedy}"
             )
 
     def check(self) -> None:

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from shards.errors import DataConfigError
 
@@ -21,11 +22,11 @@ class DatasetSpec:
 
     name: str
     """Name on the command line and in the shard set."""
-    domains: tuple[str, ...] | None
+    domains: tuple[str, ...] | None = None
     """Domain folders in the dataset's own order; None: all folders found, sorted."""
-    num_classes: int | None
+    num_classes: int | None = None
     """Number of classes; None: as many as found."""
-    horizontal_flip: bool
+    horizontal_flip: bool = True
     """Whether a mirrored image still shows its class."""
     folder: str | None = None
     """Name DomainBed gives the folder that holds the domains; None: any."""
@@ -39,65 +40,44 @@ class DatasetSpec:
     """Schedule of the Mixture-of-Adapters paper's code; None: it does not have this dataset."""
 
 
+_USUAL: dict[str, Any] = {
+    "domainbed": Schedule(steps=5001, eval_every=300),
+    "paper": Schedule(steps=5001, eval_every=200),
+}
 _SPECS = (
     DatasetSpec(
-        name="digits",
+        name="digits", num_classes=10, horizontal_flip=False,
         domains=("plain", "inverted", "outline", "coarse", "textured", "rotated"),
-        num_classes=10,
-        horizontal_flip=False,
     ),
-    DatasetSpec(name="folder", domains=None, num_classes=None, horizontal_flip=True),
+    DatasetSpec(name="folder"),
     DatasetSpec(
-        name="pacs",
-        folder="PACS",
+        name="pacs", folder="PACS", num_classes=7, **_USUAL,
         domains=("art_painting", "cartoon", "photo", "sketch"),
         samples=(2048, 2344, 1670, 3929),
-        num_classes=7,
-        horizontal_flip=True,
-        domainbed=Schedule(steps=5001, eval_every=300),
-        paper=Schedule(steps=5001, eval_every=200),
     ),
     DatasetSpec(
-        name="vlcs",
-        folder="VLCS",
+        name="vlcs", folder="VLCS", num_classes=5, **_USUAL,
         domains=("Caltech101", "LabelMe", "SUN09", "VOC2007"),
         samples=(1415, 2656, 3282, 3376),
-        num_classes=5,
-        horizontal_flip=True,
-        domainbed=Schedule(steps=5001, eval_every=300),
-        paper=Schedule(steps=5001, eval_every=200),
     ),
     DatasetSpec(
-        name="officehome",
-        folder="office_home",
+        name="officehome", folder="office_home", num_classes=65, **_USUAL,
         domains=("Art", "Clipart", "Product", "Real World"),
         samples=(2427, 4365, 4439, 4357),
-        num_classes=65,
-        horizontal_flip=True,
-        domainbed=Schedule(steps=5001, eval_every=300),
-        paper=Schedule(steps=5001, eval_every=200),
     ),
     DatasetSpec(  # no documented sizes: the usual downloaders start from different annotations
-        name="terraincognita",
-        folder="terra_incognita",
+        name="terraincognita", folder="terra_incognita", num_classes=10, **_USUAL,
         domains=("location_100", "location_38", "location_43", "location_46"),
-        num_classes=10,
-        horizontal_flip=True,
-        domainbed=Schedule(steps=5001, eval_every=300),
-        paper=Schedule(steps=5001, eval_every=200),
     ),
     DatasetSpec(
-        name="domainnet",
-        folder="domain_net",
+        name="domainnet", folder="domain_net", num_classes=345,
         domains=("clipart", "infograph", "painting", "quickdraw", "real", "sketch"),
         samples=(48129, 51605, 72266, 172500, 172947, 69128),
         duplicates=(704, 1596, 3493, 0, 2380, 1258),
-        num_classes=345,
-        horizontal_flip=True,
         domainbed=Schedule(steps=5001, eval_every=1000),
         paper=Schedule(steps=15001, eval_every=1000),
     ),
-)
+)  # fmt: skip
 DATASETS: dict[str, DatasetSpec] = {spec.name: spec for spec in _SPECS}
 
 

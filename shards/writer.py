@@ -27,6 +27,7 @@ from shards.write.worker_pool import default_jobs
 log = logging.getLogger("shards.writer")
 
 __all__ = ["main", "write_shards"]
+_EXIT_CODES = {DataConfigError: 2, DamagedDataError: 65, OutputError: 73}
 
 
 def _byte_count(text: str) -> int:
@@ -81,47 +82,35 @@ def parser() -> argparse.ArgumentParser:
         "130 interrupted.",
         allow_abbrev=False,
     )
-    result.add_argument(
+    add = result.add_argument
+    add(
         "--dataset",
         help=f"one of {', '.join(DATASETS)} (default: folder; with --verify alone: what the index "
         "says)",
     )
-    result.add_argument("--root", type=_path, help="image folder; not needed for --dataset digits")
-    result.add_argument("--out", type=_path, required=True, help="folder of the shard set")
-    result.add_argument(
-        "--exclude_list", type=_path, metavar="FILE", help="images to leave out, one path per line"
-    )
-    result.add_argument(
-        "--shard_size",
-        type=int,
-        default=DEFAULT_SHARD_SIZE,
-        metavar="N",
+    add("--root", type=_path, help="image folder; not needed for --dataset digits")
+    add("--out", type=_path, required=True, help="folder of the shard set")
+    add("--exclude_list", type=_path, metavar="FILE",
+        help="images to leave out, one path per line")  # fmt: skip
+    add(
+        "--shard_size", type=int, default=DEFAULT_SHARD_SIZE, metavar="N",
         help="largest number of images of one shard (default: %(default)s)",
-    )
-    result.add_argument(
-        "--shard_bytes",
-        type=_byte_count,
-        default=DEFAULT_SHARD_BYTES,
-        metavar="SIZE",
+    )  # fmt: skip
+    add(
+        "--shard_bytes", type=_byte_count, default=DEFAULT_SHARD_BYTES, metavar="SIZE",
         help="largest size of a shard of several images, with K, M, G or T for powers of 1024 "
         "(default: 512M)",
-    )
-    result.add_argument(
-        "--jobs",
-        type=int,
-        default=default_jobs(),
-        metavar="N",
+    )  # fmt: skip
+    add(
+        "--jobs", type=int, default=default_jobs(), metavar="N",
         help="processes; changes speed, never the result (default: the usable CPU cores)",
-    )
-    result.add_argument(
-        "--verify",
-        action="store_true",
+    )  # fmt: skip
+    add(
+        "--verify", action="store_true",
         help="check every byte of the set in --out against its index (after converting, "
         "if --root is given too)",
-    )
-    result.add_argument(
-        "--deep", action="store_true", help="with --verify: also decode every image"
-    )
+    )  # fmt: skip
+    add("--deep", action="store_true", help="with --verify: also decode every image")
     return result
 
 
@@ -133,14 +122,9 @@ def _open(args: argparse.Namespace, spec: DatasetSpec) -> ShardIndex:
     if args.root is not None:
         log.info("listing %s", args.root)
         return write_shards(
-            args.root,
-            args.out,
-            spec,
-            exclude=exclude,
-            shard_size=args.shard_size,
-            shard_bytes=args.shard_bytes,
-            jobs=args.jobs,
-        )
+            args.root, args.out, spec, exclude=exclude, shard_size=args.shard_size,
+            shard_bytes=args.shard_bytes, jobs=args.jobs,
+        )  # fmt: skip
     if args.verify:
         index = ShardIndex.load(args.out, dataset=spec.name)
         if args.dataset is not None:
@@ -189,15 +173,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     try:
         return _run(parser().parse_args(argv))
-    except DataConfigError as error:
+    except (DataConfigError, DamagedDataError, OutputError) as error:
         log.error("error: %s", error)
-        return 2
-    except DamagedDataError as error:
-        log.error("error: %s", error)
-        return 65
-    except OutputError as error:
-        log.error("error: %s", error)
-        return 73
+        return next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind))
     except KeyboardInterrupt:
         log.error("interrupted; run the same command again to finish")
         return 130

@@ -10,6 +10,7 @@ from moa.files.origin import Origin
 from moa.files.reading import AdapterInfo
 
 SPLITS = ("in", "out", "all", "left_out")
+_OF_SPLIT = ("trial_seed", "holdout_fraction", "data_hash", "split_hash")
 _FIGURE = re.compile(r"(?:moa/)?env(\d+)_(in|out|all|left_out)_acc")
 
 
@@ -61,18 +62,15 @@ def creation(info: AdapterInfo) -> list[str]:
 
 def _imports(base_model: str) -> str:
     """What a reader must import so that timm knows the base."""
-    name = base_model.partition(".")[0]
-    module = timm.model_entrypoint(name).__module__ if timm.is_model(name) else "timm"
+    module = timm.model_entrypoint(base_model).__module__ if timm.is_model(base_model) else "timm"
     registers = "" if module.partition(".")[0] == "timm" else f"\nimport {module}"
     return f"import moa, timm{registers}"
 
 
 def hub_name(base_model: str) -> str:
     """The base's name on the hub if timm loads it from there, else timm's name."""
-    known = timm.is_model(base_model.partition(".")[0])
-    config = timm.get_pretrained_cfg(base_model) if known else None
-    embedded = config is not None and not config.hf_hub_id
-    return base_model if embedded else f"timm/{base_model}"
+    config = timm.get_pretrained_cfg(base_model)  # None if timm does not know it
+    return f"timm/{base_model}" if config is None or config.hf_hub_id else base_model
 
 
 def _front_matter(info: AdapterInfo) -> ModelCardData:
@@ -97,23 +95,15 @@ def _held_out_results(info: AdapterInfo, origin: Origin) -> list[EvalResult]:
             continue
         found.append(
             EvalResult(
-                task_type="image-classification",
-                task_name="Domain generalization",
-                dataset_type=origin.dataset,
+                task_type="image-classification", task_name="Domain generalization",
+                dataset_type=origin.dataset, dataset_config=origin.held_out,
                 dataset_name=f"{origin.dataset}, {origin.held_out} (held out)",
-                dataset_config=origin.held_out,
                 dataset_split=match[2],
-                dataset_args={
-                    "trial_seed": origin.trial_seed,
-                    "holdout_fraction": origin.holdout_fraction,
-                    "data_hash": origin.data_hash,
-                    "split_hash": origin.split_hash,
-                },
-                metric_type="accuracy",
-                metric_name=f"accuracy % ({match[2]} split)",
+                dataset_args={name: getattr(origin, name) for name in _OF_SPLIT},
+                metric_type="accuracy", metric_name=f"accuracy % ({match[2]} split)",
                 metric_value=round(100 * value, 2),
             )
-        )
+        )  # fmt: skip
     return found
 
 

@@ -26,8 +26,7 @@ _NAME = re.compile(r"([^@]+)(?:@(.+))?")
 def adapter_folder(source: str | Path) -> Path:
     """The local folder of an adapter; fetched from the hub into its cache where needed.
 
-    Args:
-        source: a folder, or `hf-hub:organisation/name`, with `@revision` for another than `main`.
+    `source` is a folder, or `hf-hub:organisation/name`, with `@revision` for another than `main`.
 
     Raises:
         MissingAdapterError: no such folder or repository, or the hub cannot be reached.

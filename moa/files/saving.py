@@ -74,11 +74,7 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], info: AdapterInfo
 
 
 def check_replaceable(folder: str | Path) -> None:
-    """Refuses to let an adapter take the place of other work.
-
-    Raises:
-        FileExistsError: `folder` is there, and is neither empty nor an adapter's folder.
-    """
+    """Raises `FileExistsError` if `folder` is there, and is neither empty nor an adapter's."""
     folder = Path(folder)
     if not folder.exists() or (folder / CONFIG_FILE).exists():
         return
@@ -106,11 +102,7 @@ def save_adapter(
 ) -> None:
     """Saves the trainable tensors of `model` as an adapter folder, replacing an older one.
 
-    Args:
-        model: the injected model.
-        folder: destination.
-        info: what the tensors belong to.
-        tensors: values to write instead of the model's, such as an optimizer's fp32 masters.
+    `tensors` are values to write instead of the model's, such as an optimizer's fp32 masters.
 
     Raises:
         FileExistsError: `folder` is neither new, nor empty, nor an older adapter.

@@ -37,11 +37,8 @@ class InjectReport:
 def inject(model: nn.Module, config: MoAConfig) -> InjectReport:
     """Wraps the selected linear layers of `model` and leaves only adapters and head trainable.
 
-    All checks come first: a model is either changed completely or not at all.
-
-    Args:
-        model: a timm vision transformer (has `blocks` and `get_classifier`).
-        config: the method and its settings.
+    `model` is a timm vision transformer: it has `blocks` and `get_classifier`. All checks come
+    first, so it is either changed completely or not at all.
 
     Raises:
         MoAConfigError: an illegal setting, or one that does not fit the widths or depth.
@@ -65,7 +62,12 @@ def inject(model: nn.Module, config: MoAConfig) -> InjectReport:
         setattr(model.get_submodule(parent), name, layer)
         _call_projection(model.get_submodule(parent))
     head.requires_grad_(True)
-    return _report(model, paths or unfrozen)
+    return InjectReport(
+        layers=tuple(paths or unfrozen),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        head=sum(p.numel() for p in head.parameters()),
+        total=sum(p.numel() for p in model.parameters()),
+    )
 
 
 def check_fresh(model: nn.Module) -> None:
@@ -182,12 +184,3 @@ def classifier(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} has no classifier; create it with num_classes > 0"
         )
     return head
-
-
-def _report(model: nn.Module, layers: list[str]) -> InjectReport:
-    return InjectReport(
-        layers=tuple(layers),
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        head=sum(p.numel() for p in classifier(model).parameters()),
-        total=sum(p.numel() for p in model.parameters()),
-    )

@@ -28,12 +28,9 @@ def merge(model: nn.Module) -> None:
     Each layer is computed in float64 on the CPU and rounded at the end, so that neither the device
     nor a setting such as TF32 counts.
 
-    Args:
-        model: an injected model with `lora`, `kadaptation`, or a mixture with `router = uniform`.
-
     Raises:
-        MoAConfigError: the model has no adapters, or ones whose weight depends on the token; it is
-            left as it was.
+        MoAConfigError: the model has no adapters, or ones whose weight depends on the token; legal
+            are `lora`, `kadaptation` and `router = uniform`. It is left as it was.
     """
     for path, layer in fixed_layers(model, "merged").items():
         _fold(layer)
@@ -46,9 +43,7 @@ def merge(model: nn.Module) -> None:
 def fixed_layers(model: nn.Module, done: str) -> dict[str, MoALinear]:
     """The adapted layers by path, if all their experts' weights are alike for all tokens.
 
-    Args:
-        model: with or without adapters.
-        done: what shall be done with the layers, as in "cannot be merged".
+    `done` says what shall be done with them, as in "cannot be merged".
 
     Raises:
         MoAConfigError: there are none, or experts weighted by the token.

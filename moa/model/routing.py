@@ -38,14 +38,9 @@ def set_routing_position(model: nn.Module, position: RoutingPosition | None) -> 
 def aux_loss(model: nn.Module, sum_over_ranks: SumOverRanks | None = None) -> Tensor:
     """Load balancing loss of the last training forward, summed over layers, times aux_weight.
 
-    Args:
-        model: with or without adapters.
-        sum_over_ranks: differentiable sum over the processes that share the batch, called once
-            with the counts of all layers [L, 2, E]; None on a single process.
-
-    Returns:
-        A scalar with graph; zero if no layer routes, `balance` is not by loss, or nothing ran
-        since the last call.
+    A scalar with graph; zero if no layer routes, `balance` is not by loss, or nothing ran since the
+    last call. `sum_over_ranks` is the differentiable sum over the processes that share the batch,
+    called once with the counts of all layers [L, 2, E]; None on a single process.
 
     Raises:
         RuntimeError: the forward left no graph to routers that train, as under reentrant
@@ -83,12 +78,8 @@ def update_balance(model: nn.Module, sum_over_ranks: SumOverRanks | None = None)
 
     Only layers with `balance = bias` have one: each expert's bias goes up by `balance_rate` if
     fewer tokens than the mean chose it, down if more did (Wang et al., "Auxiliary-loss-free load
-    balancing strategy for Mixture-of-Experts", arXiv 2408.15664).
-
-    Args:
-        model: with or without adapters.
-        sum_over_ranks: sum over the processes that share the batch, called once with the token
-            counts of all layers [L, E]; None on a single process.
+    balancing strategy for Mixture-of-Experts", arXiv 2408.15664). `sum_over_ranks`, as for
+    `aux_loss`, is called once with the token counts of all layers [L, E]; it need not have a graph.
     """
     taken = [(layer, layer.take_chosen()) for _, layer in moa_layers(model)]
     found = [(layer, chosen) for layer, chosen in taken if chosen is not None]
@@ -113,10 +104,8 @@ def routing_stats(model: nn.Module) -> dict[str, dict[str, Tensor]]:
 def recorded_routes(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Within the block, every forward leaves the gates of its tokens in the dictionary given.
 
-    Yields:
-        Per layer path the gates [B, ..., E] of the last forward, detached and on the device, zero
-        where an expert was not chosen; filled anew by each forward. Layers whose gates are the same
-        for all tokens, or that have no router, are not in it.
+    They are [B, ..., E] by layer path, detached and on the device, zero where an expert was not
+    chosen. Layers whose gates are the same for all tokens, or that have no router, are not in it.
     """
     routes: dict[str, Tensor] = {}
     before = [(layer, layer.record_gates) for _, layer in moa_layers(model)]

@@ -7,9 +7,9 @@ repeated conversions, which take as long as the arithmetic.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from PIL import Image
 from torchvision.transforms.v2 import functional
 
 from shards.pixels.decoding import Pixels
@@ -34,27 +34,22 @@ def draw_colour() -> torch.Tensor:
 
 
 def apply_colour(image: Pixels, draw: torch.Tensor) -> Pixels:
-    """Apply a draw [DRAWS] to one image: levels [3, H, W], or Pillow's image if it was one.
-
-    Args:
-        image: uint8 [3, H, W], or Pillow's image.
-        draw: as from `draw_colour`.
-    """
-    if isinstance(image, Image.Image):
-        return _apply_in_pillow(image, draw)
-    levels = image.float()
+    """Apply a draw [DRAWS] to one image: levels [3, H, W], or Pillow's image if it was one."""
+    steps = _STEPS if isinstance(image, torch.Tensor) else _PILLOW_STEPS
+    result = image.float() if isinstance(image, torch.Tensor) else image
     amounts = draw[4:8].tolist()
     for number in draw[:4].int().tolist():
-        levels = _STEPS[number](levels, amounts[number])
-    return _grey(levels) if draw[-1] else levels
+        result = steps[number](result, amounts[number])
+    if isinstance(result, torch.Tensor):
+        return _grey(result) if draw[-1] else result
+    return functional.rgb_to_grayscale(result, 3) if draw[-1] else result
 
 
 def apply_colour_batch(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """Apply a draw to every image of a batch, on whatever device they are; gives levels.
 
-    Args:
-        images: uint8 [b, 3, H, W].
-        draws: float32 [b, DRAWS] on the CPU, where choosing rows waits for no device.
+    `images` are uint8 [b, 3, H, W]; `draws` float32 [b, DRAWS] on the CPU, where choosing rows
+    waits for no device.
     """
     levels = images.float()
     for place in range(4):
@@ -109,8 +104,10 @@ def _saturation(levels: torch.Tensor, factor: float | torch.Tensor) -> torch.Ten
     return _blend(levels, _luminance(levels), factor)
 
 
-_STEPS: tuple[Callable[[torch.Tensor, float | torch.Tensor], torch.Tensor], ...] = (
-    _brightness, _contrast, _saturation, shift_hue,
+_STEPS: tuple[Callable[[Any, Any], Any], ...] = (_brightness, _contrast, _saturation, shift_hue)
+_PILLOW_STEPS: tuple[Callable[[Any, Any], Any], ...] = (
+    functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation,
+    functional.adjust_hue,
 )  # fmt: skip
 
 
@@ -133,19 +130,3 @@ def _luminance(levels: torch.Tensor) -> torch.Tensor:
     red, green, blue = levels.unbind(dim=-3)
     weighed = red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
     return weighed.floor_().unsqueeze(-3)
-
-
-def _apply_in_pillow(image: Image.Image, draw: torch.Tensor) -> Image.Image:
-    """Apply a draw with Pillow, by way of torchvision."""
-    steps: tuple[Callable[[Image.Image, float], Image.Image], ...] = (
-        functional.adjust_brightness,
-        functional.adjust_contrast,
-        functional.adjust_saturation,
-        functional.adjust_hue,
-    )
-    amounts = draw[4:8].tolist()
-    for number in draw[:4].int().tolist():
-        image = steps[number](image, amounts[number])
-    if draw[-1]:
-        image = functional.rgb_to_grayscale(image, num_output_channels=3)
-    return image

@@ -1,5 +1,6 @@
 """Image bytes to pixels: which decoder reads what, and what happens to incomplete files."""
 
+from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -23,6 +24,7 @@ class Decoded(NamedTuple):
     truncated: bool
 
 
+@dataclass(frozen=True)
 class Decoder:
     """Decodes image files of any common format; EXIF rotation is ignored, as in DomainBed.
 
@@ -34,9 +36,8 @@ class Decoder:
             `substitute` refuses it.
     """
 
-    def __init__(self, decode: Decode = "auto", truncated: Truncated = "keep") -> None:
-        self.decode = decode
-        self.truncated = truncated
+    decode: Decode = "auto"
+    truncated: Truncated = "keep"
 
     def __call__(self, data: bytes) -> Decoded:
         """Decode one file.
@@ -45,9 +46,7 @@ class Decoder:
             ValueError: no decoder can read it, or it is incomplete and that is not tolerated.
         """
         try:
-            if self.decode == "pil":
-                return Decoded(_with_pillow(data), False)
-            return Decoded(decode_image(data), False)
+            return Decoded((_with_pillow if self.decode == "pil" else decode_image)(data), False)
         except ValueError:
             if self.truncated != "keep":
                 raise

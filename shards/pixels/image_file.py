@@ -7,11 +7,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 
 def open_rgb(data: bytes, *, incomplete: bool = False) -> Image.Image:
-    """Decode a file; EXIF rotation is ignored.
-
-    Args:
-        data: the file's bytes.
-        incomplete: take what there is of a file that was cut short.
+    """Decode a file; EXIF rotation is ignored. `incomplete` takes what there is of a cut one.
 
     Raises:
         ValueError: Pillow cannot read it; says why.

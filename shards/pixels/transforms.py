@@ -49,7 +49,8 @@ def train_transform(data_config: Mapping[str, Any], augment: ResolvedAugment) ->
         DataConfigError: the augmentation or the interpolation is unknown.
     """
     colour = [] if augment == "none" else [_colour]
-    return _compose(*_shape(data_config, augment), *colour, _normalise(data_config))
+    steps = [*_shape(data_config, augment), *colour, _normalise(data_config)]
+    return v2.Compose(steps)  # type: ignore[no-any-return]
 
 
 def loader_transform(data_config: Mapping[str, Any], augment: ResolvedAugment) -> LoaderTransform:
@@ -57,7 +58,7 @@ def loader_transform(data_config: Mapping[str, Any], augment: ResolvedAugment) -
 
     It draws the same random numbers as `train_transform`, and takes and raises the same.
     """
-    shape = _compose(*_shape(data_config, augment))
+    shape = v2.Compose(_shape(data_config, augment))
     return functools.partial(_half_done, shape=shape, colour=augment != "none")
 
 
@@ -81,7 +82,7 @@ def eval_transform(data_config: Mapping[str, Any]) -> ImageTransform:
     Raises:
         DataConfigError: the interpolation is unknown.
     """
-    return _compose(*_shape(data_config, "none"), _normalise(data_config))
+    return train_transform(data_config, "none")
 
 
 def _half_done(pixels: Pixels, shape: ImageTransform, colour: bool) -> HalfDone:
@@ -126,8 +127,3 @@ def _normalised(image: Pixels, mean: torch.Tensor, std: torch.Tensor) -> torch.T
     levels = to_tensor(image)
     unit = levels * (1 / 255)
     return unit.sub_(mean.to(levels.device)).div_(std.to(levels.device))
-
-
-def _compose(*steps: Callable[[Any], Any]) -> ImageTransform:
-    chain: ImageTransform = v2.Compose(steps)
-    return chain

@@ -73,12 +73,9 @@ def counts_from_names(named: Mapping[str, int], domains: Sequence[str]) -> torch
 
 
 def check_unusable(where: str, unusable: int, total: int, limit: float) -> None:
-    """Raise if grey images had to stand for too many images of an evaluated split.
+    """Raise `DamagedDataError` if grey images stand for too many images of an evaluated split.
 
     `limit` is the largest tolerated share; `TOLERATED_PER_EPOCH` are tolerated unless it is 0.
-
-    Raises:
-        DamagedDataError: there are more.
     """
     if unusable > max(limit * total, TOLERATED_PER_EPOCH if limit else 0):
         raise DamagedDataError(
@@ -94,7 +91,7 @@ def check_bad_fraction(
     domains: Sequence[str],
     limit: float,
 ) -> None:
-    """Raise if too many images of a domain had to be replaced.
+    """Raise `DamagedDataError` if too many images of a domain had to be replaced.
 
     A domain may have `limit` of its images replaced, and in any case `TOLERATED_PER_EPOCH` for
     every epoch begun, unless `limit` is 0. Images that were used as far as they go do not count.
@@ -105,9 +102,6 @@ def check_bad_fraction(
         sizes: domain number to the number of different images that they are drawn from.
         domains: names in order.
         limit: largest tolerated share.
-
-    Raises:
-        DamagedDataError: a domain has more; names the domain, the counts and the remedy.
     """
     replaced = counts[:, _REPLACED].sum(dim=1).tolist()
     for domain, drawn in seen.items():

@@ -2,12 +2,12 @@
 
 import contextlib
 import logging
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from shards.errors import DamagedDataError, DataConfigError, OutputError
 from shards.pixels.decoding import Pixels
@@ -113,15 +113,11 @@ def undisturbed() -> Iterator[None]:
         torch.default_generator.set_state(state)
 
 
-class BatchSource(Dataset["Batch | Exception"]):
-    """A numbered list of batches, each of which can be built on its own, in any process."""
+@dataclass(eq=False)
+class _Built:
+    """The batches that `build` makes, by number."""
 
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def build(self, number: int) -> Batch:
-        """Build one batch."""
+    build: Callable[[int], Batch]
 
     def __getitem__(self, number: int) -> Batch | Exception:
         """Build one batch, or give what went wrong, for `BatchLoader` to raise."""
@@ -133,20 +129,24 @@ class BatchSource(Dataset["Batch | Exception"]):
 
 
 class BatchLoader(DataLoader[Batch]):
-    """A torch loader over a `BatchSource`, in order.
+    """A torch loader of numbered batches, in order.
 
     It draws nothing from torch's random state, and an error in a loader process arrives as it was
     raised, not wrapped in a traceback.
 
     Args:
+        build: makes the batch of a number on its own, in any process.
+        count: how many there are.
         reported: keys of bad samples that the log has named; shared by the loaders of a set.
         workers: loader processes; 0 loads in this one.
+        pin_memory: put batches into page-locked memory.
         start_method: how loader processes are started; None for the platform's own way.
     """
 
     def __init__(
         self,
-        source: BatchSource,
+        build: Callable[[int], Batch],
+        count: int,
         *,
         reported: set[str],
         workers: int,
@@ -156,13 +156,12 @@ class BatchLoader(DataLoader[Batch]):
         if workers < 0:
             raise DataConfigError(f"data.workers = {workers}: must be 0 or more")
         super().__init__(
-            source,  # type: ignore[arg-type]  # its errors are raised in __iter__
+            _Built(build),  # type: ignore[arg-type]  # its errors are raised in __iter__
             batch_size=None,
-            sampler=range(len(source)),
+            sampler=range(count),
             num_workers=workers,
             pin_memory=pin_memory,
             generator=torch.Generator(),
-            collate_fn=_as_it_is,
             multiprocessing_context=start_method if workers else None,
         )
         self._reported = reported
@@ -179,20 +178,11 @@ class BatchLoader(DataLoader[Batch]):
         for batch in super().__iter__():
             if isinstance(batch, Exception):
                 raise batch
-            self._report(batch.bad)
+            for sample in batch.bad:  # once, and here: a loader process may have no log of its own
+                if sample.key not in self._reported:
+                    self._reported.add(sample.key)
+                    log.warning("%s", sample)
             yield batch
-
-    def _report(self, bad: Sequence[BadSample]) -> None:
-        """Log every bad sample once; here, since a loader process may have no log of its own."""
-        for sample in bad:
-            if sample.key not in self._reported:
-                self._reported.add(sample.key)
-                log.warning("%s", sample)
-
-
-def _as_it_is(batch: Made) -> Made:
-    """Stand for torch's own conversion, which has nothing to do here."""
-    return batch
 
 
 def rank_range(total: int, rank: int, world_size: int) -> range:

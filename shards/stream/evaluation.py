@@ -13,7 +13,6 @@ from shards.read.index import ShardIndex
 from shards.stream.batches import (
     Batch,
     BatchLoader,
-    BatchSource,
     LoadedImage,
     rank_range,
     seeded,
@@ -83,14 +82,17 @@ def evaluation_loader(
         rows = index.table(domain)[places]
         places = places[np.lexsort((rows["offset"], rows["shard"]))]
     mine = rank_range(len(places), rank, world_size)
-    source = _EvaluationBatches(
+    batches = _EvaluationBatches(
         index, domain, places, mine, batch_size, transform, decoder or Decoder()
     )
-    return BatchLoader(source, reported=index.reported, workers=workers, pin_memory=pin_memory)
+    return BatchLoader(
+        batches.build, -(-len(mine) // batch_size), reported=index.reported, workers=workers,
+        pin_memory=pin_memory,
+    )  # fmt: skip
 
 
 @dataclass(eq=False)
-class _EvaluationBatches(BatchSource):
+class _EvaluationBatches:
     """The batches of one rank; `mine` is its range of `places`."""
 
     index: ShardIndex
@@ -100,9 +102,6 @@ class _EvaluationBatches(BatchSource):
     batch_size: int
     transform: ImageTransform
     decoder: Decoder
-
-    def __len__(self) -> int:
-        return -(-len(self.mine) // self.batch_size)
 
     def build(self, number: int) -> Batch:
         slots = self.mine[number * self.batch_size : (number + 1) * self.batch_size]

@@ -52,8 +52,7 @@ class DomainMix:
     trial_seed: int
     """Number of the trial, which fixes the 80/20 split."""
     mode: SamplingMode = "permutation"
-    """`permutation` (every image once per epoch), `window` (the same, some shards at a time) or
-    `replacement` (independent draws)."""
+    """As `data.order`; see `DomainOrder`."""
     window: int = 0
     """Shards of a domain that are read at a time; only with `window`."""
     holdout_fraction: float = 0.2
@@ -65,18 +64,13 @@ class DomainMix:
         self._train_places = {domain: self._training_part(domain) for domain in self.sources}
         self._orders = {
             domain: DomainOrder(
-                self.seed,
-                self.index.domains[domain],
-                len(places),
-                self.mode,
-                self.window,
+                self.seed, self.index.domains[domain], len(places), self.mode, self.window,
                 self.index.table(domain)["shard"][places],
             )
             for domain, places in self._train_places.items()
-        }
+        }  # fmt: skip
 
     def _check_arguments(self) -> None:
-        """Raise on the first argument that is out of range."""
         sources, count = list(self.sources), len(self.index.domains)
         if not sources or len(set(sources)) != len(sources):
             raise DataConfigError(f"sources = {sources}: need at least one domain, each once")
@@ -128,11 +122,7 @@ class DomainMix:
         return [size for size in range(1, total + 1) if total % size == 0]
 
     def check_world_size(self, world_size: int, accumulation: int = 1) -> None:
-        """Raise unless the global batch can be cut for that many ranks and micro-batches per rank.
-
-        Raises:
-            DataConfigError: it cannot; lists what can.
-        """
+        """Raise `DataConfigError` unless the global batch can be cut so; it lists what is legal."""
         made_of = (
             f"the global batch of {self.global_batch} images "
             f"({len(self.sources)} source domains x {self.batch_per_domain})"

@@ -3,7 +3,8 @@
 `DomainMix` says which sample stands where; here samples are read, decoded and augmented.
 """
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, field
 
 import torch
 
@@ -15,7 +16,6 @@ from shards.stream.bad_samples import BadSample
 from shards.stream.batches import (
     Batch,
     BatchLoader,
-    BatchSource,
     LoadedImage,
     StartMethod,
     rank_range,
@@ -31,22 +31,25 @@ _MAX_SUBSTITUTES = 16
 
 @dataclass(eq=False, kw_only=True)
 class DomainStream(DomainMix):
-    """An endless stream of global batches with the same number of images of every source domain.
-
-    Raises:
-        DataConfigError: an argument is out of range.
-    """
+    """An endless stream of global batches with the same number of images of every source domain."""
 
     transform: LoaderTransform
     """From pixels to float32 [3, H, W], or to a half-done image for `finish_images`; random
     numbers from torch's default generator."""
-    decoder: Decoder | None = None
-    """What decodes the images; None for the default one."""
+    decoder: Decoder = field(default_factory=Decoder)
+    """What decodes the images."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._decoder = self.decoder or Decoder()
-        self._check_cache()
+        remedy = "raise data.cache_gib or lower data.order_window"
+        if self.mode != "window":
+            remedy = (
+                f"data.order {self.mode} needs all shards of the source domains in the cache: "
+                "raise data.cache_gib, or read a few at a time with data.order window and "
+                "data.order_window 4"
+            )
+        if self.index.reader.remote:
+            self.index.reader.remote.check_capacity(self.shard_bytes_at_a_time(), remedy)
 
     def loader(
         self,
@@ -61,15 +64,8 @@ class DomainStream(DomainMix):
     ) -> BatchLoader:
         """Load a rank's share of a range of steps: `accumulation` micro-batches per step, in order.
 
-        Args:
-            start_step: first step; to resume, the first one not yet done.
-            stop_step: first step not to load.
-            rank: of this process.
-            world_size: number of processes.
-            workers: loader processes; 0 loads in this one.
-            accumulation: micro-batches per step.
-            pin_memory: put batches into page-locked memory.
-            start_method: how loader processes are started; None for the platform's own way.
+        The steps go from `start_step`, to resume the first one not yet done, to before `stop_step`.
+        `workers`, `pin_memory` and `start_method` are those of `BatchLoader`.
 
         Raises:
             DataConfigError: the steps, rank, world size or accumulation do not fit.
@@ -85,37 +81,28 @@ class DomainStream(DomainMix):
             )
         self.check_world_size(world_size, accumulation)
         mine = rank_range(self.global_batch, rank, world_size)
-        source = _TrainingBatches(self, range(start_step, stop_step), mine, accumulation)
         return BatchLoader(
-            source, reported=self.index.reported, workers=workers, pin_memory=pin_memory,
-            start_method=start_method,
+            functools.partial(self._build, start_step, mine, accumulation),
+            (stop_step - start_step) * accumulation, reported=self.index.reported,
+            workers=workers, pin_memory=pin_memory, start_method=start_method,
         )  # fmt: skip
 
-    def announce(self, step: int) -> None:
-        """Have remote shards fetched one window ahead of a step that is about to be read."""
-        if self.index.reader.remote:
+    def _build(self, start_step: int, mine: range, accumulation: int, number: int) -> Batch:
+        """Build a micro-batch of the rank with the slots `mine`; 0 is the first of `start_step`."""
+        step, piece = divmod(number, accumulation)
+        step += start_step
+        if self.index.reader.remote:  # fetches one window ahead
             self.index.reader.remote.expect(self.windows(step))
-
-    def _check_cache(self) -> None:
-        """Raise if the shards are remote and the cache cannot hold those read at a time."""
-        if self.mode == "window":
-            remedy = "raise data.cache_gib or lower data.order_window"
-        else:
-            remedy = (
-                f"data.order {self.mode} needs all shards of the source domains in the cache: "
-                "raise data.cache_gib, or read a few at a time with data.order window and "
-                "data.order_window 4"
-            )
-        if self.index.reader.remote:
-            self.index.reader.remote.check_capacity(self.shard_bytes_at_a_time(), remedy)
+        size = len(mine) // accumulation
+        part = mine[piece * size : (piece + 1) * size]
+        slots = zip(*(column.tolist() for column in self.slots(step, part)), strict=True)
+        return stack((self.load(*slot) for slot in slots), len(part), part.start)
 
     def load(self, domain: int, position: int, place: int) -> LoadedImage:
         """Read, decode and augment one slot's image, or its substitute if it cannot be used.
 
-        Args:
-            domain: its number.
-            position: in the domain's stream, which keys augmentation and substitute.
-            place: of the sample that stands there.
+        `position` is that in the domain's stream, which keys augmentation and substitute; `place`
+        that of the sample in the domain's file list.
 
         Raises:
             DamagedDataError: a shard is damaged as a whole, or no substitute can be used.
@@ -128,13 +115,12 @@ class DomainStream(DomainMix):
             if attempt:
                 chosen = substitute_index(self.seed, name, len(train), position, attempt)
                 place = int(train[chosen])
-            found = open_image(self.index, domain, place, self._decoder, attempt)
+            found = open_image(self.index, domain, place, self.decoder, attempt)
             if found.bad is not None:
                 bad.append(found.bad)
             if found.pixels is not None:
-                made = seeded(
-                    self.transform, found.pixels, hash64(self.seed, "aug", name, position)
-                )
+                seed = hash64(self.seed, "aug", name, position)
+                made = seeded(self.transform, found.pixels, seed)
                 image, draw = (made, None) if isinstance(made, torch.Tensor) else made
                 return LoadedImage(image, found.label, domain, attempt > 0, bad, draw)
         check = verify_command() if self.index.remote else verify_command(self.index.root)
@@ -142,26 +128,3 @@ class DomainStream(DomainMix):
             f"domain {name!r}: {_MAX_SUBSTITUTES + 1} images in a row cannot be used, the last: "
             f"{bad[-1]}; check the set with {check}"
         )
-
-
-@dataclass(eq=False)
-class _TrainingBatches(BatchSource):
-    """The micro-batches of one rank over a range of steps; `mine` is its range of slots."""
-
-    stream: DomainStream
-    steps: range
-    mine: range
-    accumulation: int
-
-    def __len__(self) -> int:
-        return len(self.steps) * self.accumulation
-
-    def build(self, number: int) -> Batch:
-        step, piece = divmod(number, self.accumulation)
-        self.stream.announce(self.steps[step])
-        size = len(self.mine) // self.accumulation
-        part = self.mine[piece * size : (piece + 1) * size]
-        slots = self.stream.slots(self.steps[step], part)
-        numbers = zip(*(column.tolist() for column in slots), strict=True)
-        loaded = (self.stream.load(*slot) for slot in numbers)
-        return stack(loaded, len(part), part.start)

@@ -222,12 +222,9 @@ def _write_table(
     with replaced_when_whole(path) as stream:
         np.save(stream, table)
     return DomainInfo(
-        name=listed.name,
-        key_prefix=plan.prefixes[domain],
-        table=path.name,
-        samples=len(table),
+        name=listed.name, key_prefix=plan.prefixes[domain], table=path.name, samples=len(table),
         sha256=file_sha256(path),
-    )
+    )  # fmt: skip
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -31,11 +31,8 @@ def report_exclusion(listing: Listing, exclude: Collection[str]) -> None:
 def check_sizes(listing: Listing, spec: DatasetSpec, exclude: Collection[str]) -> None:
     """Compare the numbers of images with those documented for the dataset.
 
-    With DomainBed's own list of duplicates the numbers must be exact, since the images' places and
-    with them the 80/20 split depend on every file; otherwise a difference is only logged.
-
-    Raises:
-        DataConfigError: the dataset's list of duplicates was given and a number differs.
+    With DomainBed's own list of duplicates a difference raises `DataConfigError`, since the images'
+    places and with them the 80/20 split depend on every file; otherwise it is only logged.
     """
     if spec.samples is None:
         return
@@ -65,10 +62,7 @@ def check_sizes(listing: Listing, spec: DatasetSpec, exclude: Collection[str]) -
 
 
 def is_duplicates_list(spec: DatasetSpec, exclude: Collection[str]) -> bool:
-    """Tell whether a list is DomainBed's list of duplicates of a dataset.
-
-    It is if it has exactly as many different entries of every domain.
-    """
+    """Tell whether a list has as many entries of every domain as DomainBed's of duplicates."""
     if spec.duplicates is None or spec.domains is None:
         return False
     counts = Counter(entry.partition("/")[0] for entry in set(exclude))

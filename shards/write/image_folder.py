@@ -79,13 +79,9 @@ def list_images(root: Path, spec: DatasetSpec, exclude: Collection[str] = ()) ->
     passed_over: Counter[str] = Counter()
     domains = tuple(_list_domain(root, name, classes, remaining, passed_over) for name in names)
     return Listing(
-        root=root,
-        domains=domains,
-        classes=tuple(classes),
-        excluded=wanted - len(remaining),
-        unmatched=tuple(sorted(remaining)),
-        passed_over=passed_over,
-    )
+        root=root, domains=domains, classes=tuple(classes), excluded=wanted - len(remaining),
+        unmatched=tuple(sorted(remaining)), passed_over=passed_over,
+    )  # fmt: skip
 
 
 def report_passed_over(listing: Listing) -> None:

@@ -5,6 +5,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 
 log = logging.getLogger(__name__)
@@ -14,12 +15,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 @contextlib.contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show the progress of a long task on stderr; yields what to call with images done.
-
-    Args:
-        what: what is being done, for example `writing`.
-        total: number of images to do.
-    """
+    """Show the progress of e.g. `writing` images on stderr; yields what to call with those done."""
     if not sys.stderr.isatty():
         yield PlainProgress(what, total)
         return
@@ -32,15 +28,17 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda images: bar.advance(task, images)
 
 
+@dataclass
 class PlainProgress:
     """Logs a line every ten seconds, and one at the end; `clock` gives seconds."""
 
-    def __init__(self, what: str, total: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self.what = what
-        self.total = total
-        self.clock = clock
+    what: str
+    total: int
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
         self.done = 0
-        self._start = self._last = clock()
+        self._start = self._last = self.clock()
 
     def __call__(self, images: int) -> None:
         """Count images done since the last call, and log if it is time to."""

@@ -9,7 +9,7 @@ import tarfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +18,6 @@ from shards.durable import replaced_when_whole
 from shards.errors import DamagedDataError
 from shards.read.layout import ShardInfo, file_sha256, sample_key
 from shards.write.shard_plan import ShardTask, unreadable
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 ROW_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")])
 
@@ -43,7 +40,7 @@ class _HashedStream(io.BufferedIOBase):
         self.stream = stream
         self.digest = hashlib.sha256()
 
-    def write(self, data: "Buffer") -> int:
+    def write(self, data: Any) -> int:
         self.digest.update(data)
         return self.stream.write(data)
 

@@ -103,27 +103,17 @@ def make_plan(listing: Listing, dataset: str, shard_size: int, shard_bytes: int)
         order = permutation(hash64("shards", domain.name), len(sizes))
         tasks += [
             ShardTask(
-                file=f"{stem}-{number:06d}.tar",
-                domain_name=domain.name,
-                folder=listing.root / domain.name,
-                prefix=prefix,
-                classes=listing.classes,
-                places=places,
-                paths=tuple(domain.paths[place] for place in places),
-                sizes=sizes[places],
+                file=f"{stem}-{number:06d}.tar", domain_name=domain.name, prefix=prefix,
+                folder=listing.root / domain.name, classes=listing.classes, places=places,
+                paths=tuple(domain.paths[place] for place in places), sizes=sizes[places],
                 labels=tuple(domain.labels[place] for place in places),
             )
             for number, places in enumerate(_cut(order, sizes, shard_size, shard_bytes))
-        ]
+        ]  # fmt: skip
     return ShardPlan(
-        listing=listing,
-        dataset=dataset,
-        prefixes=prefixes,
-        stems=stems,
-        tasks=tuple(tasks),
-        source_sha256=source.hexdigest(),
-        state_sha256=state.hexdigest(),
-    )
+        listing=listing, dataset=dataset, prefixes=prefixes, stems=stems, tasks=tuple(tasks),
+        source_sha256=source.hexdigest(), state_sha256=state.hexdigest(),
+    )  # fmt: skip
 
 
 def _cut(

@@ -1,21 +1,20 @@
 """The check of a whole shard set against its index, byte by byte."""
 
+import functools
 import json
 import logging
 import os
 import tarfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from shards.errors import DataConfigError
 from shards.read.index import ShardIndex
-from shards.read.layout import INFO_NAME, ShardInfo, file_sha256, sample_key, stock_info
+from shards.read.layout import INFO_NAME, file_sha256, stock_info
 from shards.write.progress import progress
 from shards.write.worker_pool import run_tasks
 
@@ -51,16 +50,19 @@ def verify_shards(index: ShardIndex, *, deep: bool, jobs: int = 1) -> VerifyRepo
             f"{index.root}: only the cache of a remote set; verify it where it is stored"
         )
     problems = list(_check_folder(index))
-    shards: dict[int, _ShardReport] = {}
+    of_shards: dict[int, list[str]] = {}
+    bad_images = 0
+    check = functools.partial(_check_shard, index=index, deep=deep)
     with progress("verifying", sum(shard.samples for shard in index.shards)) as advance:
-        checks = _checks(index, deep)
-        for number, found in run_tasks(_ShardCheck.run, checks, min(jobs, len(index.shards))):
-            shards[number] = found
-            for line in found.incomplete:
+        numbers = range(len(index.shards))
+        for number, found in run_tasks(check, numbers, min(jobs, len(numbers))):
+            of_shards[number], incomplete, bad = found
+            bad_images += bad
+            for line in incomplete:
                 log.warning("%s", line)
             advance(index.shards[number].samples)
-    problems += [line for number in sorted(shards) for line in shards[number].problems]
-    return VerifyReport(problems, sum(shard.bad_images for shard in shards.values()))
+    problems += [line for number in numbers for line in of_shards[number]]
+    return VerifyReport(problems, bad_images)
 
 
 def _check_folder(index: ShardIndex) -> Iterator[str]:
@@ -83,94 +85,55 @@ def _check_folder(index: ShardIndex) -> Iterator[str]:
         yield f"{path}: cannot be read ({error})"
 
 
-def _checks(index: ShardIndex, deep: bool) -> Iterator["_ShardCheck"]:
-    """Yield what the index says, shard by shard; a shard belongs to one domain."""
-    domains = range(len(index.domains))
-    columns = [index.table(domain)["shard"].copy() for domain in domains]
-    for number, info in enumerate(index.shards):
-        places = [np.flatnonzero(column == number) for column in columns]
-        domain = max(domains, key=lambda domain: len(places[domain]))
-        yield _ShardCheck(
-            path=index.root / info.file,
-            info=info,
-            domain_name=index.domains[domain],
-            prefix=index.domain_infos[domain].key_prefix,
-            classes=index.classes,
-            rows=index.table(domain)[places[domain]],
-            deep=deep,
-        )
+def _check_shard(number: int, index: ShardIndex, deep: bool) -> tuple[list[str], list[str], int]:
+    """Check one shard; gives problems, incomplete images, and the number of bad ones."""
+    check, info = _ShardCheck(index, number, deep), index.shards[number]
+    path = index.root / info.file
+    try:
+        if file_sha256(path) != info.sha256:
+            check.problems.append("sha256 differs from the index")
+        check.compare_members(path)
+    except (OSError, tarfile.TarError) as error:
+        check.problems.append(f"cannot be read ({error})")
+    problems = check.problems + check.named(check.unusable)
+    if len(problems) > _MAX_LINES:
+        problems[_MAX_LINES:] = [f"and {len(problems) - _MAX_LINES} more problems"]
+    return (
+        [f"{path}: {line}" for line in problems],
+        [f"{path}: {line}" for line in check.named(check.incomplete)],
+        len(check.rows) - check.sound,
+    )
 
 
-class _ShardReport(NamedTuple):
-    """What is told of one shard."""
-
-    problems: list[str]
-    incomplete: list[str]
-    bad_images: int
-
-
-@dataclass(kw_only=True)
 class _ShardCheck:
-    """What the index says of one shard, and what is found there.
+    """What is found in one shard; of images by key, since their paths come later in the file."""
 
-    Findings on images are kept by key, since their paths come later in the file.
-    """
+    def __init__(self, index: ShardIndex, number: int, deep: bool) -> None:
+        self.index, self.samples, self.deep = index, index.shards[number].samples, deep
+        domains = range(len(index.domains))
+        mine = [np.flatnonzero(index.table(domain)["shard"] == number) for domain in domains]
+        self.domain = max(domains, key=lambda domain: len(mine[domain]))  # a shard belongs to one
+        rows = index.table(self.domain)[mine[self.domain]]
+        self.rows = {index.key(self.domain, int(row["rank"])): row for row in rows}
+        self.problems: list[str] = []  # of anything but an image
+        self.unusable: list[tuple[str, str]] = []
+        self.incomplete: list[tuple[str, str]] = []  # can be used as far as they go
+        self.sound = 0
+        self.paths: dict[str, str] = {}  # original ones
 
-    path: Path
-    info: ShardInfo
-    domain_name: str
-    prefix: str
-    classes: tuple[str, ...]
-    rows: npt.NDArray[np.void]
-    """Those of its samples in the domain's table."""
-    deep: bool
-    problems: list[str] = field(default_factory=list)
-    """Of anything but an image."""
-    unusable: list[tuple[str, str]] = field(default_factory=list)
-    incomplete: list[tuple[str, str]] = field(default_factory=list)
-    """Images that can be used as far as they go."""
-    sound: set[str] = field(default_factory=set)
-    texts: dict[str, bytes] = field(default_factory=dict)
-    """Descriptions."""
+    def named(self, images: list[tuple[str, str]]) -> list[str]:
+        return [f"sample {key}{self.paths.get(key, '')}: {fault}" for key, fault in images]
 
-    def run(self) -> _ShardReport:
-        try:
-            if file_sha256(self.path) != self.info.sha256:
-                self.problems.append("sha256 differs from the index")
-            self._compare_members()
-        except (OSError, tarfile.TarError) as error:
-            self.problems.append(f"cannot be read ({error})")
-        problems = self.problems + self._named(self.unusable)
-        if len(problems) > _MAX_LINES:
-            problems[_MAX_LINES:] = [f"and {len(problems) - _MAX_LINES} more problems"]
-        return _ShardReport(
-            [f"{self.path}: {line}" for line in problems],
-            [f"{self.path}: {line}" for line in self._named(self.incomplete)],
-            len(self.rows) - len(self.sound),
-        )
-
-    def _named(self, images: list[tuple[str, str]]) -> list[str]:
-        """Phrase what is wrong with images, each with its key and, if known, original path."""
-        lines = []
-        for key, fault in images:
-            try:
-                path = f" ({json.loads(self.texts[key])['path']})"
-            except (KeyError, TypeError, ValueError):
-                path = ""
-            lines.append(f"sample {key}{path}: {fault}")
-        return lines
-
-    def _compare_members(self) -> None:
-        rows = {sample_key(self.prefix, int(row["rank"])): row for row in self.rows}
-        if len(rows) != self.info.samples:
+    def compare_members(self, path: Path) -> None:
+        if len(self.rows) != self.samples:
             self.problems.append(
-                f"{self.info.samples} samples expected, the tables name {len(rows)}"
+                f"{self.samples} samples expected, the tables name {len(self.rows)}"
             )
-        seen: dict[str, list[str]] = {key: [] for key in rows}
-        with tarfile.open(self.path, "r:") as archive:
+        seen: dict[str, list[str]] = {key: [] for key in self.rows}
+        with tarfile.open(path, "r:") as archive:
             for member in archive:
                 key, _, suffix = member.name.partition(".")
-                if key not in rows:
+                if key not in self.rows:
                     self.problems.append(f"member {member.name} is not in the index")
                     continue
                 stream = archive.extractfile(member)
@@ -178,9 +141,9 @@ class _ShardCheck:
                 kind = suffix if suffix in ("cls", "json") else "image"
                 seen[key].append(kind)
                 if kind == "image":
-                    self._check_image(key, member.offset_data, data, rows[key])
+                    self._check_image(key, member.offset_data, data)
                 else:
-                    self._check_text(key, kind, data, rows[key])
+                    self._check_text(key, kind, data)
         for key, kinds in seen.items():
             if not kinds:
                 self.problems.append(f"sample {key} is missing")
@@ -191,11 +154,9 @@ class _ShardCheck:
                 if kinds.count(kind) != 1
             ]
 
-    def _check_text(self, key: str, kind: str, data: bytes, row: np.void) -> None:
+    def _check_text(self, key: str, kind: str, data: bytes) -> None:
         """Note the problems of a label or description."""
-        label = int(row["label"])
-        if kind == "json":
-            self.texts[key] = data
+        label, classes = int(self.rows[key]["label"]), self.index.classes
         try:
             value: Any = json.loads(data)
         except ValueError:
@@ -205,17 +166,23 @@ class _ShardCheck:
             if value != label:
                 self.problems.append(f"sample {key}: label {value}, expected {label}")
             return
-        name = self.classes[label] if label < len(self.classes) else None
-        wanted = {"domain": self.domain_name, "class_name": name, "index": int(row["rank"])}
+        about = value if isinstance(value, dict) else {}
+        if "path" in about:
+            self.paths[key] = f" ({about['path']})"
+        wanted = {
+            "domain": self.index.domains[self.domain],
+            "class_name": classes[label] if label < len(classes) else None,
+            "index": int(self.rows[key]["rank"]),
+        }
         self.problems += [
             f"sample {key}: its .json does not give {entry} {want!r}"
             for entry, want in wanted.items()
-            if not isinstance(value, dict) or value.get(entry) != want
+            if about.get(entry) != want
         ]
 
-    def _check_image(self, key: str, offset: int, data: bytes, row: np.void) -> None:
+    def _check_image(self, key: str, offset: int, data: bytes) -> None:
         """Note what is wrong with an image's bytes, or that nothing is."""
-        wrong = None
+        row, wrong = self.rows[key], None
         if (offset, len(data)) != (int(row["offset"]), int(row["size"])):
             there = f"{row['size']} at {row['offset']}"
             wrong = f"{len(data)} bytes at offset {offset}, expected {there}"
@@ -225,8 +192,7 @@ class _ShardCheck:
             self.unusable.append((key, wrong))
         error = _decode_error(data) if self.deep else None
         if error is None:
-            if not wrong:
-                self.sound.add(key)
+            self.sound += not wrong  # at most once for a key: the offset was right
         elif _decode_error(data, incomplete=True):
             self.unusable.append((key, f"cannot be decoded ({error})"))
         else:

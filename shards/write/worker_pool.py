@@ -27,10 +27,8 @@ def run_tasks(
 ) -> Iterator[tuple[int, Result]]:
     """Apply a function to every task; yields a task's number and result as they are finished.
 
-    Args:
-        function: importable by name, or a `functools.partial` of such; so are its results.
-        tasks: what to do.
-        jobs: number of processes; 1 works in this one.
+    The function must be importable by name, or a `functools.partial` of such. `jobs` is the number
+    of processes; 1 works in this one.
 
     Raises:
         OutputError: a process was killed from outside.
