@@ -113,6 +113,7 @@ def run_script(text: str, folder: Path, env: dict[str, str]) -> "subprocess.Comp
     )  # fmt: skip
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", RUNNING)
 def test_commands_run(page: str, demo: Path, tmp_path: Path) -> None:
     for top in ("trainer", "moa", "shards", "ds_configs", "slurm", "Makefile", "docs", "tests"):
