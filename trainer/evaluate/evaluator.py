@@ -105,7 +105,13 @@ class Evaluator:
         Raises:
             EvaluationBrokenOff: `pause` ended it.
         """
-        loader = self._loader(env, split)
+        loader = evaluation_loader(
+            self.index, env, split,  # type: ignore[arg-type]
+            trial_seed=self.trial_seed, holdout_fraction=self.holdout_fraction,
+            transform=eval_transform(self.data_config), rank=self.world.rank,
+            world_size=self.world.size, batch_size=self.batch_size, workers=self.workers,
+            pin_memory=self.device.type == "cuda", decoder=self.decoder,
+        )  # fmt: skip
         remaining = shielded(loader)
         most = -(-self.number(env, split) // self.world.size)
         for done in range(1, -(-most // self.batch_size) + 1):
@@ -136,22 +142,6 @@ class Evaluator:
         """Raises `DamagedDataError` if too many of a split's `total` images were `unusable`."""
         where = f"{self.index.domains[env]}/{split}"
         check_unusable(where, unusable, total, self.max_bad_fraction)
-
-    def _loader(self, env: int, split: str) -> Iterable[Batch]:
-        return evaluation_loader(
-            self.index,
-            env,
-            split,  # type: ignore[arg-type]
-            trial_seed=self.trial_seed,
-            holdout_fraction=self.holdout_fraction,
-            transform=eval_transform(self.data_config),
-            rank=self.world.rank,
-            world_size=self.world.size,
-            batch_size=self.batch_size,
-            workers=self.workers,
-            pin_memory=self.device.type == "cuda",
-            decoder=self.decoder,
-        )
 
     def _count(self, model: nn.Module, batches: Iterable[Batch]) -> Tensor:
         """[4] float64: correct, all, unusable and summed loss, of this rank's share."""

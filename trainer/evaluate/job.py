@@ -4,7 +4,7 @@ import argparse
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -39,15 +39,14 @@ class Job:
         members: the adapters given.
         combine: what is made of them.
         average: what the ensemble averages.
-        soup: their mean, if that is wanted.
+        soup: the members' mean, if that is wanted.
         backbone: a fresh one.
-        splits: of each domain.
         batch: images per process and batch.
         warnings: what the user should know, one line each.
     """
 
     members: list[Member]
-    combine: tuple[str, ...]
+    combine: Sequence[str]
     average: Average
     soup: Member | None
     backbone: Backbone
@@ -63,20 +62,13 @@ class Evaluation:
 
     Attributes:
         results: figures by label and split; the result asked for comes last.
-        passes: forward passes of every image.
-        images: evaluated, once each.
-        seconds: how long that took.
-        backbone_bytes: tensors of the backbone.
-        adapter_bytes: tensors of the adapters beside it.
+        cost: images, each evaluated once, forward passes of each, seconds for all of them, and
+            bytes of tensors: of the backbone, and of the adapters beside it.
     """
 
     job: Job
     results: dict[str, dict[DomainSplit, Figures]]
-    passes: int
-    images: int
-    seconds: float
-    backbone_bytes: int
-    adapter_bytes: int
+    cost: dict[str, float]
 
     def shown_splits(self, env: int) -> tuple[str, ...]:
         """The splits of a domain that pictures show: `out` alone where adapters saw the rest.
@@ -109,7 +101,7 @@ def prepare(args: argparse.Namespace) -> Job:
         AdapterError, CheckpointError, DamagedDataError: something read is damaged.
     """
     members = read_members(args.adapter)
-    combine = tuple(args.combine or [ENSEMBLE if len(members) > 1 else "each"])
+    combine = args.combine or [ENSEMBLE if len(members) > 1 else "each"]
     if ENSEMBLE in combine and len(members) < 2:
         raise ConfigError("--combine ensemble: needs two adapters or more; give --adapter A B")
     if args.save is not None:
@@ -136,8 +128,7 @@ def evaluate(job: Job, world: World, sum_over_ranks: Callable[[Tensor], Tensor])
     data = job.data
     adapters = list(job.members) if {"each", ENSEMBLE} & set(job.combine) else []
     adapters += [] if job.soup is None else [job.soup]
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
+    device = torch.device(f"cuda:{world.local_rank}" if torch.cuda.is_available() else "cpu")
     backbone_bytes = tensor_bytes(job.backbone.model)
     models = models_on(job.backbone.model, adapters).to(device)
     evaluator = Evaluator(
@@ -165,5 +156,9 @@ def evaluate(job: Job, world: World, sum_over_ranks: Callable[[Tensor], Tensor])
         for name, predictions in found.items():
             results[name][place] = figures_of(predictions)
         images += results[names[0]][place].samples
-    seconds, own = time.perf_counter() - started, tensor_bytes(models) - backbone_bytes
-    return Evaluation(job, results, len(models), images, seconds, backbone_bytes, own)
+    seconds = time.perf_counter() - started
+    cost = {
+        "images": images, "forward_passes": len(models), "seconds": seconds,
+        "backbone_bytes": backbone_bytes, "adapter_bytes": tensor_bytes(models) - backbone_bytes,
+    }  # fmt: skip
+    return Evaluation(job, results, cost)

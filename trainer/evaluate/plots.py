@@ -16,10 +16,7 @@ from trainer.evaluate.job import Evaluation
 def save_pictures(found: Evaluation, titles: Mapping[int, str], folder: Path) -> None:
     """Writes `accuracy.png` of all results, `confusion.png` and `reliability.png` of the last.
 
-    Args:
-        found: the evaluation.
-        titles: how each domain is named.
-        folder: an existing folder.
+    Domains are named by `titles`; the folder exists.
     """
     label = next(reversed(found.results))
     shown = {}

@@ -9,16 +9,10 @@ Letters: S samples of the split, C classes, n samples of this rank.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from trainer.evaluate.evaluator import Evaluator, evaluating
-
-Floats = npt.NDArray[np.float64]
-ConfusionMatrix = npt.NDArray[np.int64]
-"""[C, C] samples, true class by row, predicted class by column."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +35,10 @@ def collect(
 ) -> list[Predictions]:
     """What each of some models says to the samples of a split; images are loaded only once.
 
-    A collective over the processes, with the same result on all of them. The scores of a rank's own
-    samples stay on the CPU until the end, so device memory does not grow with the split on a single
-    process, and by one model's scores on several.
-
-    Args:
-        evaluator: data, device and world.
-        models: on the evaluator's device; each keeps its mode.
-        env: number of the domain.
-        split: `in`, `out`, `all` or `left_out`.
+    A collective over the processes, with the same result on all of them. The models are on the
+    evaluator's device and keep their modes. The scores of a rank's own samples stay on the CPU
+    until the end, so device memory does not grow with the split on a single process, and by one
+    model's scores on several.
 
     Raises:
         DamagedDataError: too many images could not be used; on all ranks alike.
@@ -85,18 +74,3 @@ def collect(
     bad = int(evaluator.sum_over_ranks(torch.tensor([unusable], device=evaluator.device)))
     evaluator.check_usable(env, split, bad, number)
     return [Predictions(gathered(own), truth, bad) for own in logits]
-
-
-def confusion_matrix(predictions: Predictions) -> ConfusionMatrix:
-    """int64 [C, C]: how many samples of each class (row) were taken for each class (column)."""
-    classes = predictions.logits.shape[1]
-    cells = predictions.labels * classes + predictions.logits.argmax(1)
-    matrix: ConfusionMatrix = cells.bincount(minlength=classes**2).view(classes, classes).numpy()
-    return matrix
-
-
-def per_class_accuracy(confusion: ConfusionMatrix) -> Floats:
-    """float64 [C] in [0, 1]; NaN for a class without samples."""
-    with np.errstate(invalid="ignore"):
-        shares: Floats = confusion.diagonal() / confusion.sum(1)
-    return shares

@@ -289,7 +289,7 @@ def test_pictures_say_which_images_they_show(
 ) -> None:
     command = ["--adapter", str(adapters[0]), "--split", split, *domains]
     job = prepare(parser().parse_args(command))
-    found = Evaluation(job, {}, 1, 0, 0.0, 0, 0)
+    found = Evaluation(job, {}, {})
     assert found.shown_images() == title
     sources = {
         found.shown_splits(env) for env in job.data.envs if job.data.index.domains[env] != "rotated"
