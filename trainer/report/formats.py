@@ -59,21 +59,16 @@ def _p(value: float) -> str:
 
 def table_data(found: ResultTable) -> dict[str, Any]:
     """The table for JSON, unrounded and in [0, 1]."""
-    best = found.best()
-
-    def plain(cell: Cell, place: tuple[int, int]) -> dict[str, Any]:
-        return {
-            "mean": cell.mean,
-            "error": cell.error,
-            "repetitions": len(cell.values),
-            "unfinished": cell.unfinished,
-            "best": place in best,
-        }
-
-    rows = [
-        {"label": label, "cells": [plain(cell, (row, n)) for n, cell in enumerate(cells)]}
-        for row, (label, cells) in enumerate(found.lines.items())
-    ]
+    best, rows = found.best(), []
+    for row, (label, line) in enumerate(found.lines.items()):
+        cells = [
+            {
+                "mean": cell.mean, "error": cell.error, "repetitions": len(cell.values),
+                "unfinished": cell.unfinished, "best": (row, column) in best,
+            }
+            for column, cell in enumerate(line)
+        ]  # fmt: skip
+        rows.append({"label": label, "cells": cells})
     return {
         "title": found.title, "name": found.name, "columns": list(found.columns), "rows": rows
     }  # fmt: skip
@@ -83,16 +78,10 @@ def score_data(score: Score) -> dict[str, Any]:
     """A run and what the rule picked in it, for JSON."""
     run, choice = score.run, score.choice
     return {
-        "folder": str(run.folder),
-        "dataset": run.dataset,
-        "label": score.label,
+        "folder": str(run.folder), "dataset": run.dataset, "label": score.label,
         "held_out": [run.domains[env] for env in run.held_out],
-        "seed": run.seeds[0],
-        "trial_seed": run.seeds[1],
-        "data_hash": run.data,
-        "split_hash": run.split,
-        "finished": run.finished,
-        "step": choice and choice.step,
-        "validation": choice and choice.validation,
+        "seed": run.seeds[0], "trial_seed": run.seeds[1],
+        "data_hash": run.data, "split_hash": run.split, "finished": run.finished,
+        "step": choice and choice.step, "validation": choice and choice.validation,
         "accuracy": choice and choice.accuracy,
-    }
+    }  # fmt: skip

@@ -59,12 +59,10 @@ def of_weights(run: Run, kind: str) -> Run:
 
 def label_of(run: Run, by: Sequence[str], kind: str = LAST) -> str:
     """The row of a run: its method, the values of the settings `by`, the kind of weights."""
-    parts = [run.method]
-    for name in by:
-        if name not in run.settings:
-            raise ConfigError(f"--by {name}: {run.folder} has no such setting")
-        parts.append(f"{name.rpartition('.')[2]}={run.settings[name]}")
-    return " ".join([*parts, *([kind] if kind != LAST else [])])
+    if missing := [name for name in by if name not in run.settings]:
+        raise ConfigError(f"--by {missing[0]}: {run.folder} has no such setting")
+    values = [f"{name.rpartition('.')[2]}={run.settings[name]}" for name in by]
+    return " ".join([run.method, *values, *([kind] if kind != LAST else [])])
 
 
 def scores(
@@ -76,12 +74,8 @@ def scores(
 ) -> list[Score]:
     """One score for every run with a single held-out domain, and for every kind of weights.
 
-    Args:
-        runs: finished and unfinished ones.
-        rule: a name of `selection.RULES`.
-        by: settings that set rows apart.
-        kinds: of weights.
-        tune: let the rule's validation accuracy decide among runs that differ in settings only.
+    Settings named in `by` set rows apart. With `tune`, the validation accuracy of the rule, one of
+    `selection.RULES`, decides among runs that differ in other settings only.
 
     Raises:
         ConfigError: two runs claim one cell.
@@ -100,32 +94,31 @@ def scores(
     for claims in cells.values():
         if len(claims) > 1 and not tune:
             raise ConfigError(_two_claims(claims[0][1], claims[1][1]))
-        scored = [
-            Score(run, label, choose(rule, run, group) if run.finished else None)
-            for label, run, group in claims
-        ]
+        scored = [Score(run, label, _choose(rule, run, group)) for label, run, group in claims]
         found.append(_best_candidate(scored))
     return found
 
 
-def choose(rule: str, run: Run, group: Group) -> Choice | None:
-    """Applies a rule of `selection.RULES` to a finished run that holds out one domain."""
+def _choose(rule: str, run: Run, group: Group) -> Choice | None:
+    """What a rule of `selection.RULES` picks in a run that holds out one domain."""
     (held_out,) = run.held_out
+    if not run.finished:
+        return None
     if rule == ORACLE:
         return by_oracle(run.rows, held_out)
     if rule != LEAVE_ONE_DOMAIN_OUT:
         return by_training_domains(run.rows, held_out)
-    if not evaluated_in_full(run):
+    if not _evaluated_in_full(run):
         return None
     pairs = {
         sum(held) - held_out: other.rows
         for held, other in group.items()
-        if len(held) == 2 and held_out in held and evaluated_in_full(other)
+        if len(held) == 2 and held_out in held and _evaluated_in_full(other)
     }
     return by_leaving_one_out(run.rows, held_out, pairs)
 
 
-def evaluated_in_full(run: Run) -> bool:
+def _evaluated_in_full(run: Run) -> bool:
     """Whether all domains were evaluated at every evaluation, not at the selected and last only."""
     return run.settings.get("eval.mode") != "selection"
 
@@ -138,10 +131,8 @@ def _candidate(run: Run) -> tuple[object, ...]:
 
 def _best_candidate(scored: Sequence[Score]) -> Score:
     """By validation accuracy; the last of equals, as DomainBed sorts ascending and reverses."""
-    known = [s for s in sorted(scored, key=lambda s: s.run.hparams_seed) if s.choice is not None]
-    if not known:
-        return scored[0]
-    return max(reversed(known), key=lambda s: s.choice.validation if s.choice else 0.0)
+    known = [(s.choice.validation, s.run.hparams_seed, n) for n, s in enumerate(scored) if s.choice]
+    return scored[max(known)[-1]] if known else scored[0]
 
 
 def _two_claims(one: Run, other: Run) -> str:

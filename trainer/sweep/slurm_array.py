@@ -99,14 +99,15 @@ def report_lines(root: Path) -> list[str]:
     """Which runs of a grid are finished, running and missing, and the line that fills the gaps."""
     note = read_note(root)
     runs = note.grid.runs()
-    found = progress(root, runs, queued_indices(path.name for path in (root / JOBS).glob("*")))
+    queued = queued_indices(path.name for path in (root / JOBS).glob("*"))
+    finished, running, missing = progress(root, runs, queued).values()
     lines = [
-        f"{root}: {len(runs)} runs, {len(found.finished)} finished, "
-        f"{len(found.running)} running or queued, {len(found.missing)} missing"
+        f"{root}: {len(runs)} runs, {len(finished)} finished, {len(running)} running or queued, "
+        f"{len(missing)} missing"
     ]
-    for what, indices in (("running or queued", found.running), ("missing", found.missing)):
-        lines += [f"{what}: {index} {runs[index].name}" for index in indices]
-    return [*lines, note.submit_line(found.missing)] if found.missing else lines
+    lines += [f"running or queued: {index} {runs[index].name}" for index in running]
+    lines += [f"missing: {index} {runs[index].name}" for index in missing]
+    return [*lines, note.submit_line(missing)] if missing else lines
 
 
 def progress_lines(paths: Iterable[Path]) -> list[str]:
