@@ -22,7 +22,6 @@ class AdapterData:
     """A shard set as the adapters know it.
 
     Attributes:
-        config: how it is read.
         envs: numbers of the domains asked for.
         trial_seed: seed of the split, whose fraction is the configuration's.
         warnings: what the user should know, one line each.

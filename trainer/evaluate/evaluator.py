@@ -33,11 +33,10 @@ class Evaluator:
     """Evaluates a model on domains of a shard set, each sample once whatever the world size.
 
     Attributes:
-        data_config: the backbone's data configuration.
+        data_config: of the backbone.
         holdout_fraction: share of the `out` split.
         batch_size: images per process and batch.
         device: where the model is, as `dtype` is what it computes in.
-        sum_over_ranks: of a tensor.
         max_bad_fraction: largest share of a split that may be unusable.
         pause: entered by all ranks now and then; may end the evaluation with an error.
         losses: whether the loss is of interest beside the accuracy.

@@ -39,8 +39,7 @@ class Job:
         members: the adapters given.
         combine: what is made of them.
         average: what the ensemble averages.
-        soup: the members' mean, if that is wanted.
-        backbone: a fresh one.
+        soup: the mean of the members, if that is wanted.
         batch: images per process and batch.
         warnings: what the user should know, one line each.
     """

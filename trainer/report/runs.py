@@ -17,8 +17,6 @@ from trainer.evaluate.selection import Row, num_domains
 from trainer.process.errors import CheckpointError, ConfigError
 from trainer.sweep.grid import CONSOLE, is_finished
 
-BASE = "model.base_hash"
-"""What stands beside a run's settings for the weights it started from."""
 Seeds = tuple[int, int]
 """A repetition: seed and trial seed."""
 
@@ -33,11 +31,9 @@ class Run:
         domains: all names in order.
         held_out: numbers of the domains left out; one, or two for cross-validation.
         rows: complete evaluations in order.
-        settings: dotted settings, and the hash of the base weights as `BASE`; of a folder of
-            DomainBed's, neither.
+        settings: dotted, and `model.base_hash` of the weights at the start; none of DomainBed's.
         hparams_seed: DomainBed's number of the settings; 0 in runs of ours.
-        data: hash of the images; empty if not recorded.
-        split: hash of the split of all domains; empty if not recorded.
+        data: hash of the images; empty if not recorded, as `split`, that of all domains' splits.
         zero_shot: the row of a classifier made from text, before training.
     """
 
@@ -73,8 +69,8 @@ def find_folders(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
     for path in paths:
         inside = sorted(path.iterdir()) if path.is_dir() else []
         below = [p for p in inside if _is_run(p)]
-        consoles = [p / CONSOLE for p in inside if p not in below and (p / CONSOLE).is_file()]
-        complaints += [f"{console.parent}: no run; see {console}" for console in consoles]
+        started = [p for p in inside if (p / CONSOLE).is_file()]
+        complaints += [f"{p}: no run; see {p / CONSOLE}" for p in started if p not in below]
         if _is_run(path):
             found[path] = None
         elif below:
@@ -113,7 +109,7 @@ def read_run(folder: Path) -> Run:
         content = yaml.safe_load(config.read_text("utf-8")) if config.is_file() else {}
         settings = dict(dotted(content))
         if "moa/base_hash" in rows[0]:
-            settings[BASE] = str(rows[0]["moa/base_hash"])[:12]
+            settings["model.base_hash"] = str(rows[0]["moa/base_hash"])[:12]
         args = rows[0]["args"]
         dataset = str(settings.get("data.dataset") or args["dataset"])
         dataset = dataset.lower() if dataset.lower() in DATASETS else dataset
@@ -125,20 +121,15 @@ def read_run(folder: Path) -> Run:
         text = folder / ZERO_SHOT
         (zero_shot,) = read_rows(text) if text.is_file() else (None,)
         return Run(
-            folder=folder,
-            dataset=dataset,
+            folder=folder, dataset=dataset, rows=tuple(rows), settings=settings,
             method=str(settings.get("moa.method") or args["algorithm"]),
             domains=_domains(rows[0], dataset, settings, held_out, count),
-            held_out=held_out,
-            seeds=_seeds(args),
-            rows=tuple(rows),
-            settings=settings,
+            held_out=held_out, seeds=_seeds(args),
             hparams_seed=int(args.get("hparams_seed", 0)),
             data=str(rows[0].get("moa/data_hash", "")),
             split=str(rows[0].get("moa/split_hash", "")),
-            finished=finished,
-            zero_shot=zero_shot,
-        )
+            finished=finished, zero_shot=zero_shot,
+        )  # fmt: skip
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder}: its results cannot be read ({error!r})") from error
 
