@@ -15,11 +15,10 @@ from typing import Any
 Row = Mapping[str, Any]
 OUT_ACCURACY = re.compile(r"env(\d+)_out_acc")
 
-TRAINING_DOMAIN_VALIDATION = "training_domain_validation"
 ORACLE = "oracle"
 LEAVE_ONE_DOMAIN_OUT = "leave_one_domain_out"
 RULES: dict[str, str] = {
-    TRAINING_DOMAIN_VALIDATION: "step with the best mean of the sources' out accuracies",
+    "training_domain_validation": "step with the best mean of the sources' out accuracies",
     ORACLE: "the last step; ranks settings by the target's own out accuracy",
     LEAVE_ONE_DOMAIN_OUT: "step with the best mean over runs that hold out one more domain each",
 }

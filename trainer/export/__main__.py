@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.config.command_line import command_parser
 from trainer.evaluate.flags import add_weights_flag
 from trainer.process.ending import conclude
 from trainer.process.errors import ConfigError, OutputError, cannot_write
@@ -22,12 +23,7 @@ if TYPE_CHECKING:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(
-        prog="python -m trainer.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    result = command_parser("trainer.export", __doc__, allow_abbrev=False)
     add = result.add_argument
     add(
         "--adapter", required=True, metavar="A",

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from trainer.config.command_line import words
+from trainer.config.command_line import command_parser, words
 from trainer.evaluate.selection import RULES
 from trainer.process.ending import conclude
 from trainer.process.errors import CheckpointError, ConfigError
@@ -48,11 +48,7 @@ class Report:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(
-        prog="python -m trainer.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    result = command_parser("trainer.report", __doc__)
     add = result.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     add(

@@ -8,17 +8,11 @@ from trainer.report.significance import Comparison
 from trainer.report.tables import Cell, ResultTable
 from trainer.tables import Table
 
-MISSING = "-"
-COMPARISON_TITLE = "paired differences in points, two-sided sign-flip tests"
-COMPARISON_COLUMNS = (
-    "method", "against", "difference", "pairs", "better in", "p", "p (Holm)", "p by domain",
-)  # fmt: skip
-
 
 def cell_text(cell: Cell, repetitions: int) -> str:
     """`63.8 ± 0.5`, with a note where some of the table's `repetitions` are missing."""
     if cell.mean is None:
-        return f"{MISSING} ({cell.unfinished} unfinished)" if cell.unfinished else MISSING
+        return f"- ({cell.unfinished} unfinished)" if cell.unfinished else "-"
     text = f"{100 * cell.mean:.1f}"
     if cell.error is not None:
         text += f" ± {100 * cell.error:.1f}"
@@ -43,6 +37,9 @@ def result_table(found: ResultTable) -> Table:
 
 def comparison_table(comparisons: Sequence[Comparison]) -> Table:
     """One row for each comparison."""
+    columns = (
+        "method", "against", "difference", "pairs", "better in", "p", "p (Holm)", "p by domain",
+    )  # fmt: skip
     rows = [
         [
             c.method, c.baseline, f"{100 * c.difference:+.2f}", str(c.pairs), str(c.better),
@@ -50,7 +47,8 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
         ]
         for c in comparisons
     ]  # fmt: skip
-    return Table(COMPARISON_COLUMNS, rows, COMPARISON_TITLE, align="llr", names=2)
+    title = "paired differences in points, two-sided sign-flip tests"
+    return Table(columns, rows, title, align="llr", names=2)
 
 
 def _p(value: float) -> str:

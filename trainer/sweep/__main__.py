@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from trainer.config.command_line import parse
+from trainer.config.command_line import command_parser, parse
 from trainer.config.run_config import ROOT
 from trainer.process.ending import conclude
 from trainer.process.world import ALONE
@@ -32,11 +32,7 @@ from trainer.tables import output_console
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(
-        prog="python -m trainer.sweep",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    result = command_parser("trainer.sweep", __doc__)
     meanings = {
         "methods": "such as linear,moa_kron", "held_out": "domains, with commas",
         "seeds": "default: 0", "output_dir": "folder of run folders",

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from trainer.checkpoint.atomic_file import replace_text
-from trainer.config.command_line import OwnFlags, parse_without_data
+from trainer.config.command_line import OwnFlags, command_parser, parse_without_data
 from trainer.process.ending import conclude
 from trainer.process.errors import ConfigError
 from trainer.process.world import ALONE
@@ -124,12 +124,7 @@ def progress_lines(paths: Iterable[Path]) -> list[str]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = OwnFlags(
-        prog="python -m trainer.sweep.slurm_array",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    result = command_parser("trainer.sweep.slurm_array", __doc__, OwnFlags, allow_abbrev=False)
     result.add_argument("--recipe", default="embedded", help="default: embedded")
     meanings = {
         "methods": "default: the recipe's", "held_out": "default: every domain of the dataset",
