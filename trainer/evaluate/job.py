@@ -5,7 +5,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 import torch
@@ -32,8 +32,8 @@ from trainer.process.world import World
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is to be evaluated.
+class Evaluation:
+    """What is evaluated, and what came out.
 
     Attributes:
         members: the adapters given.
@@ -42,6 +42,9 @@ class Job:
         soup: the mean of the members, if that is wanted.
         batch: images per process and batch.
         warnings: what the user should know, one line each.
+        results: figures by label and split; the result asked for comes last.
+        cost: images, each evaluated once, forward passes of each, seconds for all of them, and
+            bytes of tensors: of the backbone, and of the adapters beside it.
     """
 
     members: list[Member]
@@ -53,47 +56,33 @@ class Job:
     splits: tuple[str, ...]
     batch: int
     warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What came out.
-
-    Attributes:
-        results: figures by label and split; the result asked for comes last.
-        cost: images, each evaluated once, forward passes of each, seconds for all of them, and
-            bytes of tensors: of the backbone, and of the adapters beside it.
-    """
-
-    job: Job
-    results: dict[str, dict[DomainSplit, Figures]]
-    cost: dict[str, float]
+    results: dict[str, dict[DomainSplit, Figures]] = field(default_factory=dict)
+    cost: dict[str, float] = field(default_factory=dict)
 
     def shown_splits(self, env: int) -> tuple[str, ...]:
         """The splits of a domain that pictures show: `out` alone where adapters saw the rest.
 
         Without `out` among those evaluated, it is what there is; `shown_images` says so.
         """
-        splits = tuple(split for split in self.job.splits if split != LEFT_OUT)
+        splits = tuple(split for split in self.splits if split != LEFT_OUT)
         return ("out",) if "out" in splits and not self._held_out(env) else splits
 
     def shown_images(self) -> str:
         """What images `shown_splits` of all domains are, for a title."""
-        splits = tuple(split for split in self.job.splits if split != LEFT_OUT)
+        splits = tuple(split for split in self.splits if split != LEFT_OUT)
         if splits == SPLITS:
             return "unseen images: all of held-out domains, `out` of the others"
-        if splits == ("out",) or all(map(self._held_out, self.job.data.envs)):
+        if splits == ("out",) or all(map(self._held_out, self.data.envs)):
             return f"unseen images: the `{splits[0]}` split"
         return f"the `{splits[0]}` split, with images of the training"
 
     def _held_out(self, env: int) -> bool:
         """Whether no adapter was trained on a domain."""
-        by = held_out_by(self.job.members, self.job.data.index.domains[env])
-        return len(by) == len(self.job.members)
+        return len(held_out_by(self.members, self.data.index.domains[env])) == len(self.members)
 
 
-def prepare(args: argparse.Namespace) -> Job:
-    """Reads and checks everything that an evaluation needs.
+def prepare(args: argparse.Namespace) -> Evaluation:
+    """Reads and checks everything that an evaluation needs; nothing has come out yet.
 
     Raises:
         ConfigError, DataConfigError, MissingAdapterError: something given cannot work.
@@ -114,12 +103,16 @@ def prepare(args: argparse.Namespace) -> Job:
     splits = SPLITS if args.split == "both" else (args.split,)
     splits = splits if data.index.subset is None else (*splits, LEFT_OUT)
     warnings = (*data.warnings, *(start_warning(members) if mean else ()))
-    backbone = base_of(members[0], args.weights)
-    return Job(members, combine, args.average, mean, backbone, data, splits, args.batch, warnings)
+    base = base_of(members[0], args.weights)
+    return Evaluation(
+        members, combine, args.average, mean, base, data, splits, args.batch, warnings
+    )
 
 
-def evaluate(job: Job, world: World, sum_over_ranks: Callable[[Tensor], Tensor]) -> Evaluation:
-    """Figures of every result on every domain and split; a collective over the processes.
+def evaluate(
+    job: Evaluation, world: World, sum_over_ranks: Callable[[Tensor], Tensor]
+) -> Evaluation:
+    """Adds figures of every result on every domain and split; a collective over the processes.
 
     Raises:
         DamagedDataError: too many images could not be used.
@@ -131,22 +124,15 @@ def evaluate(job: Job, world: World, sum_over_ranks: Callable[[Tensor], Tensor])
     backbone_bytes = tensor_bytes(job.backbone.model)
     models = models_on(job.backbone.model, adapters).to(device)
     evaluator = Evaluator(
-        index=data.index,
-        data_config=job.members[0].info.data_config,
-        trial_seed=data.trial_seed,
-        holdout_fraction=data.config.holdout_fraction,
-        batch_size=job.batch,
-        workers=data.config.workers,
-        world=world,
-        device=device,
-        dtype=torch.float32,
-        sum_over_ranks=sum_over_ranks,
-        decoder=data.decoder,
+        index=data.index, data_config=job.members[0].info.data_config, trial_seed=data.trial_seed,
+        holdout_fraction=data.config.holdout_fraction, batch_size=job.batch,
+        workers=data.config.workers, world=world, device=device, dtype=torch.float32,
+        sum_over_ranks=sum_over_ranks, decoder=data.decoder,
         max_bad_fraction=data.config.max_bad_fraction,
-    )
+    )  # fmt: skip
     names = [adapter.label for adapter in adapters]
     results: dict[str, dict[DomainSplit, Figures]] = defaultdict(dict)
-    started, images = time.perf_counter(), 0
+    started = time.perf_counter()
     for place in product(data.envs, job.splits):
         found = dict(zip(names, collect(evaluator, list(models), *place), strict=True))
         if ENSEMBLE in job.combine:
@@ -154,10 +140,9 @@ def evaluate(job: Job, world: World, sum_over_ranks: Callable[[Tensor], Tensor])
             found[ENSEMBLE] = average(alone, job.average)
         for name, predictions in found.items():
             results[name][place] = figures_of(predictions)
-        images += results[names[0]][place].samples
-    seconds = time.perf_counter() - started
     cost = {
-        "images": images, "forward_passes": len(models), "seconds": seconds,
+        "images": sum(figures.samples for figures in results[names[0]].values()),
+        "forward_passes": len(models), "seconds": time.perf_counter() - started,
         "backbone_bytes": backbone_bytes, "adapter_bytes": tensor_bytes(models) - backbone_bytes,
     }  # fmt: skip
-    return Evaluation(job, results, cost)
+    return replace(job, results=results, cost=cost)

@@ -21,7 +21,7 @@ FORMAT_VERSION = 1
 
 def report(found: Evaluation, args: argparse.Namespace) -> None:
     """Prints, and writes what was asked for; `OutputError` if a folder cannot be written."""
-    sys.stderr.writelines(f"warning: {line}\n" for line in found.job.warnings)
+    sys.stderr.writelines(f"warning: {line}\n" for line in found.warnings)
     console = output_console()
     if args.json:
         for label in found.results:
@@ -32,7 +32,7 @@ def report(found: Evaluation, args: argparse.Namespace) -> None:
         console.out(_cost(found))
     if args.output is not None:
         _write_folder(found, args.output)
-    if args.save is not None and (mean := found.job.soup) is not None:
+    if args.save is not None and (mean := found.soup) is not None:
         accuracies = {k: v for k, v in row(found, SOUP).items() if k.endswith("_acc")}
         info = replace(mean.info, results=accuracies)
         write_member("--save", replace(mean, info=info), args.save)
@@ -53,17 +53,17 @@ def row(found: Evaluation, label: str) -> dict[str, float]:
 
 def domain_title(found: Evaluation, env: int) -> str:
     """A domain's name, marked if it was held out in training."""
-    name = found.job.data.index.domains[env]
-    by = held_out_by(found.job.members, name)
+    name = found.data.index.domains[env]
+    by = held_out_by(found.members, name)
     if not by:
         return name
-    everyone = len(by) == len(found.job.members)
+    everyone = len(by) == len(found.members)
     return f"{name} (held out)" if everyone else f"{name} (held out by {', '.join(by)})"
 
 
 def tables(found: Evaluation) -> list[Table]:
     """A comparison of all results if there are several, then the details of the last."""
-    envs, splits, result = found.job.data.envs, found.job.splits, []
+    envs, splits, result = found.data.envs, found.splits, []
     titles = [domain_title(found, env) for env in envs]
     for split in splits if len(found.results) > 1 else ():
         rows = []
@@ -104,33 +104,32 @@ def _cost(found: Evaluation) -> str:
 
 def document(found: Evaluation) -> dict[str, Any]:
     """Everything, for `evaluation.json`."""
-    job = found.job
-    domains, classes = job.data.index.domains, job.data.index.classes
+    domains, classes = found.data.index.domains, found.data.index.classes
     results = {
         label: {
-            domains[env]: {s: cells[env, s].plain(classes) for s in job.splits}
-            for env in job.data.envs
+            domains[env]: {s: cells[env, s].plain(classes) for s in found.splits}
+            for env in found.data.envs
         }
         for label, cells in found.results.items()
     }
     return {
         "format_version": FORMAT_VERSION,
         "command": shown_command(sys.argv),
-        "base_model": job.backbone.name,
-        "base_sha256": job.backbone.sha256,
-        "dataset": job.data.index.dataset,
+        "base_model": found.backbone.name,
+        "base_sha256": found.backbone.sha256,
+        "dataset": found.data.index.dataset,
         "domains": list(domains),
         "classes": list(classes),
-        "trial_seed": job.data.trial_seed,
-        "holdout_fraction": job.data.config.holdout_fraction,
-        "average": job.average,
-        "warnings": list(job.warnings),
+        "trial_seed": found.data.trial_seed,
+        "holdout_fraction": found.data.config.holdout_fraction,
+        "average": found.average,
+        "warnings": list(found.warnings),
         "adapters": [
             {
                 "label": m.label, "source": m.source, "method": m.info.moa.method,
                 "origin": m.info.origin and m.info.origin.plain(),
             }
-            for m in job.members
+            for m in found.members
         ],
         "cost": found.cost,
         "results": results,
@@ -145,6 +144,6 @@ def _write_folder(found: Evaluation, folder: Path) -> None:
         replace_text(folder / "evaluation.json", json.dumps(document(found)) + "\n")
         texts = [table.markdown() + "\n" for table in tables(found)]
         replace_text(folder / "tables.md", "\n".join(texts))
-        save_pictures(found, {env: domain_title(found, env) for env in found.job.data.envs}, folder)
+        save_pictures(found, {env: domain_title(found, env) for env in found.data.envs}, folder)
     except OSError as error:
         raise cannot_write("--output", folder, error) from error

@@ -24,7 +24,7 @@ def save_pictures(found: Evaluation, titles: Mapping[int, str], folder: Path) ->
         figures = total([found.results[label][env, split] for split in splits])
         shown[f"{title}, {' + '.join(splits)}: {100 * figures.accuracy:.1f} %"] = figures
     confusions = {title: figures.confusion for title, figures in shown.items()}
-    classes, what = found.job.data.index.classes, f"{label}: predicted class by true class"
+    classes, what = found.data.index.classes, f"{label}: predicted class by true class"
     pictures = {
         "accuracy": _accuracies(found, titles),
         "confusion": confusion_figure(confusions, classes, what),
