@@ -16,8 +16,6 @@ from trainer.evaluate.flags import add_shared_flags
 from trainer.process.ending import conclude
 from trainer.process.world import World, world_from_environment
 
-COMBINATIONS = ("each", "ensemble", "soup")
-
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -25,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     add_shared_flags(result)
     add = result.add_argument
     add(
-        "--combine", nargs="+", choices=COMBINATIONS, default=None,
+        "--combine", nargs="+", choices=["each", "ensemble", "soup"], default=None,
         help="from several adapters: each alone, their ensemble (which shows each as well), their "
         "soup; one or more of these (ensemble)",
     )  # fmt: skip

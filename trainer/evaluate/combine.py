@@ -25,10 +25,8 @@ Average = Literal["probabilities", "logits"]
 def models_on(backbone: nn.Module, adapters: Sequence[Member]) -> nn.ModuleList:
     """One model for each adapter, all around the frozen tensors of one fresh backbone on the CPU.
 
-    What an adapter brings values for, such as a head or an unfrozen bias, is its model's own.
-
-    Raises:
-        AdapterError: names or shapes of an adapter do not fit the backbone.
+    What an adapter brings values for, such as a head or an unfrozen bias, is its model's own. One
+    whose names or shapes do not fit the backbone is an `AdapterError`.
     """
     models = nn.ModuleList()
     for adapter in adapters:
@@ -80,10 +78,7 @@ def soup(members: Sequence[Member], command: str) -> Member:
 
     Sums are taken in float64 and rounded once, so the order of the adapters does not count. Whole
     numbers (the balance of `balance = bias`) are rounded to the nearest. The card names `command`
-    as what made it.
-
-    Raises:
-        ConfigError: they cannot be averaged; every reason, one a line.
+    as what made it. What cannot be averaged is a `ConfigError`, with every reason in a line.
     """
     if len(members) < 2:
         raise ConfigError("--combine soup: needs two adapters or more; give --adapter A B")

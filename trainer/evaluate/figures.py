@@ -95,13 +95,9 @@ class Figures:
         """For JSON; a class without samples has the accuracy null."""
         shares = per_class_accuracy(self.confusion).tolist()
         return {
-            "accuracy": self.accuracy,
-            "correct": self.correct,
-            "samples": self.samples,
-            "unusable": self.unusable,
-            "class_mean_accuracy": self.class_mean,
-            "nll": self.nll,
-            "ece": self.ece,
+            "accuracy": self.accuracy, "correct": self.correct, "samples": self.samples,
+            "unusable": self.unusable, "class_mean_accuracy": self.class_mean,
+            "nll": self.nll, "ece": self.ece,
             "class_accuracy": {
                 name: None if np.isnan(share) else share
                 for name, share in zip(classes, shares, strict=True)
@@ -111,7 +107,7 @@ class Figures:
                 for name in ("samples", "confidence", "accuracy")
             },
             "confusion": self.confusion.tolist(),
-        }
+        }  # fmt: skip
 
 
 def figures_of(predictions: Predictions) -> Figures:

@@ -114,8 +114,7 @@ def evaluate(
 ) -> Evaluation:
     """Adds figures of every result on every domain and split; a collective over the processes.
 
-    Raises:
-        DamagedDataError: too many images could not be used.
+    `DamagedDataError` if too many images could not be used.
     """
     data = job.data
     adapters = list(job.members) if {"each", ENSEMBLE} & set(job.combine) else []

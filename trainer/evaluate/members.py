@@ -61,8 +61,7 @@ def read_members(sources: Sequence[str]) -> list[Member]:
 def labels(sources: Sequence[str]) -> list[str]:
     """Short names: what is left of the paths without the parts that all share at either end.
 
-    Raises:
-        ConfigError: one of several cannot be told from what is made of them all.
+    `ConfigError` if one of several cannot be told from what is made of them all.
     """
     parts = [s.removeprefix(HUB_PREFIX).rstrip("/").split("/") for s in sources]
     if len(parts) == 1:
@@ -118,10 +117,8 @@ def base_of(member: Member, weights: str | None) -> Backbone:
     """A fresh backbone with the weights that an adapter was trained on, on the CPU.
 
     `weights` is `pretrained`, `random` for those that its seed draws, or a safetensors file; None
-    stands for what it has on record, else `pretrained`.
-
-    Raises:
-        ConfigError: the weights cannot be had, or are others.
+    stands for what it has on record, else `pretrained`. `ConfigError` if they cannot be had, or are
+    others than those.
     """
     info = member.info
     seed, recorded = (0, "") if info.origin is None else (info.origin.seed, info.origin.weights)
@@ -177,8 +174,7 @@ def check_target(flag: str, folder: Path) -> None:
 def write_member(flag: str, member: Member, folder: Path) -> None:
     """Writes configuration, tensors and a fresh card; nothing else of a checkpoint comes along.
 
-    Raises:
-        OutputError: it cannot be written; names the flag that asked for it.
+    `OutputError` if that cannot be, on account of `flag`.
     """
     try:
         with replaced_folder(folder) as temporary:

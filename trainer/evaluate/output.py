@@ -113,17 +113,12 @@ def document(found: Evaluation) -> dict[str, Any]:
         for label, cells in found.results.items()
     }
     return {
-        "format_version": FORMAT_VERSION,
-        "command": shown_command(sys.argv),
-        "base_model": found.backbone.name,
-        "base_sha256": found.backbone.sha256,
-        "dataset": found.data.index.dataset,
-        "domains": list(domains),
-        "classes": list(classes),
+        "format_version": FORMAT_VERSION, "command": shown_command(sys.argv),
+        "base_model": found.backbone.name, "base_sha256": found.backbone.sha256,
+        "dataset": found.data.index.dataset, "domains": domains, "classes": classes,
         "trial_seed": found.data.trial_seed,
         "holdout_fraction": found.data.config.holdout_fraction,
-        "average": found.average,
-        "warnings": list(found.warnings),
+        "average": found.average, "warnings": found.warnings,
         "adapters": [
             {
                 "label": m.label, "source": m.source, "method": m.info.moa.method,
@@ -131,8 +126,7 @@ def document(found: Evaluation) -> dict[str, Any]:
             }
             for m in found.members
         ],
-        "cost": found.cost,
-        "results": results,
+        "cost": found.cost, "results": results,
     }  # fmt: skip
 
 

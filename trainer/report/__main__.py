@@ -85,8 +85,7 @@ def parser() -> argparse.ArgumentParser:
 def build(runs: Sequence[Run], args: argparse.Namespace) -> Report:
     """Puts runs into tables.
 
-    Raises:
-        ConfigError: they cannot share a table, or an option names nothing that exists.
+    `ConfigError` if they cannot share one, or an option names nothing that exists.
     """
     if unknown := [rule for rule in args.selection if rule not in RULES]:
         raise ConfigError(f"--selection {unknown[0]}: no such rule; legal are {', '.join(RULES)}")

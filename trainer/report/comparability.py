@@ -15,11 +15,7 @@ MAY_DIFFER = (FREE - {"train.steps"}) | {
 
 
 def check_comparable(runs: Sequence[Run]) -> list[str]:
-    """Refuses runs of one dataset that saw different images or splits; returns notes.
-
-    Raises:
-        ConfigError: names the runs that differ.
-    """
+    """Notes; a `ConfigError` names runs of one dataset that saw different images or splits."""
     seen: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         seen[f"{run.dataset}: runs with different images"][run.data].append(run)

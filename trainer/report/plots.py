@@ -18,8 +18,7 @@ FORMATS: dict[str, dict[str, None]] = {"png": {}, "svg": {"Date": None}}
 def save_plots(tables: Iterable[ResultTable], folder: Path) -> list[Path]:
     """Writes `NAME.png` and `NAME.svg` for every table that has a number.
 
-    Raises:
-        OutputError: the folder cannot be written.
+    `OutputError` if the folder cannot be written.
     """
     written = []
     for table in tables:

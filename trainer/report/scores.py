@@ -5,16 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from trainer.evaluate.selection import (
-    LEAVE_ONE_DOMAIN_OUT,
-    ORACLE,
-    Choice,
-    by_leaving_one_out,
-    by_oracle,
-    by_training_domains,
-    columns_of,
-    num_domains,
-)
+from trainer.evaluate import selection
+from trainer.evaluate.selection import Choice, columns_of, num_domains
 from trainer.process.errors import ConfigError
 from trainer.report.comparability import MAY_DIFFER, differing
 from trainer.report.runs import Run
@@ -75,10 +67,8 @@ def scores(
     """One score for every run with a single held-out domain, and for every kind of weights.
 
     Settings named in `by` set rows apart. With `tune`, the validation accuracy of the rule, one of
-    `selection.RULES`, decides among runs that differ in other settings only.
-
-    Raises:
-        ConfigError: two runs claim one cell.
+    `selection.RULES`, decides among runs that differ in other settings only; without it, two runs
+    for one cell are a `ConfigError`.
     """
     groups: dict[tuple[object, ...], Group] = defaultdict(dict)
     cells: dict[tuple[object, ...], list[tuple[str, Run, Group]]] = defaultdict(list)
@@ -104,10 +94,10 @@ def _choose(rule: str, run: Run, group: Group) -> Choice | None:
     (held_out,) = run.held_out
     if not run.finished:
         return None
-    if rule == ORACLE:
-        return by_oracle(run.rows, held_out)
-    if rule != LEAVE_ONE_DOMAIN_OUT:
-        return by_training_domains(run.rows, held_out)
+    if rule == selection.ORACLE:
+        return selection.by_oracle(run.rows, held_out)
+    if rule != selection.LEAVE_ONE_DOMAIN_OUT:
+        return selection.by_training_domains(run.rows, held_out)
     if not _evaluated_in_full(run):
         return None
     pairs = {
@@ -115,7 +105,7 @@ def _choose(rule: str, run: Run, group: Group) -> Choice | None:
         for held, other in group.items()
         if len(held) == 2 and held_out in held and _evaluated_in_full(other)
     }
-    return by_leaving_one_out(run.rows, held_out, pairs)
+    return selection.by_leaving_one_out(run.rows, held_out, pairs)
 
 
 def _evaluated_in_full(run: Run) -> bool:

@@ -75,10 +75,7 @@ def holm(values: Sequence[float]) -> list[float]:
 def compare(scored: Sequence[Score], baseline: str) -> list[Comparison]:
     """Compares rows with `baseline`, or each two of them if that is `all`.
 
-    Rows without a pair in common are left out.
-
-    Raises:
-        ConfigError: there is no row of that name.
+    Rows without a pair in common are left out. `ConfigError` if no row has that name.
     """
     results: dict[str, dict[Pair, float]] = defaultdict(dict)
     for score in scored:

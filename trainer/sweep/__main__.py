@@ -18,15 +18,8 @@ from trainer.config.command_line import command_parser, parse
 from trainer.config.run_config import ROOT
 from trainer.process.ending import conclude
 from trainer.process.world import ALONE
-from trainer.sweep.grid import (
-    CONSOLE,
-    Grid,
-    GridRun,
-    add_grid_flags,
-    check,
-    is_finished,
-    with_pairs,
-)
+from trainer.sweep import grid
+from trainer.sweep.grid import CONSOLE, GridRun, is_finished
 from trainer.tables import output_console
 
 
@@ -37,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
         "methods": "such as linear,moa_kron", "held_out": "domains, with commas",
         "seeds": "default: 0", "output_dir": "folder of run folders",
     }  # fmt: skip
-    add_grid_flags(result, required=True, meanings=meanings)
+    grid.add_grid_flags(result, required=True, meanings=meanings)
     result.set_defaults(seeds=(0,))
     result.add_argument("--jobs", type=int, default=1, help="runs at the same time; default: 1")
     result.add_argument("rest", nargs="*", help="after --: settings of every run")
@@ -59,7 +52,7 @@ def sweep(root: Path, runs: Sequence[GridRun], jobs: int, rest: Sequence[str]) -
     """Runs what is not finished; returns the number of runs that failed."""
     from rich.progress import track  # here: `--help` need not wait for it
 
-    check(root, runs, rest, parse)
+    grid.check(root, runs, rest, parse)
     console = output_console()
     todo = [run for run in runs if not is_finished(root / run.name)]
     console.out(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished before")
@@ -81,8 +74,8 @@ def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
     if args.jobs < 1:
         parser().error(f"--jobs {args.jobs}: must be 1 or more")
-    held_out = with_pairs(args.held_out) if args.pairs else args.held_out
-    runs = Grid(args.methods, held_out, args.seeds, args.trial_seed).runs()
+    held_out = grid.with_pairs(args.held_out) if args.pairs else args.held_out
+    runs = grid.Grid(args.methods, held_out, args.seeds, args.trial_seed).runs()
     failed: list[int] = []
     code = conclude(
         lambda: failed.append(sweep(args.output_dir, runs, args.jobs, args.rest)), ALONE

@@ -51,11 +51,7 @@ class Note:
 
 
 def read_note(root: Path) -> Note:
-    """The grid whose runs are in `root`.
-
-    Raises:
-        ConfigError: there is none, or it is not readable.
-    """
+    """The grid whose runs are in `root`; `ConfigError` if there is none, or it is not readable."""
     try:
         content = json.loads((root / NOTE).read_text(encoding="utf-8"))
         grid = content["grid"]
@@ -73,11 +69,8 @@ def read_note(root: Path) -> Note:
 def keep_note(root: Path, note: Note) -> Note:
     """Writes the grid down, so that a report knows which runs there should be.
 
-    Returns:
-        What stands there now: a larger grid of before stays, with the new arguments.
-
-    Raises:
-        ConfigError: the folder belongs to a grid in which an index means another run.
+    Returns what stands there now: a larger grid of before stays, with the new arguments. One in
+    which an index means another run is a `ConfigError`.
     """
     if (root / NOTE).exists():
         old = read_note(root)
@@ -139,8 +132,7 @@ def parser() -> argparse.ArgumentParser:
 def read_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, Path, Note, list[str]]:
     """The flags, the folder of the runs, the grid, and the settings that all runs share.
 
-    Raises:
-        ConfigError: a setting that cannot work, or domains that nothing tells.
+    `ConfigError` for a setting that cannot work, or domains that nothing tells.
     """
     from trainer.plan.data import domain_names
 
