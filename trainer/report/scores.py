@@ -49,7 +49,7 @@ def of_weights(run: Run, kind: str) -> Run:
     return replace(run, rows=({**last, **columns},) if known else ())
 
 
-def label_of(run: Run, by: Sequence[str], kind: str = LAST) -> str:
+def label_of(run: Run, by: Sequence[str], kind: str) -> str:
     """The row of a run: its method, the values of the settings `by`, the kind of weights."""
     if missing := [name for name in by if name not in run.settings]:
         raise ConfigError(f"--by {missing[0]}: {run.folder} has no such setting")
@@ -58,11 +58,7 @@ def label_of(run: Run, by: Sequence[str], kind: str = LAST) -> str:
 
 
 def scores(
-    runs: Sequence[Run],
-    rule: str,
-    by: Sequence[str] = (),
-    kinds: Sequence[str] = (LAST,),
-    tune: bool = False,
+    runs: Sequence[Run], rule: str, by: Sequence[str], kinds: Sequence[str], tune: bool
 ) -> list[Score]:
     """One score for every run with a single held-out domain, and for every kind of weights.
 
@@ -126,13 +122,11 @@ def _best_candidate(scored: Sequence[Score]) -> Score:
 
 
 def _two_claims(one: Run, other: Run) -> str:
-    remedy = "their settings are the same: report one of them"
-    if differences := differing([one, other]):
-        named = ", ".join(f"{k} ({', '.join(v)})" for k, v in list(differences.items())[:4])
-        remedy = (
-            f"they differ in {named}: --by {next(iter(differences))} gives them rows of their own, "
-            "--tune lets the selection rule choose"
-        )
+    start = f"{one.folder} and {other.folder} are the same method, held-out domain and seeds; "
+    if not (differences := differing([one, other])):
+        return start + "their settings are the same: report one of them"
+    named = ", ".join(f"{k} ({', '.join(v)})" for k, v in list(differences.items())[:4])
     return (
-        f"{one.folder} and {other.folder} are the same method, held-out domain and seeds; {remedy}"
+        f"{start}they differ in {named}: --by {next(iter(differences))} gives them rows of their "
+        "own, --tune lets the selection rule choose"
     )

@@ -88,8 +88,8 @@ def compare(scored: Sequence[Score], baseline: str) -> list[Comparison]:
         couples = [(label, baseline) for label in results if label != baseline]
     else:
         raise ConfigError(f"--compare {baseline}: no such row; legal are all, {', '.join(results)}")
+    couples = [(a, b) for a, b in couples if results[a].keys() & results[b].keys()]
     found = [_compared(a, b, results[a], results[b]) for a, b in couples]
-    found = [comparison for comparison in found if comparison.pairs]
     adjusted = holm([comparison.p_pairs for comparison in found])
     return [replace(c, p_adjusted=p) for c, p in zip(found, adjusted, strict=True)]
 
@@ -103,11 +103,7 @@ def _compared(
     for (dataset, env, _), difference in pairs.items():
         by_domain[dataset, env] += difference
     return Comparison(
-        method,
-        baseline,
-        difference=float(np.mean(differences)) if pairs else 0.0,
-        pairs=len(pairs),
+        method, baseline, difference=float(np.mean(differences)), pairs=len(pairs),
         better=sum(difference > 0 for difference in differences),
-        p_pairs=sign_flip_p(differences),
-        p_domains=sign_flip_p(list(by_domain.values())),
-    )
+        p_pairs=sign_flip_p(differences), p_domains=sign_flip_p(list(by_domain.values())),
+    )  # fmt: skip

@@ -89,9 +89,7 @@ def average(cells: Sequence[Cell]) -> Cell:
     repetitions = {frozenset(cell.values) for cell in cells}
     if mean is None or len(repetitions) > 1 or not cells[0].values:
         return Cell(mean=mean)
-    by_repetition = {
-        seeds: statistics.fmean(cell.values[seeds] for cell in cells) for seeds in cells[0].values
-    }
+    by_repetition = {s: statistics.fmean(c.values[s] for c in cells) for s in cells[0].values}
     return Cell(by_repetition, mean, cell_of(by_repetition).error)
 
 
