@@ -48,18 +48,14 @@ def average(members: Sequence[Predictions], kind: Average) -> Predictions:
     """The ensemble's predictions, from what each model says to the same samples.
 
     The mean is taken of the softmax or of the scores before it. The former lets no model outvote
-    the others by the mere scale of its scores.
-
-    Returns:
-        float64 logits; of mean probabilities, their logarithm.
+    the others by the mere scale of its scores. The result has float64 logits; of mean
+    probabilities, their logarithm.
     """
     scores = (member.logits.double() for member in members)
     if kind == "logits":
-        mean = _mean(scores, len(members))
-    else:
-        shares = _mean((each.softmax(1) for each in scores), len(members))
-        mean = shares.clamp_min(torch.finfo(torch.float64).tiny).log()
-    return replace(members[0], logits=mean)
+        return replace(members[0], logits=_mean(scores, len(members)))
+    shares = _mean((each.softmax(1) for each in scores), len(members))
+    return replace(members[0], logits=shares.clamp_min(torch.finfo(torch.float64).tiny).log())
 
 
 def _mean(values: Iterable[Tensor], number: int) -> Tensor:

@@ -133,8 +133,7 @@ def confusion_matrix(predictions: Predictions) -> Counts:
     """int64 [C, C]: how many samples of each class (row) were taken for each class (column)."""
     classes = predictions.logits.shape[1]
     cells = predictions.labels * classes + predictions.logits.argmax(1)
-    matrix: Counts = cells.bincount(minlength=classes**2).view(classes, classes).numpy()
-    return matrix
+    return cells.bincount(minlength=classes**2).view(classes, classes).numpy()
 
 
 def per_class_accuracy(confusion: Counts) -> Floats:

@@ -75,13 +75,11 @@ def find_folders(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
             found[path] = None
         elif below:
             found |= dict.fromkeys(below)
-        elif not path.is_dir():
-            complaints.append(f"{path}: no such folder")
+        elif path.is_dir():
+            neither = "neither a run folder (no config.yaml, no results.jsonl) nor a folder of"
+            complaints.append(f"{path}: {neither} run folders")
         else:
-            complaints.append(
-                f"{path}: neither a run folder (no config.yaml, no results.jsonl) nor a folder of "
-                "run folders"
-            )
+            complaints.append(f"{path}: no such folder")
     return list(found), complaints
 
 
@@ -96,12 +94,11 @@ def read_run(folder: Path) -> Run:
         ConfigError: it holds no evaluation yet.
         CheckpointError: what it holds cannot be read.
     """
-    finished = is_finished(folder)
-    results, config = folder / "results.jsonl", folder / "config.yaml"
+    finished, config = is_finished(folder), folder / "config.yaml"
+    results, others = folder / "results.jsonl", folder / "evaluations.jsonl"
     rows = read_rows(results, torn=not finished) if results.is_file() else []
-    if not (rows or finished):  # with eval.mode selection, complete rows come at the end
-        others = folder / "evaluations.jsonl"
-        rows = read_rows(others, torn=True) if others.is_file() else []
+    if not (rows or finished) and others.is_file():
+        rows = read_rows(others, torn=True)  # eval.mode selection: complete rows come at the end
     if not rows:
         hint = "results.jsonl is empty" if results.is_file() else "no results.jsonl"
         raise ConfigError(f"{folder}: no evaluation yet ({hint})")
@@ -161,7 +158,7 @@ def _domains(
 ) -> tuple[str, ...]:
     """All domain names: from the row, else from what is known of the dataset and of the run."""
     if "moa/domains" in row:
-        return tuple(str(name) for name in row["moa/domains"])
+        return tuple(map(str, row["moa/domains"]))
     known = DATASETS[dataset].domains if dataset in DATASETS else None
     if known is not None and len(known) == count:
         return known

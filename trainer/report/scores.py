@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from trainer.evaluate import selection
-from trainer.evaluate.selection import Choice, columns_of, num_domains
 from trainer.process.errors import ConfigError
 from trainer.report.comparability import MAY_DIFFER, differing
 from trainer.report.runs import Run
@@ -30,7 +29,7 @@ class Score:
 
     run: Run
     label: str
-    choice: Choice | None
+    choice: selection.Choice | None
 
 
 def of_weights(run: Run, kind: str) -> Run:
@@ -44,8 +43,8 @@ def of_weights(run: Run, kind: str) -> Run:
     if kind == BEFORE:
         return replace(run, rows=() if run.zero_shot is None else (run.zero_shot,))
     last = run.rows[-1]
-    columns = columns_of(kind, last)
-    known = num_domains(columns) == num_domains(last)
+    columns = selection.columns_of(kind, last)
+    known = selection.num_domains(columns) == selection.num_domains(last)
     return replace(run, rows=({**last, **columns},) if known else ())
 
 
@@ -85,7 +84,7 @@ def scores(
     return found
 
 
-def _choose(rule: str, run: Run, group: Group) -> Choice | None:
+def _choose(rule: str, run: Run, group: Group) -> selection.Choice | None:
     """What a rule of `selection.RULES` picks in a run that holds out one domain."""
     (held_out,) = run.held_out
     if not run.finished:

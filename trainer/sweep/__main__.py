@@ -19,7 +19,6 @@ from trainer.config.run_config import ROOT
 from trainer.process.ending import conclude
 from trainer.process.world import ALONE
 from trainer.sweep import grid
-from trainer.sweep.grid import CONSOLE, GridRun, is_finished
 from trainer.tables import output_console
 
 
@@ -38,30 +37,28 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run_one(folder: Path, settings: Sequence[str]) -> int:
-    """Runs one, its output in `CONSOLE` of its folder; returns the exit code."""
+    """Runs one, its output in `grid.CONSOLE` of its folder; returns the exit code."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / "trainer" / "run.py"), *settings]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with (folder / CONSOLE).open("w", encoding="utf-8") as output:
-        return subprocess.run(
-            command, stdout=output, stderr=output, env=environment, check=False
-        ).returncode
+    with (folder / grid.CONSOLE).open("w", encoding="utf-8") as output:
+        return subprocess.call(command, stdout=output, stderr=output, env=environment)
 
 
-def sweep(root: Path, runs: Sequence[GridRun], jobs: int, rest: Sequence[str]) -> int:
+def sweep(root: Path, runs: Sequence[grid.GridRun], jobs: int, rest: Sequence[str]) -> int:
     """Runs what is not finished; returns the number of runs that failed."""
     from rich.progress import track  # here: `--help` need not wait for it
 
     grid.check(root, runs, rest, parse)
     console = output_console()
-    todo = [run for run in runs if not is_finished(root / run.name)]
+    todo = [run for run in runs if not grid.is_finished(root / run.name)]
     console.out(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished before")
     with ThreadPoolExecutor(jobs) as pool:
         ended = pool.map(lambda r: run_one(root / r.name, [*r.flags(root), *rest]), todo)
         codes = list(track(ended, "runs", total=len(todo), console=console))
     for run, code in zip(todo, codes, strict=True):
         if code:
-            place = root / run.name / CONSOLE
+            place = root / run.name / grid.CONSOLE
             lines = place.read_text(encoding="utf-8", errors="replace").splitlines()
             said = [f": {line}" for line in lines if line.startswith("error")][-1:]
             console.out(f"exit code {code}, see {place}{''.join(said)}")
