@@ -112,7 +112,7 @@ class Evaluator:
             pin_memory=self.device.type == "cuda", decoder=self.decoder,
         )  # fmt: skip
         remaining = shielded(loader)
-        most = -(-self.number(env, split) // self.world.size)
+        most = -(-len(self.ranks(env, split)) // self.world.size)
         for done in range(1, -(-most // self.batch_size) + 1):
             batch = next(remaining, None)
             if batch is not None:
@@ -132,10 +132,6 @@ class Evaluator:
             self.index, env, split,  # type: ignore[arg-type]
             trial_seed=self.trial_seed, holdout_fraction=self.holdout_fraction,
         )  # fmt: skip
-
-    def number(self, env: int, split: str) -> int:
-        """How many samples a split has."""
-        return len(self.ranks(env, split))
 
     def check_usable(self, env: int, split: str, unusable: int, total: int) -> None:
         """Raises `DamagedDataError` if too many of a split's `total` images were `unusable`."""

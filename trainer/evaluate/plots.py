@@ -46,9 +46,8 @@ def _accuracies(found: Evaluation, titles: Mapping[int, str]) -> Figure:
         ]
         places = np.arange(len(titles)) + (number - (len(found.results) - 1) / 2) * width
         axes.bar(places, heights, width, label=label)
-    axes.set_xticks(
-        range(len(titles)), [title.replace(" (", "\n(", 1) for title in titles.values()]
-    )
+    names = [title.replace(" (", "\n(", 1) for title in titles.values()]
+    axes.set_xticks(range(len(names)), names)
     axes.set_ylabel("accuracy %")
     axes.set_title(found.shown_images(), fontsize=10)
     axes.grid(axis="y", alpha=0.3)

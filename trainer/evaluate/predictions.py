@@ -43,7 +43,7 @@ def collect(
         DamagedDataError: too many images could not be used; on all ranks alike.
         EvaluationBrokenOff: the evaluator's `pause` ended it.
     """
-    number = evaluator.number(env, split)
+    number = len(evaluator.ranks(env, split))
     # Each rank fills in its own samples. A sum with zeros is exact, and needs no agreement on how
     # many samples each has.
     times, labels = torch.zeros(2, number, dtype=torch.int64)

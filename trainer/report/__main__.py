@@ -27,8 +27,6 @@ from trainer.report.tables import ResultTable, averages_table, dataset_table
 from trainer.sweep.slurm_array import progress_lines
 from trainer.tables import output_console
 
-UNITS = "held-out accuracy %, mean ± standard error"
-
 
 @dataclass
 class Report:
@@ -119,7 +117,7 @@ def build(runs: Sequence[Run], args: argparse.Namespace) -> Report:
 
 def _tables(found: Sequence[Score], rule: str) -> list[ResultTable]:
     """A table per dataset in order of appearance, and their averages if there are several."""
-    about = f"{UNITS} ({rule.replace('_', ' ')})"
+    about = f"held-out accuracy %, mean ± standard error ({rule.replace('_', ' ')})"
     suffix = "" if rule == next(iter(RULES)) else f"-{rule}"
     by_dataset: dict[str, list[Score]] = defaultdict(list)
     for score in found:

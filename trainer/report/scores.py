@@ -12,8 +12,6 @@ from trainer.report.runs import Run
 
 LAST = "last"
 """The trained weights themselves, among the kinds of weights that a run evaluates."""
-BEFORE = "zero_shot"
-"""The classifier made from text, before training."""
 Group = dict[tuple[int, ...], Run]
 """Runs of one row, seeds and settings, by the domains they hold out."""
 
@@ -40,7 +38,7 @@ def of_weights(run: Run, kind: str) -> Run:
     """
     if kind == LAST:
         return run
-    if kind == BEFORE:
+    if kind == "zero_shot":  # the classifier made from text, before training
         return replace(run, rows=() if run.zero_shot is None else (run.zero_shot,))
     last = run.rows[-1]
     columns = selection.columns_of(kind, last)

@@ -51,9 +51,8 @@ class ResultTable:
         """(row, column) of the highest unrounded means of each column."""
         found = set()
         for column, cells in enumerate(zip(*self.lines.values(), strict=True)):
-            means = [-inf if cell.mean is None else cell.mean for cell in cells]
-            top = max(means)
-            found |= {(row, column) for row, mean in enumerate(means) if mean == top > -inf}
+            top = max((cell.mean for cell in cells if cell.mean is not None), default=inf)
+            found |= {(row, column) for row, cell in enumerate(cells) if cell.mean == top}
         return found
 
     def repetitions(self) -> int:
