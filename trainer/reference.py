@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,24 +39,16 @@ is told in [architecture.md](architecture.md).
 """
 
 COMMANDS = (
-    "trainer.plan",
-    "trainer.evaluate",
-    "trainer.report",
-    "trainer.export",
-    "trainer.flatness",
-    "trainer.sweep",
-    "trainer.sweep.slurm_array",
-    "trainer.bench",
-    "shards.writer",
-)
+    "trainer.plan", "trainer.evaluate", "trainer.report", "trainer.export", "trainer.flatness",
+    "trainer.sweep", "trainer.sweep.slurm_array", "trainer.bench", "shards.writer",
+)  # fmt: skip
 """Modules with a function `parser`, beside `trainer/run.py`."""
 
 
 def command_module(name: str) -> ModuleType:
     """What `python -m name` runs: a module, or the `__main__` of a package."""
-    spec = find_spec(name)
-    is_package = spec is not None and spec.submodule_search_locations is not None
-    return import_module(f"{name}.__main__" if is_package else name)
+    module = import_module(name)
+    return import_module(f"{name}.__main__") if hasattr(module, "__path__") else module
 
 
 def modules_page() -> str:
@@ -87,8 +78,8 @@ def flags_page() -> str:
     """The flags of all commands."""
     parts = [FLAGS, *_sections(RunConfig, "")]
     for module in COMMANDS:
-        rows = _options(command_module(module).parser(), own=module == "trainer.plan")
-        parts.append(f"## `python -m {module}`\n\n{_table(('flag', 'meaning'), list(rows))}")
+        rows = list(_options(command_module(module).parser(), own=module == "trainer.plan"))
+        parts.append(f"## `python -m {module}`\n\n{_table(('flag', 'meaning'), rows)}")
     return "\n".join(parts)
 
 
@@ -99,14 +90,12 @@ def _sections(kind: Any, prefix: str) -> Iterator[str]:
     title = f"`--{prefix}*`: {about.short_description}".removesuffix(".")
     rows = [
         (
-            f"`--{prefix}{entry.name}`",
-            _shown(entry.default),
-            describe_type(entry.type),
+            f"`--{prefix}{entry.name}`", _shown(entry.default), describe_type(entry.type),
             meanings.get(entry.name, ""),
         )
         for entry in fields(kind)
         if not is_dataclass(entry.type)
-    ]
+    ]  # fmt: skip
     yield f"## {title if prefix else '`deepspeed trainer/run.py`'}\n"
     yield _table(("flag", "default", "legal", "meaning"), rows)
     for entry in fields(kind):

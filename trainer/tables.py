@@ -34,8 +34,6 @@ class Table:
 
     Attributes:
         columns: their titles; all empty if there is no such line.
-        rows: one text for each column.
-        title: what it shows.
         align: `l`, `c` or `r` for each column; the last one counts for all further columns.
         bold: (row, column) of the texts that stand out.
         mark: what follows these in a terminal that shows no bold.

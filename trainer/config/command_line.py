@@ -39,6 +39,17 @@ def _with_dashes(names: Sequence[str]) -> list[str]:
     return [old for name in names if (old := name.replace("_", "-")) not in names]
 
 
+def command_parser(
+    name: str,
+    about: str | None,
+    kind: type[argparse.ArgumentParser] = argparse.ArgumentParser,
+    **options: Any,
+) -> argparse.ArgumentParser:
+    """The parser of `python -m name`, to be filled; its help shows `about` as it stands."""
+    shape = argparse.RawDescriptionHelpFormatter
+    return kind(prog=f"python -m {name}", description=about, formatter_class=shape, **options)
+
+
 def build_parser() -> ArgumentParser:
     """The parser whose flags, types, defaults and help come from `RunConfig`'s fields."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)

@@ -11,26 +11,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shards.config import DataConfig
-from trainer.config.command_line import LAUNCHER_FLAGS
+from trainer.config.command_line import LAUNCHER_FLAGS, command_parser
 from trainer.evaluate.flags import add_shared_flags
 from trainer.process.ending import conclude
 from trainer.process.world import World, world_from_environment
 
-COMBINATIONS = ("each", "ensemble", "soup")
-
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(
-        prog="python -m trainer.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    result = command_parser("trainer.evaluate", __doc__, allow_abbrev=False)
     add_shared_flags(result)
     add = result.add_argument
     add(
-        "--combine", nargs="+", choices=COMBINATIONS, default=None,
+        "--combine", nargs="+", choices=["each", "ensemble", "soup"], default=None,
         help="from several adapters: each alone, their ensemble (which shows each as well), their "
         "soup; one or more of these (ensemble)",
     )  # fmt: skip

@@ -5,13 +5,13 @@ adapters: the models are trees of small modules around the same frozen tensors.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from itertools import chain
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moa.files.origin import Origin
 from moa.files.saving import attach
@@ -25,10 +25,8 @@ Average = Literal["probabilities", "logits"]
 def models_on(backbone: nn.Module, adapters: Sequence[Member]) -> nn.ModuleList:
     """One model for each adapter, all around the frozen tensors of one fresh backbone on the CPU.
 
-    What an adapter brings values for, such as a head or an unfrozen bias, is its model's own.
-
-    Raises:
-        AdapterError: names or shapes of an adapter do not fit the backbone.
+    What an adapter brings values for, such as a head or an unfrozen bias, is its model's own. One
+    whose names or shapes do not fit the backbone is an `AdapterError`.
     """
     models = nn.ModuleList()
     for adapter in adapters:
@@ -50,19 +48,19 @@ def average(members: Sequence[Predictions], kind: Average) -> Predictions:
     """The ensemble's predictions, from what each model says to the same samples.
 
     The mean is taken of the softmax or of the scores before it. The former lets no model outvote
-    the others by the mere scale of its scores.
-
-    Returns:
-        float64 logits; of mean probabilities, their logarithm.
+    the others by the mere scale of its scores. The result has float64 logits; of mean
+    probabilities, their logarithm.
     """
-    total = torch.zeros_like(members[0].logits, dtype=torch.float64)
-    for member in members:
-        scores = member.logits.double()
-        total += scores.softmax(1) if kind == "probabilities" else scores
-    mean = total / len(members)
-    if kind == "probabilities":
-        mean = mean.clamp_min(torch.finfo(torch.float64).tiny).log()
-    return Predictions(mean, members[0].labels, members[0].unusable)
+    scores = (member.logits.double() for member in members)
+    if kind == "logits":
+        return replace(members[0], logits=_mean(scores, len(members)))
+    shares = _mean((each.softmax(1) for each in scores), len(members))
+    return replace(members[0], logits=shares.clamp_min(torch.finfo(torch.float64).tiny).log())
+
+
+def _mean(values: Iterable[Tensor], number: int) -> Tensor:
+    """The mean of float64 tensors, of which only one is in memory at a time."""
+    return sum(values, torch.zeros((), dtype=torch.float64)) / number
 
 
 # Settings that count in training only, or for speed.
@@ -75,45 +73,34 @@ def soup(members: Sequence[Member], command: str) -> Member:
     """The mean of some adapters, tensor by tensor, in fp32.
 
     Sums are taken in float64 and rounded once, so the order of the adapters does not count. Whole
-    numbers (the balance of `balance = bias`) are rounded to the nearest.
-
-    Args:
-        members: two or more adapters of the same shape.
-        command: what makes the average, for its card.
-
-    Raises:
-        ConfigError: they cannot be averaged; every reason, one a line.
+    numbers (the balance of `balance = bias`) are rounded to the nearest. The card names `command`
+    as what made it. What cannot be averaged is a `ConfigError`, with every reason in a line.
     """
     if len(members) < 2:
         raise ConfigError("--combine soup: needs two adapters or more; give --adapter A B")
-    if problems := incompatibilities(members):
+    if problems := _incompatibilities(members):
         raise ConfigError("\n".join(problems))
     mean = {}
     for name, tensor in members[0].tensors.items():
-        total = torch.zeros(tensor.shape, dtype=torch.float64)
-        for member in members:
-            total += member.tensors[name].double()
-        value = total / len(members)
+        value = _mean((member.tensors[name].double() for member in members), len(members))
         whole = not tensor.is_floating_point()
         mean[name] = value.round().to(tensor.dtype) if whole else value.float()
-    first = members[0].info
-    info = replace(first, results={}, origin=_origin(members, command))
+    info = replace(members[0].info, results={}, origin=_origin(members, command))
     return Member(SOUP, SOUP, info, mean)
 
 
-def incompatibilities(members: Sequence[Member]) -> list[str]:
+def _incompatibilities(members: Sequence[Member]) -> list[str]:
     """Why adapters cannot be averaged, one line each; their base and classes are equal already."""
     found, first = [], members[0]
     for member in members[1:]:
-        start = f"--combine soup: {member.source} and {first.source}"
         mine, other = _settings(member), _settings(first)
         differ = [f"moa.{k}: {mine[k]!r} and {other[k]!r}" for k in mine if mine[k] != other[k]]
-        shapes, others = _shapes(member), _shapes(first)
+        if not differ:
+            names = sorted(name for name, _ in _shapes(member) ^ _shapes(first))
+            differ = [f"the tensor {name}" for name in names[:1]]
         if differ:
-            found.append(f"{start} differ in {'; '.join(differ)}")
-        elif shapes != others:
-            name = sorted(shapes.items() ^ others.items())[0][0]
-            found.append(f"{start} differ in the tensor {name}")
+            pair = f"{member.source} and {first.source}"
+            found.append(f"--combine soup: {pair} differ in {'; '.join(differ)}")
     if found:
         found.append(
             "only adapters of the same shape have a mean; --combine ensemble averages what any "
@@ -126,8 +113,8 @@ def _settings(member: Member) -> dict[str, Any]:
     return {k: v for k, v in asdict(member.info.moa.resolved()).items() if k not in OF_TRAINING}
 
 
-def _shapes(member: Member) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in member.tensors.items()}
+def _shapes(member: Member) -> set[tuple[str, torch.Size]]:
+    return {(name, tensor.shape) for name, tensor in member.tensors.items()}
 
 
 def _origin(members: Sequence[Member], command: str) -> Origin | None:
@@ -146,7 +133,7 @@ def _origin(members: Sequence[Member], command: str) -> Origin | None:
 
 def start_warning(members: Sequence[Member]) -> list[str]:
     """A line for the user if the adapters did not start from the same values."""
-    seeds = {m.info.origin.seed for m in members if m.info.origin is not None}
+    seeds = {m.info.origin.seed for m in members if m.info.origin}
     if len(seeds) < 2:
         return []
     return [

@@ -1,7 +1,7 @@
 """The data that adapters are looked at on: their own unless the command line says otherwise."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,8 @@ from trainer.process.errors import ConfigError
 
 RECORDED = ("dataset", "holdout_fraction", "decode", "truncated")
 """Data settings that an adapter has on record, and the command line may change."""
-GIVEN = ("root", "cache_dir", "exclude_list", "include_list")
-"""Further ones that only the command line knows."""
+GIVEN = (*RECORDED, "root", "cache_dir", "exclude_list", "include_list")
+"""Data settings that the command line knows."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,6 @@ class AdapterData:
     """A shard set as the adapters know it.
 
     Attributes:
-        config: how it is read.
         envs: numbers of the domains asked for.
         trial_seed: seed of the split, whose fraction is the configuration's.
         warnings: what the user should know, one line each.
@@ -51,7 +50,7 @@ def open_data(args: argparse.Namespace, members: Sequence[Member], **more: Any) 
     """
     known = next((m.info.origin for m in members if m.info.origin is not None), None)
     own = {} if known is None else {name: getattr(known, name) for name in RECORDED}
-    given = {name: v for name in (*RECORDED, *GIVEN) if (v := getattr(args, name)) is not None}
+    given = {name: v for name in GIVEN if (v := getattr(args, name)) is not None}
     config = DataConfig(**(own | given | more))
     if problems := config.problems():
         raise ConfigError("\n".join(problems))
@@ -66,36 +65,35 @@ def open_data(args: argparse.Namespace, members: Sequence[Member], **more: Any) 
     envs = tuple(index.domain_number(name, "--domains") for name in names)
     recorded = 0 if known is None else known.trial_seed
     seed = recorded if args.trial_seed is None else args.trial_seed
-    return AdapterData(config, index, envs, seed, _warnings(members, config, index, seed))
+    return AdapterData(config, index, envs, seed, tuple(_warnings(members, config, index, seed)))
 
 
 def _warnings(
     members: Sequence[Member], config: DataConfig, index: ShardIndex, trial_seed: int
-) -> tuple[str, ...]:
+) -> Iterator[str]:
     """In what the data are not those that each adapter was trained on."""
-    fraction, found = config.holdout_fraction, []
+    fraction = config.holdout_fraction
     images, split = data_hash(index), split_hash(index, trial_seed, fraction)
     for member in members:
         name, origin = member.label, member.info.origin
         if origin is None:
-            found.append(
+            yield (
                 f"{name} does not say on which split it was trained; trial seed {trial_seed} is "
                 "taken"
             )
             continue
         if origin.data_hash != images:
-            found.append(
+            yield (
                 f"{name} was trained on other images ({origin.dataset}, data hash "
                 f"{origin.data_hash}) than these ({index.dataset}, {images})"
             )
         elif origin.split_hash != split:
-            found.append(f"{name} was trained {_other_split(origin, trial_seed, fraction)}")
+            yield f"{name} was trained {_other_split(origin, trial_seed, fraction)}"
         if (origin.decode, origin.truncated) != (config.decode, config.truncated):
-            found.append(
+            yield (
                 f"{name} was trained with data.decode {origin.decode}, data.truncated "
                 f"{origin.truncated}, not {config.decode}, {config.truncated}"
             )
-    return tuple(found)
 
 
 def _other_split(origin: Origin, trial_seed: int, fraction: float) -> str:

@@ -66,13 +66,8 @@ def share_table(
 ) -> None:
     """Draws counts [rows, columns] as cells: their share of the row by colour, and in per cent.
 
-    Args:
-        axes: of a `canvas`.
-        counts: a row may be without any.
-        corner: x and y of its upper left corner.
-        cell: width and height of a cell; a small one goes without its number.
-        rows: names at the left; may be left out, as those of the columns.
-        columns: names below.
+    The axes are of a `canvas`. `corner` is x and y at the upper left, `cell` the width and height
+    of a cell; a small one goes without its number. Rows are named at the left, columns below.
     """
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1e-300)
     (left, top), (wide, high) = corner, cell
@@ -116,12 +111,9 @@ def _outline(number: str) -> Path:
 def confusion_figure(
     matrices: Mapping[str, npt.NDArray[np.int64]], classes: Sequence[str], title: str
 ) -> Figure:
-    """Draws confusion matrices, at most three beside each other.
+    """Draws confusion matrices, int64 [C, C] by name, at most three beside each other.
 
-    Args:
-        matrices: by what to call them; int64 [C, C], true class by row, predicted by column.
-        classes: C names, shown as far as there is room, at the outer matrices.
-        title: first line.
+    The C classes are named as far as there is room, at the outer matrices.
     """
     cell = max(2, min(34, MATRIX // len(classes)))
     names = classes if cell >= 15 else ()

@@ -33,11 +33,10 @@ class Evaluator:
     """Evaluates a model on domains of a shard set, each sample once whatever the world size.
 
     Attributes:
-        data_config: the backbone's data configuration.
+        data_config: of the backbone.
         holdout_fraction: share of the `out` split.
         batch_size: images per process and batch.
         device: where the model is, as `dtype` is what it computes in.
-        sum_over_ranks: of a tensor.
         max_bad_fraction: largest share of a split that may be unusable.
         pause: entered by all ranks now and then; may end the evaluation with an error.
         losses: whether the loss is of interest beside the accuracy.
@@ -105,9 +104,15 @@ class Evaluator:
         Raises:
             EvaluationBrokenOff: `pause` ended it.
         """
-        loader = self._loader(env, split)
+        loader = evaluation_loader(
+            self.index, env, split,  # type: ignore[arg-type]
+            trial_seed=self.trial_seed, holdout_fraction=self.holdout_fraction,
+            transform=eval_transform(self.data_config), rank=self.world.rank,
+            world_size=self.world.size, batch_size=self.batch_size, workers=self.workers,
+            pin_memory=self.device.type == "cuda", decoder=self.decoder,
+        )  # fmt: skip
         remaining = shielded(loader)
-        most = -(-self.number(env, split) // self.world.size)
+        most = -(-len(self.ranks(env, split)) // self.world.size)
         for done in range(1, -(-most // self.batch_size) + 1):
             batch = next(remaining, None)
             if batch is not None:
@@ -128,30 +133,10 @@ class Evaluator:
             trial_seed=self.trial_seed, holdout_fraction=self.holdout_fraction,
         )  # fmt: skip
 
-    def number(self, env: int, split: str) -> int:
-        """How many samples a split has."""
-        return len(self.ranks(env, split))
-
     def check_usable(self, env: int, split: str, unusable: int, total: int) -> None:
         """Raises `DamagedDataError` if too many of a split's `total` images were `unusable`."""
         where = f"{self.index.domains[env]}/{split}"
         check_unusable(where, unusable, total, self.max_bad_fraction)
-
-    def _loader(self, env: int, split: str) -> Iterable[Batch]:
-        return evaluation_loader(
-            self.index,
-            env,
-            split,  # type: ignore[arg-type]
-            trial_seed=self.trial_seed,
-            holdout_fraction=self.holdout_fraction,
-            transform=eval_transform(self.data_config),
-            rank=self.world.rank,
-            world_size=self.world.size,
-            batch_size=self.batch_size,
-            workers=self.workers,
-            pin_memory=self.device.type == "cuda",
-            decoder=self.decoder,
-        )
 
     def _count(self, model: nn.Module, batches: Iterable[Batch]) -> Tensor:
         """[4] float64: correct, all, unusable and summed loss, of this rank's share."""

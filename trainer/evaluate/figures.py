@@ -11,14 +11,13 @@ import numpy as np
 import numpy.typing as npt
 from torch.nn import functional as F
 
-from trainer.evaluate.predictions import (
-    ConfusionMatrix,
-    Predictions,
-    confusion_matrix,
-    per_class_accuracy,
-)
+from trainer.evaluate.predictions import Predictions
 
+Counts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+
+BINS = 15
+"""As in Guo et al., "On calibration of modern neural networks" (arXiv 1706.04599)."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Reliability:
         right: float64 [B], right choices.
     """
 
-    samples: npt.NDArray[np.int64]
+    samples: Counts
     confident: Floats
     right: Floats
 
@@ -57,13 +56,12 @@ class Figures:
     """Counts and means over one split.
 
     Attributes:
-        confusion: true class by row, predicted class by column.
-        reliability: confidence against accuracy.
+        confusion: int64 [C, C], true class by row, predicted class by column.
         nll: mean negative log-likelihood of the true class, in nats; 0 without samples.
         unusable: images that could not be used; a grey one stands for each, and counts as guessed.
     """
 
-    confusion: ConfusionMatrix
+    confusion: Counts
     reliability: Reliability
     nll: float
     unusable: int
@@ -93,19 +91,15 @@ class Figures:
         """Expected calibration error, in [0, 1]."""
         return self.reliability.ece
 
-    def plain(self, classes: tuple[str, ...]) -> dict[str, Any]:
+    def plain(self, classes: Sequence[str]) -> dict[str, Any]:
         """For JSON; a class without samples has the accuracy null."""
-        shares = per_class_accuracy(self.confusion)
+        shares = per_class_accuracy(self.confusion).tolist()
         return {
-            "accuracy": self.accuracy,
-            "correct": self.correct,
-            "samples": self.samples,
-            "unusable": self.unusable,
-            "class_mean_accuracy": self.class_mean,
-            "nll": self.nll,
-            "ece": self.ece,
+            "accuracy": self.accuracy, "correct": self.correct, "samples": self.samples,
+            "unusable": self.unusable, "class_mean_accuracy": self.class_mean,
+            "nll": self.nll, "ece": self.ece,
             "class_accuracy": {
-                name: None if np.isnan(share) else float(share)
+                name: None if np.isnan(share) else share
                 for name, share in zip(classes, shares, strict=True)
             },
             "reliability": {
@@ -113,7 +107,7 @@ class Figures:
                 for name in ("samples", "confidence", "accuracy")
             },
             "confusion": self.confusion.tolist(),
-        }
+        }  # fmt: skip
 
 
 def figures_of(predictions: Predictions) -> Figures:
@@ -126,7 +120,7 @@ def figures_of(predictions: Predictions) -> Figures:
 
 def total(parts: Sequence[Figures]) -> Figures:
     """The figures of several splits as one."""
-    bins = [(p.reliability.samples, p.reliability.confident, p.reliability.right) for p in parts]
+    bins = [vars(part.reliability).values() for part in parts]
     return Figures(
         np.sum([p.confusion for p in parts], axis=0),
         Reliability(*(np.sum(sums, axis=0) for sums in zip(*bins, strict=True))),
@@ -135,8 +129,18 @@ def total(parts: Sequence[Figures]) -> Figures:
     )
 
 
-BINS = 15
-"""As in Guo et al., "On calibration of modern neural networks" (arXiv 1706.04599)."""
+def confusion_matrix(predictions: Predictions) -> Counts:
+    """int64 [C, C]: how many samples of each class (row) were taken for each class (column)."""
+    classes = predictions.logits.shape[1]
+    cells = predictions.labels * classes + predictions.logits.argmax(1)
+    return cells.bincount(minlength=classes**2).view(classes, classes).numpy()
+
+
+def per_class_accuracy(confusion: Counts) -> Floats:
+    """float64 [C] in [0, 1]; NaN for a class without samples."""
+    with np.errstate(invalid="ignore"):
+        shares: Floats = confusion.diagonal() / confusion.sum(1)
+    return shares
 
 
 def reliability(predictions: Predictions, bins: int = BINS) -> Reliability:
@@ -144,8 +148,5 @@ def reliability(predictions: Predictions, bins: int = BINS) -> Reliability:
     best, chosen = predictions.logits.double().softmax(1).max(1)
     right, confidence = (chosen == predictions.labels).numpy(), best.numpy()
     place = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
-    return Reliability(
-        np.bincount(place, minlength=bins),
-        np.bincount(place, confidence, bins).astype(np.float64),
-        np.bincount(place, right, bins).astype(np.float64),
-    )
+    sums = [np.bincount(place, each, bins).astype(np.float64) for each in (confidence, right)]
+    return Reliability(np.bincount(place, minlength=bins), *sums)

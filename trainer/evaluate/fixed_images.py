@@ -34,11 +34,7 @@ def fixed_images(
 ) -> FixedImages:
     """Reads some images as an evaluation does: a grey one stands for what cannot be decoded.
 
-    Args:
-        index: the shard set.
-        places: (domain number, ImageFolder rank) of each; at least one.
-        data_config: the backbone's data configuration.
-        decoder: decodes the images.
+    A place is (domain number, ImageFolder rank); there is one or more.
     """
     transform = eval_transform(data_config)
     images, labels, domains = [], [], []

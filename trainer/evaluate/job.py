@@ -4,8 +4,8 @@ import argparse
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 import torch
@@ -32,22 +32,23 @@ from trainer.process.world import World
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is to be evaluated.
+class Evaluation:
+    """What is evaluated, and what came out.
 
     Attributes:
         members: the adapters given.
         combine: what is made of them.
         average: what the ensemble averages.
-        soup: their mean, if that is wanted.
-        backbone: a fresh one.
-        splits: of each domain.
+        soup: the mean of the members, if that is wanted.
         batch: images per process and batch.
         warnings: what the user should know, one line each.
+        results: figures by label and split; the result asked for comes last.
+        cost: images, each evaluated once, forward passes of each, seconds for all of them, and
+            bytes of tensors: of the backbone, and of the adapters beside it.
     """
 
     members: list[Member]
-    combine: tuple[str, ...]
+    combine: Sequence[str]
     average: Average
     soup: Member | None
     backbone: Backbone
@@ -55,61 +56,40 @@ class Job:
     splits: tuple[str, ...]
     batch: int
     warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What came out.
-
-    Attributes:
-        results: figures by label and split; the result asked for comes last.
-        passes: forward passes of every image.
-        images: evaluated, once each.
-        seconds: how long that took.
-        backbone_bytes: tensors of the backbone.
-        adapter_bytes: tensors of the adapters beside it.
-    """
-
-    job: Job
-    results: dict[str, dict[DomainSplit, Figures]]
-    passes: int
-    images: int
-    seconds: float
-    backbone_bytes: int
-    adapter_bytes: int
+    results: dict[str, dict[DomainSplit, Figures]] = field(default_factory=dict)
+    cost: dict[str, float] = field(default_factory=dict)
 
     def shown_splits(self, env: int) -> tuple[str, ...]:
         """The splits of a domain that pictures show: `out` alone where adapters saw the rest.
 
         Without `out` among those evaluated, it is what there is; `shown_images` says so.
         """
-        splits = tuple(split for split in self.job.splits if split != LEFT_OUT)
+        splits = tuple(split for split in self.splits if split != LEFT_OUT)
         return ("out",) if "out" in splits and not self._held_out(env) else splits
 
     def shown_images(self) -> str:
         """What images `shown_splits` of all domains are, for a title."""
-        splits = tuple(split for split in self.job.splits if split != LEFT_OUT)
+        splits = tuple(split for split in self.splits if split != LEFT_OUT)
         if splits == SPLITS:
             return "unseen images: all of held-out domains, `out` of the others"
-        if splits == ("out",) or all(map(self._held_out, self.job.data.envs)):
+        if splits == ("out",) or all(map(self._held_out, self.data.envs)):
             return f"unseen images: the `{splits[0]}` split"
         return f"the `{splits[0]}` split, with images of the training"
 
     def _held_out(self, env: int) -> bool:
         """Whether no adapter was trained on a domain."""
-        by = held_out_by(self.job.members, self.job.data.index.domains[env])
-        return len(by) == len(self.job.members)
+        return len(held_out_by(self.members, self.data.index.domains[env])) == len(self.members)
 
 
-def prepare(args: argparse.Namespace) -> Job:
-    """Reads and checks everything that an evaluation needs.
+def prepare(args: argparse.Namespace) -> Evaluation:
+    """Reads and checks everything that an evaluation needs; nothing has come out yet.
 
     Raises:
         ConfigError, DataConfigError, MissingAdapterError: something given cannot work.
         AdapterError, CheckpointError, DamagedDataError: something read is damaged.
     """
     members = read_members(args.adapter)
-    combine = tuple(args.combine or [ENSEMBLE if len(members) > 1 else "each"])
+    combine = args.combine or [ENSEMBLE if len(members) > 1 else "each"]
     if ENSEMBLE in combine and len(members) < 2:
         raise ConfigError("--combine ensemble: needs two adapters or more; give --adapter A B")
     if args.save is not None:
@@ -123,40 +103,35 @@ def prepare(args: argparse.Namespace) -> Job:
     splits = SPLITS if args.split == "both" else (args.split,)
     splits = splits if data.index.subset is None else (*splits, LEFT_OUT)
     warnings = (*data.warnings, *(start_warning(members) if mean else ()))
-    backbone = base_of(members[0], args.weights)
-    return Job(members, combine, args.average, mean, backbone, data, splits, args.batch, warnings)
+    base = base_of(members[0], args.weights)
+    return Evaluation(
+        members, combine, args.average, mean, base, data, splits, args.batch, warnings
+    )
 
 
-def evaluate(job: Job, world: World, sum_over_ranks: Callable[[Tensor], Tensor]) -> Evaluation:
-    """Figures of every result on every domain and split; a collective over the processes.
+def evaluate(
+    job: Evaluation, world: World, sum_over_ranks: Callable[[Tensor], Tensor]
+) -> Evaluation:
+    """Adds figures of every result on every domain and split; a collective over the processes.
 
-    Raises:
-        DamagedDataError: too many images could not be used.
+    `DamagedDataError` if too many images could not be used.
     """
     data = job.data
     adapters = list(job.members) if {"each", ENSEMBLE} & set(job.combine) else []
     adapters += [] if job.soup is None else [job.soup]
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
+    device = torch.device(f"cuda:{world.local_rank}" if torch.cuda.is_available() else "cpu")
     backbone_bytes = tensor_bytes(job.backbone.model)
     models = models_on(job.backbone.model, adapters).to(device)
     evaluator = Evaluator(
-        index=data.index,
-        data_config=job.members[0].info.data_config,
-        trial_seed=data.trial_seed,
-        holdout_fraction=data.config.holdout_fraction,
-        batch_size=job.batch,
-        workers=data.config.workers,
-        world=world,
-        device=device,
-        dtype=torch.float32,
-        sum_over_ranks=sum_over_ranks,
-        decoder=data.decoder,
+        index=data.index, data_config=job.members[0].info.data_config, trial_seed=data.trial_seed,
+        holdout_fraction=data.config.holdout_fraction, batch_size=job.batch,
+        workers=data.config.workers, world=world, device=device, dtype=torch.float32,
+        sum_over_ranks=sum_over_ranks, decoder=data.decoder,
         max_bad_fraction=data.config.max_bad_fraction,
-    )
+    )  # fmt: skip
     names = [adapter.label for adapter in adapters]
     results: dict[str, dict[DomainSplit, Figures]] = defaultdict(dict)
-    started, images = time.perf_counter(), 0
+    started = time.perf_counter()
     for place in product(data.envs, job.splits):
         found = dict(zip(names, collect(evaluator, list(models), *place), strict=True))
         if ENSEMBLE in job.combine:
@@ -164,6 +139,9 @@ def evaluate(job: Job, world: World, sum_over_ranks: Callable[[Tensor], Tensor])
             found[ENSEMBLE] = average(alone, job.average)
         for name, predictions in found.items():
             results[name][place] = figures_of(predictions)
-        images += results[names[0]][place].samples
-    seconds, own = time.perf_counter() - started, tensor_bytes(models) - backbone_bytes
-    return Evaluation(job, results, len(models), images, seconds, backbone_bytes, own)
+    cost = {
+        "images": sum(figures.samples for figures in results[names[0]].values()),
+        "forward_passes": len(models), "seconds": time.perf_counter() - started,
+        "backbone_bytes": backbone_bytes, "adapter_bytes": tensor_bytes(models) - backbone_bytes,
+    }  # fmt: skip
+    return replace(job, results=results, cost=cost)

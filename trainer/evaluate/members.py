@@ -1,19 +1,19 @@
 """The adapters that are evaluated together, and whether they belong together."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from moa.files.atomic_folder import holds_current
+from moa.files.atomic_folder import holds_current, replaced_folder
 from moa.files.hub import HUB_PREFIX, adapter_folder
 from moa.files.reading import AdapterInfo, read_adapter
-from moa.files.saving import check_replaceable
+from moa.files.saving import check_replaceable, write_adapter
 from trainer.checkpoint.checkpoint import MANIFEST_FILE, verify
 from trainer.config.run_config import ModelConfig
 from trainer.prepare.backbone import Backbone, create_backbone
-from trainer.process.errors import ConfigError, OutputError
+from trainer.process.errors import ConfigError, OutputError, cannot_write
 
 ENSEMBLE, SOUP = "ensemble", "soup"
 """Names of what is made of several adapters; none of these may bear one as its label."""
@@ -45,18 +45,15 @@ def read_members(sources: Sequence[str]) -> list[Member]:
     """
     places = [s if s.startswith(HUB_PREFIX) else str(Path(s).resolve()) for s in sources]
     for place in places:
-        same = [source for source, its in zip(sources, places, strict=True) if its == place]
-        if len(same) > 1:
-            raise ConfigError(
-                f"--adapter: {' and '.join(same)}: one adapter, given twice; give each once"
-            )
+        same = " and ".join(s for s, its in zip(sources, places, strict=True) if its == place)
+        if places.count(place) > 1:
+            raise ConfigError(f"--adapter: {same}: one adapter, given twice; give each once")
     members = []
     for source, label in zip(sources, labels(sources), strict=True):
         if not source.startswith(HUB_PREFIX) and (Path(source) / MANIFEST_FILE).exists():
             verify(Path(source))  # a checkpoint is an adapter's folder, too
-        info, tensors = read_adapter(adapter_folder(source))
-        members.append(Member(label, source, info, tensors))
-    if problems := disagreements(members):
+        members.append(Member(label, source, *read_adapter(adapter_folder(source))))
+    if problems := [line for m in members[1:] for line in _disagreements(m, members[0])]:
         raise ConfigError("\n".join(problems))
     return members
 
@@ -64,15 +61,14 @@ def read_members(sources: Sequence[str]) -> list[Member]:
 def labels(sources: Sequence[str]) -> list[str]:
     """Short names: what is left of the paths without the parts that all share at either end.
 
-    Raises:
-        ConfigError: one of several cannot be told from what is made of them all.
+    `ConfigError` if one of several cannot be told from what is made of them all.
     """
     parts = [s.removeprefix(HUB_PREFIX).rstrip("/").split("/") for s in sources]
     if len(parts) == 1:
         return ["/".join(parts[0][-2:])]
     first, last = _shared(parts), _shared([part[::-1] for part in parts])
     short = ["/".join(part[first : len(part) - last]) for part in parts]
-    if all(short) and len(set(short)) == len(short) and not {ENSEMBLE, SOUP} & set(short):
+    if len(set(short) - {"", ENSEMBLE, SOUP}) == len(sources):
         return short
     if taken := sorted({ENSEMBLE, SOUP} & set(sources)):
         raise ConfigError(
@@ -88,29 +84,25 @@ def _shared(parts: Sequence[Sequence[str]]) -> int:
     return [*differs, True].index(True)
 
 
-def disagreements(members: Sequence[Member]) -> list[str]:
-    """Why some adapters cannot share one backbone and one list of classes; one line each."""
-    first, found = members[0], []
-    other = first.info
-    for member in members[1:]:
-        mine = member.info
-        if (mine.base_model, mine.base_sha256) != (other.base_model, other.base_sha256):
-            found.append(
-                f"--adapter: {member.source} was trained on {mine.base_model} "
-                f"({mine.base_sha256[:12]}), {first.source} on {other.base_model} "
-                f"({other.base_sha256[:12]}); evaluate adapters of different bases apart"
-            )
-        if mine.classes != other.classes:
-            found.append(
-                f"--adapter: {member.source} {class_difference(mine.classes, other.classes)} in "
-                f"{first.source}; evaluate adapters of different classes apart"
-            )
-        elif mine.data_config != other.data_config:
-            found.append(
-                f"--adapter: {member.source} wants images as {dict(mine.data_config)}, "
-                f"{first.source} as {dict(other.data_config)}; evaluate them apart"
-            )
-    return found
+def _disagreements(member: Member, first: Member) -> Iterator[str]:
+    """Why two adapters cannot share one backbone and one list of classes."""
+    mine, other = member.info, first.info
+    if (mine.base_model, mine.base_sha256) != (other.base_model, other.base_sha256):
+        yield (
+            f"--adapter: {member.source} was trained on {mine.base_model} "
+            f"({mine.base_sha256[:12]}), {first.source} on {other.base_model} "
+            f"({other.base_sha256[:12]}); evaluate adapters of different bases apart"
+        )
+    if mine.classes != other.classes:
+        yield (
+            f"--adapter: {member.source} {class_difference(mine.classes, other.classes)} in "
+            f"{first.source}; evaluate adapters of different classes apart"
+        )
+    elif mine.data_config != other.data_config:
+        yield (
+            f"--adapter: {member.source} wants images as {dict(mine.data_config)}, "
+            f"{first.source} as {dict(other.data_config)}; evaluate them apart"
+        )
 
 
 def class_difference(mine: Sequence[str], other: Sequence[str]) -> str:
@@ -124,13 +116,9 @@ def class_difference(mine: Sequence[str], other: Sequence[str]) -> str:
 def base_of(member: Member, weights: str | None) -> Backbone:
     """A fresh backbone with the weights that an adapter was trained on, on the CPU.
 
-    Args:
-        member: the adapter.
-        weights: `pretrained`, `random` for those that its seed draws, or a safetensors file; None
-            for what it has on record, else `pretrained`.
-
-    Raises:
-        ConfigError: the weights cannot be had, or are others.
+    `weights` is `pretrained`, `random` for those that its seed draws, or a safetensors file; None
+    stands for what it has on record, else `pretrained`. `ConfigError` if they cannot be had, or are
+    others than those.
     """
     info = member.info
     seed, recorded = (0, "") if info.origin is None else (info.origin.seed, info.origin.weights)
@@ -181,3 +169,15 @@ def check_target(flag: str, folder: Path) -> None:
             f"{flag}: {folder} is the current folder, or holds it, and cannot be replaced; give "
             "another folder"
         )
+
+
+def write_member(flag: str, member: Member, folder: Path) -> None:
+    """Writes configuration, tensors and a fresh card; nothing else of a checkpoint comes along.
+
+    `OutputError` if that cannot be, on account of `flag`.
+    """
+    try:
+        with replaced_folder(folder) as temporary:
+            write_adapter(temporary, member.tensors, member.info)
+    except OSError as error:
+        raise cannot_write(flag, folder, error) from error

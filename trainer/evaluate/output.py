@@ -8,12 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moa.files.atomic_folder import replaced_folder
-from moa.files.saving import write_adapter
 from trainer.checkpoint.atomic_file import replace_text
 from trainer.evaluate.figures import Figures
 from trainer.evaluate.job import Evaluation
-from trainer.evaluate.members import SOUP, held_out_by
+from trainer.evaluate.members import SOUP, held_out_by, write_member
 from trainer.prepare.provenance import shown_command
 from trainer.process.errors import cannot_write
 from trainer.tables import Table, output_console
@@ -23,7 +21,7 @@ FORMAT_VERSION = 1
 
 def report(found: Evaluation, args: argparse.Namespace) -> None:
     """Prints, and writes what was asked for; `OutputError` if a folder cannot be written."""
-    sys.stderr.writelines(f"warning: {line}\n" for line in found.job.warnings)
+    sys.stderr.writelines(f"warning: {line}\n" for line in found.warnings)
     console = output_console()
     if args.json:
         for label in found.results:
@@ -34,8 +32,10 @@ def report(found: Evaluation, args: argparse.Namespace) -> None:
         console.out(_cost(found))
     if args.output is not None:
         _write_folder(found, args.output)
-    if args.save is not None:
-        _save_soup(found, args.save)
+    if args.save is not None and (mean := found.soup) is not None:
+        accuracies = {k: v for k, v in row(found, SOUP).items() if k.endswith("_acc")}
+        info = replace(mean.info, results=accuracies)
+        write_member("--save", replace(mean, info=info), args.save)
 
 
 def row(found: Evaluation, label: str) -> dict[str, float]:
@@ -53,42 +53,37 @@ def row(found: Evaluation, label: str) -> dict[str, float]:
 
 def domain_title(found: Evaluation, env: int) -> str:
     """A domain's name, marked if it was held out in training."""
-    name = found.job.data.index.domains[env]
-    by = held_out_by(found.job.members, name)
+    name = found.data.index.domains[env]
+    by = held_out_by(found.members, name)
     if not by:
         return name
-    everyone = len(by) == len(found.job.members)
+    everyone = len(by) == len(found.members)
     return f"{name} (held out)" if everyone else f"{name} (held out by {', '.join(by)})"
 
 
 def tables(found: Evaluation) -> list[Table]:
     """A comparison of all results if there are several, then the details of the last."""
-    envs, splits, result = found.job.data.envs, found.job.splits, []
+    envs, splits, result = found.data.envs, found.splits, []
     titles = [domain_title(found, env) for env in envs]
     for split in splits if len(found.results) > 1 else ():
         rows = []
         for label, cells in found.results.items():
             here = [cells[env, split] for env in envs]
-            rows.append([label, *(_percent(f.accuracy, f) for f in here), _mean_ece(here)])
+            rows.append([label, *(_percent(f, "accuracy") for f in here), _mean_ece(here)])
         title = f"accuracy %, {split.replace('_', ' ')} split"
         result.append(Table(["adapter", *titles, "mean ECE %"], rows, title, align="lr"))
     label, cells = next(reversed(found.results.items()))
-    columns = [
-        f"{split.replace('_', ' ')} {what}"
-        for split in splits
-        for what in ("acc %", "class mean %", "ECE %")
+    shown = {"acc %": "accuracy", "class mean %": "class_mean", "ECE %": "ece"}
+    columns = [f"{split.replace('_', ' ')} {what}" for split in splits for what in shown]
+    rows = [
+        [title, *(_percent(cells[env, split], name) for split in splits for name in shown.values())]
+        for env, title in zip(envs, titles, strict=True)
     ]
-    rows = []
-    for env, title in zip(envs, titles, strict=True):
-        rows.append([title])
-        for figures in (cells[env, split] for split in splits):
-            shares = (figures.accuracy, figures.class_mean, figures.ece)
-            rows[-1] += [_percent(share, figures) for share in shares]
     return [*result, Table(["domain", *columns], rows, label, align="lr")]
 
 
-def _percent(value: float, figures: Figures) -> str:
-    return f"{100 * value:.1f}" if figures.samples else "-"
+def _percent(figures: Figures, name: str) -> str:
+    return f"{100 * getattr(figures, name):.1f}" if figures.samples else "-"
 
 
 def _mean_ece(cells: Sequence[Figures]) -> str:
@@ -98,47 +93,40 @@ def _mean_ece(cells: Sequence[Figures]) -> str:
 
 
 def _cost(found: Evaluation) -> str:
-    rate = found.images / found.seconds if found.seconds else 0.0
+    images, passes, seconds, backbone, adapters = found.cost.values()
+    rate = images / seconds if seconds else 0.0
     return (
-        f"{found.images:,} images, {found.passes} forward pass{'es' * (found.passes > 1)} each, "
-        f"{rate:.0f} images/s; in memory one backbone of {found.backbone_bytes / 2**20:.1f} MiB "
-        f"and {found.adapter_bytes / 2**20:.1f} MiB of adapters"
+        f"{images:,} images, {passes} forward pass{'es' * (passes > 1)} each, "
+        f"{rate:.0f} images/s; in memory one backbone of {backbone / 2**20:.1f} MiB "
+        f"and {adapters / 2**20:.1f} MiB of adapters"
     )
 
 
 def document(found: Evaluation) -> dict[str, Any]:
     """Everything, for `evaluation.json`."""
-    job = found.job
-    domains, classes = job.data.index.domains, tuple(job.data.index.classes)
-    results: dict[str, dict[str, dict[str, Any]]] = {}
-    for label, by_split in found.results.items():
-        results[label] = {domains[env]: {} for env, _ in by_split}
-        for (env, split), figures in by_split.items():
-            results[label][domains[env]][split] = figures.plain(classes)
+    domains, classes = found.data.index.domains, found.data.index.classes
+    results = {
+        label: {
+            domains[env]: {s: cells[env, s].plain(classes) for s in found.splits}
+            for env in found.data.envs
+        }
+        for label, cells in found.results.items()
+    }
     return {
-        "format_version": FORMAT_VERSION,
-        "command": shown_command(sys.argv),
-        "base_model": job.backbone.name,
-        "base_sha256": job.backbone.sha256,
-        "dataset": job.data.index.dataset,
-        "domains": list(domains),
-        "classes": list(classes),
-        "trial_seed": job.data.trial_seed,
-        "holdout_fraction": job.data.config.holdout_fraction,
-        "average": job.average,
-        "warnings": list(job.warnings),
+        "format_version": FORMAT_VERSION, "command": shown_command(sys.argv),
+        "base_model": found.backbone.name, "base_sha256": found.backbone.sha256,
+        "dataset": found.data.index.dataset, "domains": domains, "classes": classes,
+        "trial_seed": found.data.trial_seed,
+        "holdout_fraction": found.data.config.holdout_fraction,
+        "average": found.average, "warnings": found.warnings,
         "adapters": [
             {
                 "label": m.label, "source": m.source, "method": m.info.moa.method,
                 "origin": m.info.origin and m.info.origin.plain(),
             }
-            for m in job.members
+            for m in found.members
         ],
-        "cost": {
-            "images": found.images, "forward_passes": found.passes, "seconds": found.seconds,
-            "backbone_bytes": found.backbone_bytes, "adapter_bytes": found.adapter_bytes,
-        },
-        "results": results,
+        "cost": found.cost, "results": results,
     }  # fmt: skip
 
 
@@ -150,18 +138,6 @@ def _write_folder(found: Evaluation, folder: Path) -> None:
         replace_text(folder / "evaluation.json", json.dumps(document(found)) + "\n")
         texts = [table.markdown() + "\n" for table in tables(found)]
         replace_text(folder / "tables.md", "\n".join(texts))
-        save_pictures(found, {env: domain_title(found, env) for env in found.job.data.envs}, folder)
+        save_pictures(found, {env: domain_title(found, env) for env in found.data.envs}, folder)
     except OSError as error:
         raise cannot_write("--output", folder, error) from error
-
-
-def _save_soup(found: Evaluation, folder: Path) -> None:
-    """Writes the mean adapter with its figures."""
-    mean = found.job.soup
-    assert mean is not None
-    accuracies = {k: v for k, v in row(found, SOUP).items() if k.endswith("_acc")}
-    try:
-        with replaced_folder(folder) as temporary:
-            write_adapter(temporary, mean.tensors, replace(mean.info, results=accuracies))
-    except OSError as error:
-        raise cannot_write("--save", folder, error) from error

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from trainer.evaluate.drawing import confusion_figure, literally, png
@@ -16,10 +15,7 @@ from trainer.evaluate.job import Evaluation
 def save_pictures(found: Evaluation, titles: Mapping[int, str], folder: Path) -> None:
     """Writes `accuracy.png` of all results, `confusion.png` and `reliability.png` of the last.
 
-    Args:
-        found: the evaluation.
-        titles: how each domain is named.
-        folder: an existing folder.
+    Domains are named by `titles`; the folder exists.
     """
     label = next(reversed(found.results))
     shown = {}
@@ -28,12 +24,10 @@ def save_pictures(found: Evaluation, titles: Mapping[int, str], folder: Path) ->
         figures = total([found.results[label][env, split] for split in splits])
         shown[f"{title}, {' + '.join(splits)}: {100 * figures.accuracy:.1f} %"] = figures
     confusions = {title: figures.confusion for title, figures in shown.items()}
-    classes = found.job.data.index.classes
+    classes, what = found.data.index.classes, f"{label}: predicted class by true class"
     pictures = {
         "accuracy": _accuracies(found, titles),
-        "confusion": confusion_figure(
-            confusions, classes, f"{label}: predicted class by true class"
-        ),
+        "confusion": confusion_figure(confusions, classes, what),
         "reliability": _reliabilities(shown, f"{label}: accuracy by confidence"),
     }
     for name, picture in pictures.items():
@@ -52,9 +46,8 @@ def _accuracies(found: Evaluation, titles: Mapping[int, str]) -> Figure:
         ]
         places = np.arange(len(titles)) + (number - (len(found.results) - 1) / 2) * width
         axes.bar(places, heights, width, label=label)
-    axes.set_xticks(
-        range(len(titles)), [title.replace(" (", "\n(", 1) for title in titles.values()]
-    )
+    names = [title.replace(" (", "\n(", 1) for title in titles.values()]
+    axes.set_xticks(range(len(names)), names)
     axes.set_ylabel("accuracy %")
     axes.set_title(found.shown_images(), fontsize=10)
     axes.grid(axis="y", alpha=0.3)
@@ -72,19 +65,15 @@ def _reliabilities(shown: Mapping[str, Figures], title: str) -> Figure:
     for axes in panels.flat[len(shown) :]:
         axes.set_axis_off()
     for axes, (name, figures) in zip(panels.flat, shown.items(), strict=False):
+        bins = figures.reliability
+        width = 1 / len(bins.samples)
+        axes.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle="--")
+        bars = axes.bar(width * np.arange(len(bins.samples)), bins.accuracy, width, align="edge")
+        for bar, weight in zip(bars, bins.samples / max(1, bins.samples.max()), strict=True):
+            bar.set_alpha(0.25 + 0.75 * weight)
+        axes.set(xlim=(0, 1), ylim=(0, 1))
         axes.set_title(name, fontsize=9)
-        _reliability(axes, figures)
+        axes.set_xlabel(f"confidence (ECE {100 * figures.ece:.1f} %)", fontsize=8)
+        axes.set_ylabel("accuracy", fontsize=8)
     figure.suptitle(title, fontsize=11)
     return figure
-
-
-def _reliability(axes: Axes, figures: Figures) -> None:
-    bins = figures.reliability
-    width = 1 / len(bins.samples)
-    axes.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle="--")
-    bars = axes.bar(width * np.arange(len(bins.samples)), bins.accuracy, width, align="edge")
-    for bar, weight in zip(bars, bins.samples / max(1, bins.samples.max()), strict=True):
-        bar.set_alpha(0.25 + 0.75 * weight)
-    axes.set(xlim=(0, 1), ylim=(0, 1))
-    axes.set_xlabel(f"confidence (ECE {100 * figures.ece:.1f} %)", fontsize=8)
-    axes.set_ylabel("accuracy", fontsize=8)

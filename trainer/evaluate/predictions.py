@@ -3,22 +3,16 @@
 The counts of `trainer.evaluate.evaluator` are enough for accuracies; this keeps the scores
 themselves, for confusion matrices, calibration and ensembles.
 
-Letters: S samples of the split, C classes, n samples of this rank.
+Letters: S samples of the split, C classes.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from trainer.evaluate.evaluator import Evaluator, evaluating
-
-Floats = npt.NDArray[np.float64]
-ConfusionMatrix = npt.NDArray[np.int64]
-"""[C, C] samples, true class by row, predicted class by column."""
 
 
 @dataclass(frozen=True)
@@ -41,62 +35,33 @@ def collect(
 ) -> list[Predictions]:
     """What each of some models says to the samples of a split; images are loaded only once.
 
-    A collective over the processes, with the same result on all of them. The scores of a rank's own
-    samples stay on the CPU until the end, so device memory does not grow with the split on a single
-    process, and by one model's scores on several.
-
-    Args:
-        evaluator: data, device and world.
-        models: on the evaluator's device; each keeps its mode.
-        env: number of the domain.
-        split: `in`, `out`, `all` or `left_out`.
+    A collective over the processes, with the same result on all of them. The models are on the
+    evaluator's device and keep their modes. The scores stay on the CPU until the end, so device
+    memory does not grow with the split on a single process, and by one model's scores on several.
 
     Raises:
         DamagedDataError: too many images could not be used; on all ranks alike.
         EvaluationBrokenOff: the evaluator's `pause` ended it.
     """
-    number, nothing = evaluator.number(env, split), torch.empty(0, dtype=torch.int64)
-    # A rank without samples takes part with empty tensors.
-    logits = [[torch.empty(0, len(evaluator.index.classes))] for _ in models]
-    labels, places, unusable = [nothing], [nothing], 0
+    number = len(evaluator.ranks(env, split))
+    # Each rank fills in its own samples. A sum with zeros is exact, and needs no agreement on how
+    # many samples each has.
+    times, labels = torch.zeros(2, number, dtype=torch.int64)
+    logits, unusable = torch.zeros(len(models), number, len(evaluator.index.classes)), 0
     with evaluating(*models):
         for batch in evaluator.batches(models, env, split):
             images = batch.images.to(evaluator.device, evaluator.dtype)
-            for model, own in zip(models, logits, strict=True):
-                own.append(model(images).float().cpu())
-            labels.append(batch.labels)
-            places.append(torch.arange(len(batch.labels)) + batch.first_slot)
+            own = slice(batch.first_slot, batch.first_slot + len(batch.labels))
+            for model, scores in zip(models, logits, strict=True):
+                scores[own] = model(images).float().cpu()
+            labels[own] = batch.labels
+            times[own] += 1
             unusable += batch.substituted
-    where = torch.cat(places)
 
-    def gathered(parts: list[Tensor]) -> Tensor:
-        """Rows of all ranks [S, ...] from this rank's [n, ...] at its places; on the CPU.
+    def summed(value: Tensor) -> Tensor:
+        return evaluator.sum_over_ranks(value.to(evaluator.device)).cpu()
 
-        A sum with zeros, which is exact, and needs no agreement on how many rows each rank has.
-        """
-        own = torch.cat(parts)
-        whole = own.new_zeros(number, *own.shape[1:])
-        whole.index_add_(0, where, own)  # adds, so that a sample met twice would show
-        return evaluator.sum_over_ranks(whole.to(evaluator.device)).cpu()
-
-    times = gathered([torch.ones_like(where)])
-    assert bool((times == 1).all()), "every sample must be evaluated exactly once"
-    truth = gathered(labels)
-    bad = int(evaluator.sum_over_ranks(torch.tensor([unusable], device=evaluator.device)))
+    assert bool((summed(times) == 1).all()), "every sample must be evaluated exactly once"
+    truth, bad = summed(labels), int(summed(torch.tensor([unusable])))
     evaluator.check_usable(env, split, bad, number)
-    return [Predictions(gathered(own), truth, bad) for own in logits]
-
-
-def confusion_matrix(predictions: Predictions) -> ConfusionMatrix:
-    """int64 [C, C]: how many samples of each class (row) were taken for each class (column)."""
-    classes = predictions.logits.shape[1]
-    cells = predictions.labels * classes + predictions.logits.argmax(1)
-    matrix: ConfusionMatrix = cells.bincount(minlength=classes**2).view(classes, classes).numpy()
-    return matrix
-
-
-def per_class_accuracy(confusion: ConfusionMatrix) -> Floats:
-    """float64 [C] in [0, 1]; NaN for a class without samples."""
-    with np.errstate(invalid="ignore"):
-        shares: Floats = confusion.diagonal() / confusion.sum(1)
-    return shares
+    return [Predictions(summed(scores), truth, bad) for scores in logits]

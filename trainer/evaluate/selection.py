@@ -15,11 +15,10 @@ from typing import Any
 Row = Mapping[str, Any]
 OUT_ACCURACY = re.compile(r"env(\d+)_out_acc")
 
-TRAINING_DOMAIN_VALIDATION = "training_domain_validation"
 ORACLE = "oracle"
 LEAVE_ONE_DOMAIN_OUT = "leave_one_domain_out"
 RULES: dict[str, str] = {
-    TRAINING_DOMAIN_VALIDATION: "step with the best mean of the sources' out accuracies",
+    "training_domain_validation": "step with the best mean of the sources' out accuracies",
     ORACLE: "the last step; ranks settings by the target's own out accuracy",
     LEAVE_ONE_DOMAIN_OUT: "step with the best mean over runs that hold out one more domain each",
 }
@@ -53,10 +52,9 @@ def columns_of(kind: str, row: Row) -> dict[str, Any]:
 
 def validation_accuracy(row: Row, withheld: Collection[int]) -> float:
     """Unweighted mean of the source domains' `out` accuracies; `withheld` are no sources."""
-    found = (OUT_ACCURACY.fullmatch(key) for key in row)
-    numbers = sorted(int(match[1]) for match in found if match)
-    sources = [number for number in numbers if number not in withheld]
-    return float(sum(row[f"env{i}_out_acc"] for i in sources) / len(sources))
+    found = sorted((int(match[1]), key) for key in row if (match := OUT_ACCURACY.fullmatch(key)))
+    sources = [row[key] for number, key in found if number not in withheld]
+    return float(sum(sources) / len(sources))
 
 
 def training_domain_validation(rows: Sequence[Row], withheld: Collection[int]) -> Row:
@@ -89,27 +87,18 @@ def by_leaving_one_out(
 ) -> Choice | None:
     """DomainBed's leave-one-domain-out cross-validation.
 
-    At each step the other domains vote, each with its `in` accuracy in a run that was trained on
-    neither it nor the target.
-
-    Args:
-        rows: the run that holds out the target alone.
-        held_out: the target.
-        pairs: by domain v, the rows of the run that holds out v and the target.
-
-    Returns:
-        The choice; None unless at some step of `rows` every other domain can vote.
+    At each step of the run that holds out the target alone, the other domains vote, each with its
+    `in` accuracy in a run that was trained on neither it nor the target; `pairs` has that run's
+    rows by the other domain. None unless at some step every one of them can vote.
     """
     if not rows:
         return None
     others = [v for v in range(num_domains(rows[0])) if v != held_out]
-    if not set(others) <= set(pairs):
-        return None
-    votes = {v: {row["step"]: row[f"env{v}_in_acc"] for row in pairs[v]} for v in others}
+    votes = [{r["step"]: r[f"env{v}_in_acc"] for r in pairs.get(v, ())} for v in others]
     choices = [
-        _choice(row, sum(votes[v][row["step"]] for v in others) / len(others), held_out)
+        _choice(row, sum(vote[row["step"]] for vote in votes) / len(votes), held_out)
         for row in rows
-        if all(row["step"] in votes[v] for v in others)
+        if all(row["step"] in vote for vote in votes)
     ]
     return max(choices, key=lambda choice: choice.validation, default=None)
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.config.command_line import command_parser
 from trainer.evaluate.flags import add_weights_flag
 from trainer.process.ending import conclude
 from trainer.process.errors import ConfigError, OutputError, cannot_write
@@ -22,12 +23,7 @@ if TYPE_CHECKING:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(
-        prog="python -m trainer.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    result = command_parser("trainer.export", __doc__, allow_abbrev=False)
     add = result.add_argument
     add(
         "--adapter", required=True, metavar="A",
@@ -49,7 +45,7 @@ def export(args: argparse.Namespace) -> None:
         AdapterError, CheckpointError: the adapter is damaged.
         OutputError: a folder or repository cannot be written.
     """
-    from trainer.evaluate.members import check_target, read_members
+    from trainer.evaluate.members import check_target, read_members, write_member
 
     if not (args.out or args.peft or args.push):
         raise ConfigError("nothing to do: give --out FOLDER, --peft FOLDER or --push ORG/NAME")
@@ -65,7 +61,7 @@ def export(args: argparse.Namespace) -> None:
         _write_peft(member, args.peft, args.weights)
         _say(f"wrote {args.peft} for peft.PeftModel.from_pretrained")
     if args.out:
-        _write_folder(member, args.out)
+        write_member("--out", member, args.out)
         _say(f"wrote {args.out}")
     if args.push:
         _say(f"pushed to {_push(member, args.push, args.private)}; load it with")
@@ -90,18 +86,6 @@ def _write_peft(member: "Member", folder: Path, weights: str | None) -> None:
         raise cannot_write("--peft", folder, error) from error
 
 
-def _write_folder(member: "Member", folder: Path) -> None:
-    """Writes configuration, tensors and a fresh card; nothing else of a checkpoint comes along."""
-    from moa.files.atomic_folder import replaced_folder
-    from moa.files.saving import write_adapter
-
-    try:
-        with replaced_folder(folder) as temporary:
-            write_adapter(temporary, member.tensors, member.info)
-    except OSError as error:
-        raise cannot_write("--out", folder, error) from error
-
-
 def _check_repository(name: str) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -119,13 +103,16 @@ def _push(member: "Member", name: str, private: bool) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
+    from trainer.evaluate.members import write_member
+
     api = HfApi()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "adapter"
-        _write_folder(member, folder)
+        write_member("--push", member, folder)
         try:
             address = api.create_repo(name, private=private or None, exist_ok=True)
             api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload adapter")
+            return str(address)
         except LocalTokenNotFoundError as error:
             raise OutputError(
                 f"--push {name}: no login; set HF_TOKEN, or `hf auth login`"
@@ -139,7 +126,6 @@ def _push(member: "Member", name: str, private: bool) -> str:
         except (OSError, RuntimeError) as error:
             reason = f"the hub cannot be reached ({_short(error)})"
             raise OutputError(f"--push {name}: {reason}") from error
-    return str(address)
 
 
 def _short(error: Exception) -> str:

@@ -8,11 +8,12 @@ a folder that `trainer.sweep.slurm_array` filled it also tells which runs are mi
 import argparse
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from trainer.config.command_line import words
+from trainer.config.command_line import command_parser, words
 from trainer.evaluate.selection import RULES
 from trainer.process.ending import conclude
 from trainer.process.errors import CheckpointError, ConfigError
@@ -26,33 +27,24 @@ from trainer.report.tables import ResultTable, averages_table, dataset_table
 from trainer.sweep.slurm_array import progress_lines
 from trainer.tables import output_console
 
-UNITS = "held-out accuracy %, mean ± standard error"
-
 
 @dataclass
 class Report:
-    """Everything that a report shows.
+    """Everything that a report shows; scores and comparisons by selection rule.
 
     Attributes:
-        tables: one per rule and dataset, and one of averages per rule for several datasets.
-        scored: by rule, what each run contributes.
-        comparisons: by rule, tests between rows.
         notes: what a reader of the tables should know.
     """
 
+    notes: list[str]
     tables: list[ResultTable] = field(default_factory=list)
     scored: dict[str, list[Score]] = field(default_factory=dict)
     comparisons: dict[str, list[Comparison]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(
-        prog="python -m trainer.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    result = command_parser("trainer.report", __doc__)
     add = result.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     add(
@@ -89,8 +81,7 @@ def parser() -> argparse.ArgumentParser:
 def build(runs: Sequence[Run], args: argparse.Namespace) -> Report:
     """Puts runs into tables.
 
-    Raises:
-        ConfigError: they cannot share a table, or an option names nothing that exists.
+    `ConfigError` if they cannot share one, or an option names nothing that exists.
     """
     if unknown := [rule for rule in args.selection if rule not in RULES]:
         raise ConfigError(f"--selection {unknown[0]}: no such rule; legal are {', '.join(RULES)}")
@@ -126,16 +117,15 @@ def build(runs: Sequence[Run], args: argparse.Namespace) -> Report:
 
 def _tables(found: Sequence[Score], rule: str) -> list[ResultTable]:
     """A table per dataset in order of appearance, and their averages if there are several."""
-    about = f"{UNITS} ({rule.replace('_', ' ')})"
-    datasets = list(dict.fromkeys(score.run.dataset for score in found))
+    about = f"held-out accuracy %, mean ± standard error ({rule.replace('_', ' ')})"
     suffix = "" if rule == next(iter(RULES)) else f"-{rule}"
-    result = [
-        dataset_table([s for s in found if s.run.dataset == d], f"{d}: {about}", d + suffix)
-        for d in datasets
-    ]
+    by_dataset: dict[str, list[Score]] = defaultdict(list)
+    for score in found:
+        by_dataset[score.run.dataset].append(score)
+    result = [dataset_table(of, f"{d}: {about}", d + suffix) for d, of in by_dataset.items()]
     if len(result) > 1:
-        averages = f"averages{suffix}"
-        result.append(averages_table(result, datasets, f"averages: {about}", averages))
+        title, name = f"averages: {about}", f"averages{suffix}"
+        result.append(averages_table(result, list(by_dataset), title, name))
     return result
 
 

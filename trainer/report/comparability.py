@@ -15,19 +15,14 @@ MAY_DIFFER = (FREE - {"train.steps"}) | {
 
 
 def check_comparable(runs: Sequence[Run]) -> list[str]:
-    """Refuses runs of one dataset that saw different images or splits; returns notes.
-
-    Raises:
-        ConfigError: names the runs that differ.
-    """
+    """Notes; a `ConfigError` names runs of one dataset that saw different images or splits."""
     seen: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
+        seen[f"{run.dataset}: runs with different images"][run.data].append(run)
         trial = f"{run.dataset}, trial seed {run.seeds[1]}"
-        for where, what, digest in (
-            (run.dataset, "images", run.data), (trial, "splits", run.split),
-        ):  # fmt: skip
-            if digest:
-                seen[f"{where}: runs with different {what}"][digest].append(run)
+        seen[f"{trial}: runs with different splits"][run.split].append(run)
+    for groups in seen.values():
+        groups.pop("", None)  # not recorded
     problems = [
         f"{what} cannot share a table: "
         + "; ".join(f"{digest} in {_named(group)}" for digest, group in groups.items())
@@ -36,8 +31,7 @@ def check_comparable(runs: Sequence[Run]) -> list[str]:
     ]
     if problems:
         raise ConfigError("\n".join([*problems, "report them apart"]))
-    unknown = [run for run in runs if not (run.data and run.split)]
-    if unknown:
+    if unknown := [run for run in runs if not (run.data and run.split)]:
         return [f"data and split are not recorded, so not compared, in {_named(unknown)}"]
     return []
 

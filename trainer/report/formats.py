@@ -8,17 +8,11 @@ from trainer.report.significance import Comparison
 from trainer.report.tables import Cell, ResultTable
 from trainer.tables import Table
 
-MISSING = "-"
-COMPARISON_TITLE = "paired differences in points, two-sided sign-flip tests"
-COMPARISON_COLUMNS = (
-    "method", "against", "difference", "pairs", "better in", "p", "p (Holm)", "p by domain",
-)  # fmt: skip
-
 
 def cell_text(cell: Cell, repetitions: int) -> str:
     """`63.8 ± 0.5`, with a note where some of the table's `repetitions` are missing."""
     if cell.mean is None:
-        return f"{MISSING} ({cell.unfinished} unfinished)" if cell.unfinished else MISSING
+        return f"- ({cell.unfinished} unfinished)" if cell.unfinished else "-"
     text = f"{100 * cell.mean:.1f}"
     if cell.error is not None:
         text += f" ± {100 * cell.error:.1f}"
@@ -43,6 +37,9 @@ def result_table(found: ResultTable) -> Table:
 
 def comparison_table(comparisons: Sequence[Comparison]) -> Table:
     """One row for each comparison."""
+    columns = (
+        "method", "against", "difference", "pairs", "better in", "p", "p (Holm)", "p by domain",
+    )  # fmt: skip
     rows = [
         [
             c.method, c.baseline, f"{100 * c.difference:+.2f}", str(c.pairs), str(c.better),
@@ -50,7 +47,8 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
         ]
         for c in comparisons
     ]  # fmt: skip
-    return Table(COMPARISON_COLUMNS, rows, COMPARISON_TITLE, align="llr", names=2)
+    title = "paired differences in points, two-sided sign-flip tests"
+    return Table(columns, rows, title, align="llr", names=2)
 
 
 def _p(value: float) -> str:
@@ -59,21 +57,16 @@ def _p(value: float) -> str:
 
 def table_data(found: ResultTable) -> dict[str, Any]:
     """The table for JSON, unrounded and in [0, 1]."""
-    best = found.best()
-
-    def plain(cell: Cell, place: tuple[int, int]) -> dict[str, Any]:
-        return {
-            "mean": cell.mean,
-            "error": cell.error,
-            "repetitions": len(cell.values),
-            "unfinished": cell.unfinished,
-            "best": place in best,
-        }
-
-    rows = [
-        {"label": label, "cells": [plain(cell, (row, n)) for n, cell in enumerate(cells)]}
-        for row, (label, cells) in enumerate(found.lines.items())
-    ]
+    best, rows = found.best(), []
+    for row, (label, line) in enumerate(found.lines.items()):
+        cells = [
+            {
+                "mean": cell.mean, "error": cell.error, "repetitions": len(cell.values),
+                "unfinished": cell.unfinished, "best": (row, column) in best,
+            }
+            for column, cell in enumerate(line)
+        ]  # fmt: skip
+        rows.append({"label": label, "cells": cells})
     return {
         "title": found.title, "name": found.name, "columns": list(found.columns), "rows": rows
     }  # fmt: skip
@@ -83,16 +76,10 @@ def score_data(score: Score) -> dict[str, Any]:
     """A run and what the rule picked in it, for JSON."""
     run, choice = score.run, score.choice
     return {
-        "folder": str(run.folder),
-        "dataset": run.dataset,
-        "label": score.label,
+        "folder": str(run.folder), "dataset": run.dataset, "label": score.label,
         "held_out": [run.domains[env] for env in run.held_out],
-        "seed": run.seeds[0],
-        "trial_seed": run.seeds[1],
-        "data_hash": run.data,
-        "split_hash": run.split,
-        "finished": run.finished,
-        "step": choice and choice.step,
-        "validation": choice and choice.validation,
+        "seed": run.seeds[0], "trial_seed": run.seeds[1],
+        "data_hash": run.data, "split_hash": run.split, "finished": run.finished,
+        "step": choice and choice.step, "validation": choice and choice.validation,
         "accuracy": choice and choice.accuracy,
-    }
+    }  # fmt: skip

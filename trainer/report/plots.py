@@ -3,13 +3,13 @@
 from collections.abc import Iterable
 from math import nan
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from trainer.process.errors import cannot_write
 from trainer.report.tables import ResultTable
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 FORMATS: dict[str, dict[str, None]] = {"png": {}, "svg": {"Date": None}}
 """Kinds of files and their metadata: no date, so that the same numbers give the same file."""
@@ -18,12 +18,8 @@ FORMATS: dict[str, dict[str, None]] = {"png": {}, "svg": {"Date": None}}
 def save_plots(tables: Iterable[ResultTable], folder: Path) -> list[Path]:
     """Writes `NAME.png` and `NAME.svg` for every table that has a number.
 
-    Raises:
-        OutputError: the folder cannot be written.
+    `OutputError` if the folder cannot be written.
     """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     written = []
     for table in tables:
         if not any(cell.mean is not None for cells in table.lines.values() for cell in cells):
@@ -42,7 +38,7 @@ def save_plots(tables: Iterable[ResultTable], folder: Path) -> list[Path]:
     return written
 
 
-def _bars(axes: "Axes", table: ResultTable) -> None:
+def _bars(axes: Axes, table: ResultTable) -> None:
     """One group of bars per column; no bar where a number is missing."""
     share = 0.8 / len(table.lines)
     highest = 0.0
@@ -51,14 +47,11 @@ def _bars(axes: "Axes", table: ResultTable) -> None:
         highest = max([highest, *(100 * (mean + (error or 0)) for _, mean, error in known)])
         axes.bar(
             [n - 0.4 + (place + 0.5) * share for n, _, _ in known],
-            [100 * mean for _, mean, _ in known],
-            width=0.92 * share,
+            [100 * mean for _, mean, _ in known], width=0.92 * share,
             yerr=[nan if error is None else 100 * error for _, _, error in known],
             error_kw={"capsize": 2, "elinewidth": 1, "ecolor": "#333333"},
-            label=label,
-            color=f"C{place % 10}",
-            hatch="//" if place >= 10 else None,
-        )
+            label=label, color=f"C{place % 10}", hatch="//" if place >= 10 else None,
+        )  # fmt: skip
     axes.axvline(len(table.columns) - 1.5, color="#999999", linewidth=0.8, linestyle=":")
     axes.set_xticks(range(len(table.columns)), table.columns)
     axes.set_xlim(-0.6, len(table.columns) - 0.4)

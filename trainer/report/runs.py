@@ -17,8 +17,6 @@ from trainer.evaluate.selection import Row, num_domains
 from trainer.process.errors import CheckpointError, ConfigError
 from trainer.sweep.grid import CONSOLE, is_finished
 
-BASE = "model.base_hash"
-"""What stands beside a run's settings for the weights it started from."""
 Seeds = tuple[int, int]
 """A repetition: seed and trial seed."""
 
@@ -33,11 +31,9 @@ class Run:
         domains: all names in order.
         held_out: numbers of the domains left out; one, or two for cross-validation.
         rows: complete evaluations in order.
-        settings: dotted settings, and the hash of the base weights as `BASE`; of a folder of
-            DomainBed's, neither.
+        settings: dotted, and `model.base_hash` of the weights at the start; none of DomainBed's.
         hparams_seed: DomainBed's number of the settings; 0 in runs of ours.
-        data: hash of the images; empty if not recorded.
-        split: hash of the split of all domains; empty if not recorded.
+        data: hash of the images; empty if not recorded, as `split`, that of all domains' splits.
         zero_shot: the row of a classifier made from text, before training.
     """
 
@@ -73,19 +69,17 @@ def find_folders(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
     for path in paths:
         inside = sorted(path.iterdir()) if path.is_dir() else []
         below = [p for p in inside if _is_run(p)]
-        consoles = [p / CONSOLE for p in inside if p not in below and (p / CONSOLE).is_file()]
-        complaints += [f"{console.parent}: no run; see {console}" for console in consoles]
+        started = [p for p in inside if (p / CONSOLE).is_file()]
+        complaints += [f"{p}: no run; see {p / CONSOLE}" for p in started if p not in below]
         if _is_run(path):
             found[path] = None
         elif below:
             found |= dict.fromkeys(below)
-        elif not path.is_dir():
-            complaints.append(f"{path}: no such folder")
+        elif path.is_dir():
+            neither = "neither a run folder (no config.yaml, no results.jsonl) nor a folder of"
+            complaints.append(f"{path}: {neither} run folders")
         else:
-            complaints.append(
-                f"{path}: neither a run folder (no config.yaml, no results.jsonl) nor a folder of "
-                "run folders"
-            )
+            complaints.append(f"{path}: no such folder")
     return list(found), complaints
 
 
@@ -100,12 +94,11 @@ def read_run(folder: Path) -> Run:
         ConfigError: it holds no evaluation yet.
         CheckpointError: what it holds cannot be read.
     """
-    finished = is_finished(folder)
-    results, config = folder / "results.jsonl", folder / "config.yaml"
+    finished, config = is_finished(folder), folder / "config.yaml"
+    results, others = folder / "results.jsonl", folder / "evaluations.jsonl"
     rows = read_rows(results, torn=not finished) if results.is_file() else []
-    if not (rows or finished):  # with eval.mode selection, complete rows come at the end
-        others = folder / "evaluations.jsonl"
-        rows = read_rows(others, torn=True) if others.is_file() else []
+    if not (rows or finished) and others.is_file():
+        rows = read_rows(others, torn=True)  # eval.mode selection: complete rows come at the end
     if not rows:
         hint = "results.jsonl is empty" if results.is_file() else "no results.jsonl"
         raise ConfigError(f"{folder}: no evaluation yet ({hint})")
@@ -113,7 +106,7 @@ def read_run(folder: Path) -> Run:
         content = yaml.safe_load(config.read_text("utf-8")) if config.is_file() else {}
         settings = dict(dotted(content))
         if "moa/base_hash" in rows[0]:
-            settings[BASE] = str(rows[0]["moa/base_hash"])[:12]
+            settings["model.base_hash"] = str(rows[0]["moa/base_hash"])[:12]
         args = rows[0]["args"]
         dataset = str(settings.get("data.dataset") or args["dataset"])
         dataset = dataset.lower() if dataset.lower() in DATASETS else dataset
@@ -125,20 +118,15 @@ def read_run(folder: Path) -> Run:
         text = folder / ZERO_SHOT
         (zero_shot,) = read_rows(text) if text.is_file() else (None,)
         return Run(
-            folder=folder,
-            dataset=dataset,
+            folder=folder, dataset=dataset, rows=tuple(rows), settings=settings,
             method=str(settings.get("moa.method") or args["algorithm"]),
             domains=_domains(rows[0], dataset, settings, held_out, count),
-            held_out=held_out,
-            seeds=_seeds(args),
-            rows=tuple(rows),
-            settings=settings,
+            held_out=held_out, seeds=_seeds(args),
             hparams_seed=int(args.get("hparams_seed", 0)),
             data=str(rows[0].get("moa/data_hash", "")),
             split=str(rows[0].get("moa/split_hash", "")),
-            finished=finished,
-            zero_shot=zero_shot,
-        )
+            finished=finished, zero_shot=zero_shot,
+        )  # fmt: skip
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder}: its results cannot be read ({error!r})") from error
 
@@ -170,7 +158,7 @@ def _domains(
 ) -> tuple[str, ...]:
     """All domain names: from the row, else from what is known of the dataset and of the run."""
     if "moa/domains" in row:
-        return tuple(str(name) for name in row["moa/domains"])
+        return tuple(map(str, row["moa/domains"]))
     known = DATASETS[dataset].domains if dataset in DATASETS else None
     if known is not None and len(known) == count:
         return known

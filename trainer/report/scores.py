@@ -5,24 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from trainer.evaluate.selection import (
-    LEAVE_ONE_DOMAIN_OUT,
-    ORACLE,
-    Choice,
-    by_leaving_one_out,
-    by_oracle,
-    by_training_domains,
-    columns_of,
-    num_domains,
-)
+from trainer.evaluate import selection
 from trainer.process.errors import ConfigError
 from trainer.report.comparability import MAY_DIFFER, differing
 from trainer.report.runs import Run
 
 LAST = "last"
 """The trained weights themselves, among the kinds of weights that a run evaluates."""
-BEFORE = "zero_shot"
-"""The classifier made from text, before training."""
 Group = dict[tuple[int, ...], Run]
 """Runs of one row, seeds and settings, by the domains they hold out."""
 
@@ -38,7 +27,7 @@ class Score:
 
     run: Run
     label: str
-    choice: Choice | None
+    choice: selection.Choice | None
 
 
 def of_weights(run: Run, kind: str) -> Run:
@@ -49,42 +38,30 @@ def of_weights(run: Run, kind: str) -> Run:
     """
     if kind == LAST:
         return run
-    if kind == BEFORE:
+    if kind == "zero_shot":  # the classifier made from text, before training
         return replace(run, rows=() if run.zero_shot is None else (run.zero_shot,))
     last = run.rows[-1]
-    columns = columns_of(kind, last)
-    known = num_domains(columns) == num_domains(last)
+    columns = selection.columns_of(kind, last)
+    known = selection.num_domains(columns) == selection.num_domains(last)
     return replace(run, rows=({**last, **columns},) if known else ())
 
 
-def label_of(run: Run, by: Sequence[str], kind: str = LAST) -> str:
+def label_of(run: Run, by: Sequence[str], kind: str) -> str:
     """The row of a run: its method, the values of the settings `by`, the kind of weights."""
-    parts = [run.method]
-    for name in by:
-        if name not in run.settings:
-            raise ConfigError(f"--by {name}: {run.folder} has no such setting")
-        parts.append(f"{name.rpartition('.')[2]}={run.settings[name]}")
-    return " ".join([*parts, *([kind] if kind != LAST else [])])
+    if missing := [name for name in by if name not in run.settings]:
+        raise ConfigError(f"--by {missing[0]}: {run.folder} has no such setting")
+    values = [f"{name.rpartition('.')[2]}={run.settings[name]}" for name in by]
+    return " ".join([run.method, *values, *([kind] if kind != LAST else [])])
 
 
 def scores(
-    runs: Sequence[Run],
-    rule: str,
-    by: Sequence[str] = (),
-    kinds: Sequence[str] = (LAST,),
-    tune: bool = False,
+    runs: Sequence[Run], rule: str, by: Sequence[str], kinds: Sequence[str], tune: bool
 ) -> list[Score]:
     """One score for every run with a single held-out domain, and for every kind of weights.
 
-    Args:
-        runs: finished and unfinished ones.
-        rule: a name of `selection.RULES`.
-        by: settings that set rows apart.
-        kinds: of weights.
-        tune: let the rule's validation accuracy decide among runs that differ in settings only.
-
-    Raises:
-        ConfigError: two runs claim one cell.
+    Settings named in `by` set rows apart. With `tune`, the validation accuracy of the rule, one of
+    `selection.RULES`, decides among runs that differ in other settings only; without it, two runs
+    for one cell are a `ConfigError`.
     """
     groups: dict[tuple[object, ...], Group] = defaultdict(dict)
     cells: dict[tuple[object, ...], list[tuple[str, Run, Group]]] = defaultdict(list)
@@ -100,32 +77,31 @@ def scores(
     for claims in cells.values():
         if len(claims) > 1 and not tune:
             raise ConfigError(_two_claims(claims[0][1], claims[1][1]))
-        scored = [
-            Score(run, label, choose(rule, run, group) if run.finished else None)
-            for label, run, group in claims
-        ]
+        scored = [Score(run, label, _choose(rule, run, group)) for label, run, group in claims]
         found.append(_best_candidate(scored))
     return found
 
 
-def choose(rule: str, run: Run, group: Group) -> Choice | None:
-    """Applies a rule of `selection.RULES` to a finished run that holds out one domain."""
+def _choose(rule: str, run: Run, group: Group) -> selection.Choice | None:
+    """What a rule of `selection.RULES` picks in a run that holds out one domain."""
     (held_out,) = run.held_out
-    if rule == ORACLE:
-        return by_oracle(run.rows, held_out)
-    if rule != LEAVE_ONE_DOMAIN_OUT:
-        return by_training_domains(run.rows, held_out)
-    if not evaluated_in_full(run):
+    if not run.finished:
+        return None
+    if rule == selection.ORACLE:
+        return selection.by_oracle(run.rows, held_out)
+    if rule != selection.LEAVE_ONE_DOMAIN_OUT:
+        return selection.by_training_domains(run.rows, held_out)
+    if not _evaluated_in_full(run):
         return None
     pairs = {
         sum(held) - held_out: other.rows
         for held, other in group.items()
-        if len(held) == 2 and held_out in held and evaluated_in_full(other)
+        if len(held) == 2 and held_out in held and _evaluated_in_full(other)
     }
-    return by_leaving_one_out(run.rows, held_out, pairs)
+    return selection.by_leaving_one_out(run.rows, held_out, pairs)
 
 
-def evaluated_in_full(run: Run) -> bool:
+def _evaluated_in_full(run: Run) -> bool:
     """Whether all domains were evaluated at every evaluation, not at the selected and last only."""
     return run.settings.get("eval.mode") != "selection"
 
@@ -138,20 +114,16 @@ def _candidate(run: Run) -> tuple[object, ...]:
 
 def _best_candidate(scored: Sequence[Score]) -> Score:
     """By validation accuracy; the last of equals, as DomainBed sorts ascending and reverses."""
-    known = [s for s in sorted(scored, key=lambda s: s.run.hparams_seed) if s.choice is not None]
-    if not known:
-        return scored[0]
-    return max(reversed(known), key=lambda s: s.choice.validation if s.choice else 0.0)
+    known = [(s.choice.validation, s.run.hparams_seed, n) for n, s in enumerate(scored) if s.choice]
+    return scored[max(known)[-1]] if known else scored[0]
 
 
 def _two_claims(one: Run, other: Run) -> str:
-    remedy = "their settings are the same: report one of them"
-    if differences := differing([one, other]):
-        named = ", ".join(f"{k} ({', '.join(v)})" for k, v in list(differences.items())[:4])
-        remedy = (
-            f"they differ in {named}: --by {next(iter(differences))} gives them rows of their own, "
-            "--tune lets the selection rule choose"
-        )
+    start = f"{one.folder} and {other.folder} are the same method, held-out domain and seeds; "
+    if not (differences := differing([one, other])):
+        return start + "their settings are the same: report one of them"
+    named = ", ".join(f"{k} ({', '.join(v)})" for k, v in list(differences.items())[:4])
     return (
-        f"{one.folder} and {other.folder} are the same method, held-out domain and seeds; {remedy}"
+        f"{start}they differ in {named}: --by {next(iter(differences))} gives them rows of their "
+        "own, --tune lets the selection rule choose"
     )

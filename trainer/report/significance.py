@@ -57,14 +57,9 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     if not any(differences) or len(differences) == 1:
         return 1.0  # both signs of one difference are equally far from zero
     result = permutation_test(
-        (np.asarray(differences, dtype=np.float64),),
-        lambda x, axis: np.mean(x, axis=axis),
-        permutation_type="samples",
-        n_resamples=EXACT_UP_TO,
-        rng=np.random.default_rng(0),
-        vectorized=True,
-        batch=4096,
-    )
+        (np.asarray(differences, dtype=np.float64),), np.mean, permutation_type="samples",
+        n_resamples=EXACT_UP_TO, rng=np.random.default_rng(0), vectorized=True, batch=4096,
+    )  # fmt: skip
     return float(result.pvalue)
 
 
@@ -80,10 +75,7 @@ def holm(values: Sequence[float]) -> list[float]:
 def compare(scored: Sequence[Score], baseline: str) -> list[Comparison]:
     """Compares rows with `baseline`, or each two of them if that is `all`.
 
-    Rows without a pair in common are left out.
-
-    Raises:
-        ConfigError: there is no row of that name.
+    Rows without a pair in common are left out. `ConfigError` if no row has that name.
     """
     results: dict[str, dict[Pair, float]] = defaultdict(dict)
     for score in scored:
@@ -96,8 +88,8 @@ def compare(scored: Sequence[Score], baseline: str) -> list[Comparison]:
         couples = [(label, baseline) for label in results if label != baseline]
     else:
         raise ConfigError(f"--compare {baseline}: no such row; legal are all, {', '.join(results)}")
+    couples = [(a, b) for a, b in couples if results[a].keys() & results[b].keys()]
     found = [_compared(a, b, results[a], results[b]) for a, b in couples]
-    found = [comparison for comparison in found if comparison.pairs]
     adjusted = holm([comparison.p_pairs for comparison in found])
     return [replace(c, p_adjusted=p) for c, p in zip(found, adjusted, strict=True)]
 
@@ -111,11 +103,7 @@ def _compared(
     for (dataset, env, _), difference in pairs.items():
         by_domain[dataset, env] += difference
     return Comparison(
-        method,
-        baseline,
-        difference=float(np.mean(differences)) if pairs else 0.0,
-        pairs=len(pairs),
+        method, baseline, difference=float(np.mean(differences)), pairs=len(pairs),
         better=sum(difference > 0 for difference in differences),
-        p_pairs=sign_flip_p(differences),
-        p_domains=sign_flip_p(list(by_domain.values())),
-    )
+        p_pairs=sign_flip_p(differences), p_domains=sign_flip_p(list(by_domain.values())),
+    )  # fmt: skip

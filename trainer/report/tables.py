@@ -5,7 +5,7 @@ sqrt(repetitions), averages of unrounded means.
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
@@ -37,9 +37,8 @@ class ResultTable:
     """Rows by label, each with one cell per column; the last column is the average.
 
     Attributes:
-        title: what it shows.
         name: dataset, or `averages`; names its files.
-        columns: titles.
+        columns: their titles.
         lines: cells by row label.
     """
 
@@ -52,9 +51,8 @@ class ResultTable:
         """(row, column) of the highest unrounded means of each column."""
         found = set()
         for column, cells in enumerate(zip(*self.lines.values(), strict=True)):
-            means = [-inf if cell.mean is None else cell.mean for cell in cells]
-            top = max(means)
-            found |= {(row, column) for row, mean in enumerate(means) if mean == top > -inf}
+            top = max((cell.mean for cell in cells if cell.mean is not None), default=inf)
+            found |= {(row, column) for row, cell in enumerate(cells) if cell.mean == top}
         return found
 
     def repetitions(self) -> int:
@@ -62,7 +60,7 @@ class ResultTable:
         return max((len(c.values) for cells in self.lines.values() for c in cells), default=0)
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+def mean_and_error(values: Collection[float]) -> tuple[float, float]:
     """Mean, and DomainBed's error: population standard deviation / sqrt(number of values)."""
     return statistics.fmean(values), statistics.pstdev(values) / len(values) ** 0.5
 
@@ -71,7 +69,7 @@ def cell_of(values: Mapping[Seeds, float], unfinished: int = 0) -> Cell:
     """A cell from the accuracies of its repetitions."""
     if not values:
         return Cell(unfinished=unfinished)
-    mean, error = mean_and_error(list(values.values()))
+    mean, error = mean_and_error(values.values())
     return Cell(values, mean, error if len(values) > 1 else None, unfinished)
 
 
@@ -90,9 +88,7 @@ def average(cells: Sequence[Cell]) -> Cell:
     repetitions = {frozenset(cell.values) for cell in cells}
     if mean is None or len(repetitions) > 1 or not cells[0].values:
         return Cell(mean=mean)
-    by_repetition = {
-        seeds: statistics.fmean(cell.values[seeds] for cell in cells) for seeds in cells[0].values
-    }
+    by_repetition = {s: statistics.fmean(c.values[s] for c in cells) for s in cells[0].values}
     return Cell(by_repetition, mean, cell_of(by_repetition).error)
 
 
@@ -104,15 +100,13 @@ def dataset_table(scored: Sequence[Score], title: str, name: str) -> ResultTable
     domains = scored[0].run.domains
     lines = {}
     for label in dict.fromkeys(score.label for score in scored):
-        row = [s for s in scored if s.label == label]
-        cells = [_cell([s for s in row if s.run.held_out == (e,)]) for e in range(len(domains))]
+        cells = []
+        for env in range(len(domains)):
+            here = [s for s in scored if s.label == label and s.run.held_out == (env,)]
+            values = {s.run.seeds: s.choice.accuracy for s in here if s.choice is not None}
+            cells.append(cell_of(values, sum(not s.run.finished for s in here)))
         lines[label] = (*cells, average(cells))
     return ResultTable(title, name, (*domains, AVERAGE), lines)
-
-
-def _cell(scored: Sequence[Score]) -> Cell:
-    values = {s.run.seeds: s.choice.accuracy for s in scored if s.choice is not None}
-    return cell_of(values, sum(not s.run.finished for s in scored))
 
 
 def averages_table(

@@ -14,34 +14,22 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from trainer.config.command_line import parse
+from trainer.config.command_line import command_parser, parse
 from trainer.config.run_config import ROOT
 from trainer.process.ending import conclude
 from trainer.process.world import ALONE
-from trainer.sweep.grid import (
-    CONSOLE,
-    Grid,
-    GridRun,
-    add_grid_flags,
-    check,
-    is_finished,
-    with_pairs,
-)
+from trainer.sweep import grid
 from trainer.tables import output_console
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(
-        prog="python -m trainer.sweep",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    result = command_parser("trainer.sweep", __doc__)
     meanings = {
         "methods": "such as linear,moa_kron", "held_out": "domains, with commas",
         "seeds": "default: 0", "output_dir": "folder of run folders",
     }  # fmt: skip
-    add_grid_flags(result, required=True, meanings=meanings)
+    grid.add_grid_flags(result, required=True, meanings=meanings)
     result.set_defaults(seeds=(0,))
     result.add_argument("--jobs", type=int, default=1, help="runs at the same time; default: 1")
     result.add_argument("rest", nargs="*", help="after --: settings of every run")
@@ -49,30 +37,28 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run_one(folder: Path, settings: Sequence[str]) -> int:
-    """Runs one, its output in `CONSOLE` of its folder; returns the exit code."""
+    """Runs one, its output in `grid.CONSOLE` of its folder; returns the exit code."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / "trainer" / "run.py"), *settings]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with (folder / CONSOLE).open("w", encoding="utf-8") as output:
-        return subprocess.run(
-            command, stdout=output, stderr=output, env=environment, check=False
-        ).returncode
+    with (folder / grid.CONSOLE).open("w", encoding="utf-8") as output:
+        return subprocess.call(command, stdout=output, stderr=output, env=environment)
 
 
-def sweep(root: Path, runs: Sequence[GridRun], jobs: int, rest: Sequence[str]) -> int:
+def sweep(root: Path, runs: Sequence[grid.GridRun], jobs: int, rest: Sequence[str]) -> int:
     """Runs what is not finished; returns the number of runs that failed."""
     from rich.progress import track  # here: `--help` need not wait for it
 
-    check(root, runs, rest, parse)
+    grid.check(root, runs, rest, parse)
     console = output_console()
-    todo = [run for run in runs if not is_finished(root / run.name)]
+    todo = [run for run in runs if not grid.is_finished(root / run.name)]
     console.out(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished before")
     with ThreadPoolExecutor(jobs) as pool:
         ended = pool.map(lambda r: run_one(root / r.name, [*r.flags(root), *rest]), todo)
         codes = list(track(ended, "runs", total=len(todo), console=console))
     for run, code in zip(todo, codes, strict=True):
         if code:
-            place = root / run.name / CONSOLE
+            place = root / run.name / grid.CONSOLE
             lines = place.read_text(encoding="utf-8", errors="replace").splitlines()
             said = [f": {line}" for line in lines if line.startswith("error")][-1:]
             console.out(f"exit code {code}, see {place}{''.join(said)}")
@@ -85,8 +71,8 @@ def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
     if args.jobs < 1:
         parser().error(f"--jobs {args.jobs}: must be 1 or more")
-    held_out = with_pairs(args.held_out) if args.pairs else args.held_out
-    runs = Grid(args.methods, held_out, args.seeds, args.trial_seed).runs()
+    held_out = grid.with_pairs(args.held_out) if args.pairs else args.held_out
+    runs = grid.Grid(args.methods, held_out, args.seeds, args.trial_seed).runs()
     failed: list[int] = []
     code = conclude(
         lambda: failed.append(sweep(args.output_dir, runs, args.jobs, args.rest)), ALONE

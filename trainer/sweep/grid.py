@@ -29,14 +29,7 @@ OWN = {
 
 @dataclass(frozen=True)
 class GridRun:
-    """One run of a grid.
-
-    Attributes:
-        method: `moa.method`.
-        held_out: `data.held_out`.
-        seed: of initialisation and order.
-        trial_seed: of the split; None is the same as `seed`.
-    """
+    """One run of a grid; a `trial_seed` of None is the same as `seed`."""
 
     method: str
     held_out: str
@@ -92,10 +85,8 @@ def add_grid_flags(
 ) -> None:
     """The flags that name a grid and its folder.
 
-    Args:
-        result: the command line.
-        required: whether methods, domains and folder must be given.
-        meanings: of `methods`, `held_out`, `seeds` and `output_dir`, for this command.
+    All but the seeds must be given if `required`; `meanings` has the help of `methods`, `held_out`,
+    `seeds` and `output_dir`.
     """
     kinds: dict[str, Callable[[str], object]] = {
         "methods": listed, "held_out": listed, "seeds": whole_numbers, "output_dir": Path,
@@ -142,14 +133,10 @@ def check(
     parse: Callable[[list[str]], RunConfig],
     defaults: Collection[str] = (),
 ) -> None:
-    """Raises `ConfigError` for what no run could do, or a finished one did otherwise.
+    """Raises `ConfigError` for what no run in `root` could do, or a finished one did otherwise.
 
-    Args:
-        root: folder of the run folders.
-        runs: of a grid.
-        shared: flags of all runs.
-        parse: from a run's flags to its configuration.
-        defaults: settings among `shared` that are the only value of their list in the grid.
+    `shared` are the flags of all runs; those of `defaults` among them are the only value of their
+    list in the grid. `parse` makes a configuration of a run's flags.
     """
     from trainer.plan.data import domain_names
 
@@ -198,27 +185,17 @@ def differences(root: Path, run: GridRun, config: RunConfig) -> list[str]:
     ]
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Array indices of a grid by what became of them."""
-
-    finished: tuple[int, ...]
-    running: tuple[int, ...]
-    missing: tuple[int, ...]
-
-
 def is_finished(run: Path) -> bool:
     """Whether a run folder holds a finished run."""
     return (run / "done").is_file()
 
 
-def progress(root: Path, runs: Sequence[GridRun], queued: Collection[int] = ()) -> Progress:
-    """Sorts the runs in `root` into finished, running and missing.
+def progress(
+    root: Path, runs: Sequence[GridRun], queued: Collection[int] = ()
+) -> dict[str, list[int]]:
+    """Array indices of the `finished`, `running` and `missing` runs in `root`.
 
-    Args:
-        root: folder of the run folders.
-        runs: by index.
-        queued: indices that SLURM runs, or holds in its queue.
+    SLURM runs those of `queued`, or holds them in its queue.
     """
     found: dict[str, list[int]] = {"finished": [], "running": [], "missing": []}
     for index, run in enumerate(runs):
@@ -229,7 +206,7 @@ def progress(root: Path, runs: Sequence[GridRun], queued: Collection[int] = ()) 
             found["running"].append(index)
         else:
             found["missing"].append(index)
-    return Progress(*map(tuple, found.values()))
+    return found
 
 
 def array_expression(indices: Sequence[int]) -> str:

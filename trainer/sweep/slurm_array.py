@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from trainer.checkpoint.atomic_file import replace_text
-from trainer.config.command_line import OwnFlags, parse_without_data
+from trainer.config.command_line import OwnFlags, command_parser, parse_without_data
 from trainer.process.ending import conclude
 from trainer.process.errors import ConfigError
 from trainer.process.world import ALONE
@@ -51,11 +51,7 @@ class Note:
 
 
 def read_note(root: Path) -> Note:
-    """The grid whose runs are in `root`.
-
-    Raises:
-        ConfigError: there is none, or it is not readable.
-    """
+    """The grid whose runs are in `root`; `ConfigError` if there is none, or it is not readable."""
     try:
         content = json.loads((root / NOTE).read_text(encoding="utf-8"))
         grid = content["grid"]
@@ -73,11 +69,8 @@ def read_note(root: Path) -> Note:
 def keep_note(root: Path, note: Note) -> Note:
     """Writes the grid down, so that a report knows which runs there should be.
 
-    Returns:
-        What stands there now: a larger grid of before stays, with the new arguments.
-
-    Raises:
-        ConfigError: the folder belongs to a grid in which an index means another run.
+    Returns what stands there now: a larger grid of before stays, with the new arguments. One in
+    which an index means another run is a `ConfigError`.
     """
     if (root / NOTE).exists():
         old = read_note(root)
@@ -99,14 +92,15 @@ def report_lines(root: Path) -> list[str]:
     """Which runs of a grid are finished, running and missing, and the line that fills the gaps."""
     note = read_note(root)
     runs = note.grid.runs()
-    found = progress(root, runs, queued_indices(path.name for path in (root / JOBS).glob("*")))
+    queued = queued_indices(path.name for path in (root / JOBS).glob("*"))
+    finished, running, missing = progress(root, runs, queued).values()
     lines = [
-        f"{root}: {len(runs)} runs, {len(found.finished)} finished, "
-        f"{len(found.running)} running or queued, {len(found.missing)} missing"
+        f"{root}: {len(runs)} runs, {len(finished)} finished, {len(running)} running or queued, "
+        f"{len(missing)} missing"
     ]
-    for what, indices in (("running or queued", found.running), ("missing", found.missing)):
-        lines += [f"{what}: {index} {runs[index].name}" for index in indices]
-    return [*lines, note.submit_line(found.missing)] if found.missing else lines
+    lines += [f"running or queued: {index} {runs[index].name}" for index in running]
+    lines += [f"missing: {index} {runs[index].name}" for index in missing]
+    return [*lines, note.submit_line(missing)] if missing else lines
 
 
 def progress_lines(paths: Iterable[Path]) -> list[str]:
@@ -123,12 +117,7 @@ def progress_lines(paths: Iterable[Path]) -> list[str]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = OwnFlags(
-        prog="python -m trainer.sweep.slurm_array",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    result = command_parser("trainer.sweep.slurm_array", __doc__, OwnFlags, allow_abbrev=False)
     result.add_argument("--recipe", default="embedded", help="default: embedded")
     meanings = {
         "methods": "default: the recipe's", "held_out": "default: every domain of the dataset",
@@ -143,8 +132,7 @@ def parser() -> argparse.ArgumentParser:
 def read_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, Path, Note, list[str]]:
     """The flags, the folder of the runs, the grid, and the settings that all runs share.
 
-    Raises:
-        ConfigError: a setting that cannot work, or domains that nothing tells.
+    `ConfigError` for a setting that cannot work, or domains that nothing tells.
     """
     from trainer.plan.data import domain_names
 

@@ -30,7 +30,7 @@ from trainer.config.run_config import ModelConfig
 from trainer.evaluate.__main__ import main, parser
 from trainer.evaluate.combine import models_on
 from trainer.evaluate.evaluator import Evaluator
-from trainer.evaluate.job import Evaluation, prepare
+from trainer.evaluate.job import prepare
 from trainer.evaluate.members import labels, read_members
 from trainer.evaluate.predictions import collect
 from trainer.prepare.backbone import create_backbone
@@ -288,11 +288,12 @@ def test_pictures_say_which_images_they_show(
     split: str, domains: list[str], title: str, adapters: list[Path]
 ) -> None:
     command = ["--adapter", str(adapters[0]), "--split", split, *domains]
-    job = prepare(parser().parse_args(command))
-    found = Evaluation(job, {}, 1, 0, 0.0, 0, 0)
+    found = prepare(parser().parse_args(command))
     assert found.shown_images() == title
     sources = {
-        found.shown_splits(env) for env in job.data.envs if job.data.index.domains[env] != "rotated"
+        found.shown_splits(env)
+        for env in found.data.envs
+        if found.data.index.domains[env] != "rotated"
     }
     assert sources <= {("out",) if split == "both" else (split,)}
 

@@ -293,4 +293,4 @@ def test_batches_for_a_gpu_are_pinned(
         world=ALONE, device=torch.device(device), dtype=torch.float32, sum_over_ranks=torch.clone,
     )  # fmt: skip
     with pytest.raises(Asked, match=str(pinned)):
-        evaluator._loader(0, "in")
+        next(evaluator.batches([], 0, "in"))

@@ -61,9 +61,7 @@ def test_progress_by_what_the_folders_hold(tmp_path: Path) -> None:
     assert alive["host"] == socket.gethostname()
     assert alive["pid"] == os.getpid()
     found = progress(tmp_path, runs, queued={0, 5})
-    assert found.finished == (0,)
-    assert found.running == (1, 5)
-    assert found.missing == (2, 3, 4, 6, 7)
+    assert found == {"finished": [0], "running": [1, 5], "missing": [2, 3, 4, 6, 7]}
 
 
 def test_a_folder_keeps_the_meaning_of_its_indices(tmp_path: Path) -> None:
