@@ -10,7 +10,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from trainer.config.run_config import RENAMED, RunConfig, dotted, flat_fields
+from trainer.config.run_config import RENAMED, RunConfig, dotted, flat
 from trainer.process.errors import ConfigError, did_you_mean
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -18,7 +18,7 @@ DEFAULT_RECIPE = "embedded"
 ALIASES = {"deepspeed_config": "ds_config", **RENAMED}
 """Former and foreign names of settings, in flags and recipes alike -> today's."""
 
-SECTIONS = {key.partition(".")[0] for key in flat_fields(RunConfig()) if "." in key}
+SECTIONS = {key.partition(".")[0] for key in flat(RunConfig()) if "." in key}
 LAUNCHER_FLAGS = ("local_rank", "local-rank")
 """Appended by launchers; the rank is in the environment."""
 
@@ -102,7 +102,7 @@ def _read(argv: Sequence[str]) -> RunConfig:
 
 def _parse_at_once(parser: ArgumentParser, settings: Sequence[tuple[str, str]]) -> Any:
     """A namespace, or None if something is wrong: jsonargparse tells the first mistake only."""
-    if not flat_fields(RunConfig()).keys() >= {key for key, _ in settings}:
+    if not flat(RunConfig()).keys() >= {key for key, _ in settings}:
         return None
     try:
         return parser.parse_args([f"--{key}={value}" for key, value in settings])
@@ -153,7 +153,7 @@ def _texts(content: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _check(parser: ArgumentParser, key: str, value: str, source: str) -> list[str]:
-    known = list(flat_fields(RunConfig()))
+    known = list(flat(RunConfig()))
     if key not in known:
         return [f"--{key} = {value!r}{source}: unknown setting{_nearest(key, known)}"]
     try:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from trainer.config.run_config import RunConfig, as_plain, flat_fields
+from trainer.config.run_config import RunConfig, as_plain, flat
 from trainer.prepare.provenance import shown_command
 
 TARGET = "select/training_domain_validation/target_acc"
@@ -56,7 +56,7 @@ class Curves:
 
     def _describe(self, config: RunConfig) -> Any:
         """Opens the hparams page's row; gives what closes it."""
-        known = flat_fields(config)
+        known = flat(config)
         settings = {name: _plain(known[name]) for name in HPARAMS if name in known}
         summaries = hparams(settings, dict.fromkeys(RESULTS, 0.0))  # type: ignore[no-untyped-call]
         for summary in summaries[:2]:
