@@ -32,13 +32,7 @@ GLYPH_CLASSES: tuple[str, ...] = (
 )
 """One string per class, listing the characters that belong to it."""
 
-_MODEL_ARGS: dict[str, Any] = {
-    "img_size": IMAGE_SIZE,
-    "patch_size": 8,
-    "embed_dim": 128,
-    "depth": 6,
-    "num_heads": 4,
-}
+_SIZES: dict[str, Any] = {"patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
 
 default_cfgs = generate_default_cfgs(
     {
@@ -95,6 +89,6 @@ def vit_embedded(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
             "vit_embedded",
             pretrained,
             feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-            **(_MODEL_ARGS | kwargs),
+            **({"img_size": IMAGE_SIZE} | _SIZES | kwargs),
         ),
     )
