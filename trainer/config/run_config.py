@@ -49,10 +49,8 @@ class ModelConfig:
         """Every setting that cannot work, one line each."""
         if self.head_init == "text":
             if self.weights == "random":
-                return [
-                    "model.head_init: text fits a pretrained CLIP backbone, not model.weights "
-                    "random"
-                ]
+                needed = "a pretrained CLIP backbone, not model.weights random"
+                return [f"model.head_init: text fits {needed}"]
             found: list[str] = []
             with noted(found):
                 read_templates(self.prompts)
@@ -61,8 +59,8 @@ class ModelConfig:
             return found
         return [
             f"model.{name}: {getattr(self, name)!r} has no effect without --model.head_init text"
-            for name, default in (("text_model", None), ("prompts", "photo"), ("class_names", None))
-            if getattr(self, name) != default
+            for name in ("text_model", "prompts", "class_names")
+            if getattr(self, name) != getattr(ModelConfig, name)
         ]
 
 

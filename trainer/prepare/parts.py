@@ -72,10 +72,7 @@ class Parts:
 def build(config: RunConfig, world: World, problems: Sequence[str] = ()) -> Parts:
     """Builds and checks all parts; what needs no weights first, and all of that together.
 
-    Args:
-        config: the run.
-        world: its processes.
-        problems: what else was found wrong with the configuration.
+    `problems` that were found with the configuration before are told with it.
 
     Raises:
         ConfigError, MoAConfigError, DataConfigError: a setting that cannot work.
@@ -107,10 +104,8 @@ def build(config: RunConfig, world: World, problems: Sequence[str] = ()) -> Part
     )
     stream.check_world_size(world.size, settings.accumulation)
     _check_splits(config, index, withheld)
-    bf16 = settings.precision == "bf16"
-    resolved = deepspeed_json.resolve(
-        config, world.size, stream.global_batch, bf16, report.trainable
-    )
+    bf16, images = settings.precision == "bf16", stream.global_batch
+    resolved = deepspeed_json.resolve(config, world.size, images, bf16, report.trainable)
     info = AdapterInfo(
         backbone.name, backbone.sha256, config.moa, index.classes, backbone.data_config,
         origin=origin_of(config, index, withheld, world), head=head,
@@ -121,15 +116,11 @@ def build(config: RunConfig, world: World, problems: Sequence[str] = ()) -> Part
 def _checked(
     config: RunConfig, world: World, problems: list[str]
 ) -> tuple[RunConfig, ShardIndex, tuple[int, ...], bool]:
-    """Finds every mistake that shows without weights.
+    """Finds every mistake that shows without weights, and tells all of them, one a line.
 
     Returns:
         The configuration with everything filled in, the shard set, the numbers of the domains that
         are not trained on, and whether ZeRO-3 shards the model.
-
-    Raises:
-        ConfigError: all of them, one a line.
-        DamagedDataError: the shard set is not what its index promises.
     """
     with noted(problems):
         check_backbone(config.model)

@@ -63,8 +63,7 @@ class TextModel:
 def text_model_of(backbone: str) -> str | None:
     """`NAME:TAG` of the open_clip model whose visual tower a timm name stands for, if known."""
     table = yaml.safe_load(Path(__file__).with_name("clip_models.yaml").read_text(encoding="utf-8"))
-    name: str | None = table.get(backbone.replace("_quickgelu", ""))
-    return name
+    return table.get(backbone.replace("_quickgelu", ""))  # type: ignore[no-any-return]
 
 
 def load_text_model(source: str) -> TextModel:
