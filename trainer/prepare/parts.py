@@ -91,17 +91,13 @@ def build(config: RunConfig, world: World, problems: Sequence[str] = ()) -> Part
     on_device = config.data.augment_on == "device"
     make_transform = loader_transform if on_device else train_transform
     stream = DomainStream(
-        index,
-        sources=[n for n in range(len(index.domains)) if n not in withheld],
-        batch_per_domain=settings.batch_per_domain,
-        seed=settings.seed,
-        trial_seed=settings.trial_seed,
+        index, sources=[n for n in range(len(index.domains)) if n not in withheld],
+        batch_per_domain=settings.batch_per_domain, seed=settings.seed,
+        trial_seed=settings.trial_seed, holdout_fraction=config.data.holdout_fraction,
+        mode=config.data.order, window=config.data.order_window,
         transform=make_transform(backbone.data_config, config.data.resolved_augment()),
-        mode=config.data.order,
-        window=config.data.order_window,
-        holdout_fraction=config.data.holdout_fraction,
         decoder=Decoder(config.data.decode, config.data.truncated),
-    )
+    )  # fmt: skip
     stream.check_world_size(world.size, settings.accumulation)
     _check_splits(config, index, withheld)
     bf16, images = settings.precision == "bf16", stream.global_batch
