@@ -36,7 +36,7 @@ class TrainingInvalidError(RuntimeError):
 
 
 class PeerLostError(RuntimeError):
-    """Another process of the run is gone or hangs; `code` is the one it left, where it did."""
+    """Another process of the run is gone or hangs; `code` is its exit code, where it left one."""
 
     def __init__(self, message: str, code: int = PEER_LOST) -> None:
         super().__init__(message)
