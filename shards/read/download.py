@@ -34,6 +34,7 @@ _CHUNK = 1 << 20
 _BLOCK = 8 << 20  # of a file system, where each read may be a request of its own
 _SERVERS = ("http", "https", "file")  # what Python's own client speaks
 _PASSING_STATUS = {408, 425, 429}  # of the 4xx answers, those that may change by waiting
+_SILENCE = "nothing came for {:.1f} s"
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}  # scheme -> extra of this package
 
 
@@ -96,11 +97,9 @@ def file_url(root: str, name: str) -> str:
 
 
 def chunks(url: str, stall: float) -> Chunks:
-    """Yields the content of a URL or command, as soon as there is some.
+    """Yields the content of a URL or command, as from `file_url`, as soon as there is some.
 
-    Args:
-        url: as from `file_url`.
-        stall: seconds without a byte after which to give up.
+    Gives up after `stall` seconds without a byte.
 
     Raises:
         FinalAnswerError: asking again cannot help.
@@ -139,13 +138,9 @@ def _command_chunks(command: str, stall: float) -> Chunks:
     """What a shell command writes, unless it falls silent; it must end with 0."""
     with tempfile.TemporaryFile() as complaints:
         process = subprocess.Popen(
-            command,
-            shell=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=complaints,
-            start_new_session=True,  # so that all of a pipeline can be ended
-        )
+            command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=complaints, start_new_session=True,  # so that all of a pipeline can be ended
+        )  # fmt: skip
         assert process.stdout is not None
         output = process.stdout.fileno()
         waiter = select.poll()
@@ -153,7 +148,7 @@ def _command_chunks(command: str, stall: float) -> Chunks:
         try:
             while True:
                 if not waiter.poll(1000 * stall):
-                    raise _silence(stall)
+                    raise TimeoutError(_SILENCE.format(stall))
                 if not (chunk := os.read(output, _CHUNK)):
                     break
                 yield chunk
@@ -198,12 +193,8 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
 
     threading.Thread(target=run, daemon=True).start()
     if not wait([result], seconds).done:
-        raise _silence(seconds)
+        raise TimeoutError(_SILENCE.format(seconds))
     return result.result()
-
-
-def _silence(seconds: float) -> TimeoutError:
-    return TimeoutError(f"nothing came for {seconds:.1f} s")
 
 
 def check_names(names: Iterable[str]) -> None:

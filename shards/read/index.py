@@ -6,7 +6,6 @@ the files.
 
 import hashlib
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,24 +57,16 @@ class ShardIndex:
 
     Attributes:
         root: folder of the set; of a remote set, the folder in the cache.
-        dataset: name of the dataset.
-        domains: domain names in the dataset's order.
+        domains: names in the dataset's order.
         classes: class names; a label is a place here.
-        shards: all shards of the set.
         sha256: hash of `index.json`, which contains the hashes of everything else.
-        reader: what reads the shards.
         remote: whether shards have to be fetched.
         subset: the samples that are used; None for all.
         reported: keys of the bad samples that the log has named, by whatever loader met them.
     """
 
     def __init__(
-        self,
-        root: Path,
-        content: dict[str, Any],
-        sha256: str,
-        tables: Sequence[npt.NDArray[np.void]],
-        config: DataConfig,
+        self, root: Path, content: dict[str, Any], sha256: str, config: DataConfig
     ) -> None:
         self.root = root
         self.dataset = str(content["dataset"])
@@ -84,7 +75,7 @@ class ShardIndex:
         self.classes = tuple(str(name) for name in content["classes"])
         self.shards = tuple(ShardInfo(**entry) for entry in content["shards"])
         self.sha256 = sha256
-        self._tables = tuple(tables)
+        self._tables = tuple(load_table(root, info) for info in self.domain_infos)
         self.reader = ShardReader(root, self.shards, config.fetch_retries)
         self.remote = False
         self.subset: Subset | None = None
@@ -92,10 +83,7 @@ class ShardIndex:
 
     @classmethod
     def load(
-        cls,
-        root: str | Path,
-        config: DataConfig | None = None,
-        dataset: str = "folder",
+        cls, root: str | Path, config: DataConfig | None = None, dataset: str = "folder"
     ) -> "ShardIndex":
         """Opens a shard set and checks that it is whole.
 
@@ -124,8 +112,7 @@ class ShardIndex:
             raise DataConfigError(no_index(folder, error, dataset)) from error
         content = parse_index(path, data)
         try:
-            tables = [load_table(folder, DomainInfo(**entry)) for entry in content["domains"]]
-            index = cls(folder, content, hashlib.sha256(data).hexdigest(), tables, config)
+            index = cls(folder, content, hashlib.sha256(data).hexdigest(), config)
         except (KeyError, TypeError) as error:
             raise DamagedDataError(
                 f"{path}: field missing or malformed ({error}); {REMEDY}"
@@ -158,11 +145,7 @@ class ShardIndex:
         return sample_key(self.domain_infos[domain].key_prefix, place)
 
     def domain_number(self, name: str, setting: str = "data.held_out") -> int:
-        """The number of a domain.
-
-        Args:
-            name: its name.
-            setting: what the error says it was given as.
+        """The number of a domain; `setting` is what the error says its name was given as.
 
         Raises:
             DataConfigError: the set has no such domain; lists its domains and the nearest name.
@@ -184,20 +167,20 @@ class ShardIndex:
         """
         row = self._tables[domain][place]
         shard, offset, size = int(row["shard"]), int(row["offset"]), int(row["size"])
+        crc32, key = int(row["crc32"]), self.key(domain, place)
         image = self.reader.read(shard, offset, size)
-        sound = _sound(image, row)
-        if not sound and self.reader.refetch(shard):
+        found = len(image), zlib.crc32(image)
+        if found != (size, crc32) and self.reader.refetch(shard):
             image = self.reader.read(shard, offset, size)
-            sound = _sound(image, row)
-        if not sound:
+            found = len(image), zlib.crc32(image)
+        if found != (size, crc32):
             short = len(image) != size
-            found = f"{len(image)} bytes" if short else "another crc32"
+            what = f"{len(image)} bytes" if short else "another crc32"
             raise (DamagedDataError if short else DamagedSampleError)(
-                f"{self.root / self.shards[shard].file}: sample {self.key(domain, place)} at "
-                f"offset {offset} is damaged ({size} bytes with crc32 {int(row['crc32']):08x} "
-                f"expected, {found} found); {REMEDY}"
+                f"{self.root / self.shards[shard].file}: sample {key} at offset {offset} is "
+                f"damaged ({size} bytes with crc32 {crc32:08x} expected, {what} found); {REMEDY}"
             )
-        return Sample(self.key(domain, place), image, int(row["label"]))
+        return Sample(key, image, int(row["label"]))
 
     def close(self) -> None:
         """Closes the shard files; the next read opens them again."""
@@ -220,8 +203,3 @@ class ShardIndex:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._tables = tuple(map_table(self.root / info.table) for info in self.domain_infos)
-
-
-def _sound(image: bytes, row: npt.NDArray[np.void]) -> bool:
-    """Whether bytes are those that a row of the table promises."""
-    return len(image) == int(row["size"]) and zlib.crc32(image) == int(row["crc32"])

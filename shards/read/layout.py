@@ -119,14 +119,10 @@ def section_digest(value: object) -> str:
 
 
 def stock_info(domains: Sequence[DomainInfo], shards: Sequence[ShardInfo]) -> dict[str, Any]:
-    """The content of `_info.json`, for timm's WebDataset reader.
+    """The content of `_info.json`, for timm's WebDataset reader; shards come domain by domain.
 
     The split `train` holds everything, and one split per domain bears the prefix of its keys, or
     `env<number>` where timm could not tell that from a file name.
-
-    Args:
-        domains: the domains in order.
-        shards: their shards, domain by domain.
     """
     splits = {}
     rest = list(shards)

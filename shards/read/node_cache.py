@@ -50,10 +50,7 @@ class NodeCache:
     """
 
     def __init__(self, root: Path, name: str, limit: int, patience: float = 60.0) -> None:
-        self.root = root
-        self.folder = root / name
-        self.limit = limit
-        self.patience = patience
+        self.root, self.folder, self.limit, self.patience = root, root / name, limit, patience
         self.live: frozenset[str] = frozenset()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -82,8 +79,7 @@ class NodeCache:
             file: its name.
             size: bytes to make room for.
             make: writes it to the path it is given, and verifies it; its errors pass through.
-            wait: whether to wait for another process that is making it, or others that take all
-                room.
+            wait: for another process that is making it, or others that take all room.
 
         Returns:
             Whether the file is there now; False only if that would have meant waiting.
@@ -98,7 +94,7 @@ class NodeCache:
             with filelock.FileLock(self.path(f"{file}.lock"), timeout=-1 if wait else 0):
                 if self.holds(file):
                     return True
-                if not self._reserve(partial, size, wait):
+                if not self._reserve(file, size, wait):
                     return False
                 try:
                     make(partial)
@@ -115,51 +111,42 @@ class NodeCache:
             raise cannot_write(self.path(file), error) from error
 
     def discard(self, file: str, descriptor: int) -> bool:
-        """Deletes a damaged file, which is open, unless another process has replaced it already.
-
-        Returns:
-            Whether it was deleted.
-        """
+        """Deletes a damaged file, which is open, unless another process has replaced it already."""
         path = self.path(file)
-        with self._room():  # nothing gets its name meanwhile
-            try:
-                if not os.path.samestat(os.fstat(descriptor), path.stat()):
-                    return False
+        # Nothing gets its name meanwhile.
+        with self._room(), contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
                 path.unlink()
-            except FileNotFoundError:
-                return False
-        return True
+                return True
+        return False
 
     def touch(self, files: Collection[str], passing: bool = False) -> None:
         """Notes that files, if there, are wanted: others go before them.
 
-        Args:
-            files: their names.
-            passing: wanted just this once, so that they go before all others.
+        Those wanted just this once (`passing`) go before all others.
         """
         when = time.time() - (_LONG_AGO if passing else 0)
         for file in files:
             with contextlib.suppress(FileNotFoundError):
                 os.utime(self.path(file), (when, when))
 
-    def _reserve(self, partial: Path, size: int, wait: bool) -> bool:
+    def _reserve(self, file: str, size: int, wait: bool) -> bool:
         """Takes room for a file, waiting for others to finish theirs if `wait` says so."""
-        name = partial.name.removesuffix(PARTIAL)
         if size > self.limit:
             raise DataConfigError(
-                f"data.cache_gib = {self.limit / GIB:g}: {self.root} has no room for {name} "
+                f"data.cache_gib = {self.limit / GIB:g}: {self.root} has no room for {file} "
                 f"({size} bytes), however much is deleted; raise it"
             )
         seen: frozenset[str] = frozenset()
         since = time.monotonic()
-        while in_flight := self._take(partial, size):
+        while in_flight := self._take(self.path(file + PARTIAL), size):
             if not wait:
                 return False
             if in_flight != seen:
                 seen, since = in_flight, time.monotonic()
             elif time.monotonic() - since > self.patience:  # they are stopped, not slow
                 raise StorageError(
-                    f"data.cache_dir = {str(self.root)!r}: no room for {name}, since other "
+                    f"data.cache_dir = {str(self.root)!r}: no room for {file}, since other "
                     f"processes have been fetching {', '.join(sorted(in_flight))} for "
                     f"{self.patience:g} s; end them if they hang, or raise data.cache_gib"
                 )
@@ -173,9 +160,12 @@ class NodeCache:
         """
         with self._room():
             partial.unlink(missing_ok=True)  # left over from a process that was killed
-            for path in self.root.glob(f"*/*.tar{PARTIAL}"):
-                self._remove_abandoned(path)
-            in_flight = _statuses(self.root.glob(f"*/*.tar{PARTIAL}"))
+            unfinished = f"*/*.tar{PARTIAL}"
+            for path in self.root.glob(unfinished):
+                lock = filelock.FileLock(path.with_suffix(".lock"), timeout=0)
+                with contextlib.suppress(filelock.Timeout), lock:  # else someone is making it
+                    path.unlink(missing_ok=True)
+            in_flight = _statuses(self.root.glob(unfinished))
             room = self.limit - size - sum(status.st_size for status in in_flight.values())
             if room < 0:
                 return frozenset(path.name.removesuffix(PARTIAL) for path in in_flight)
@@ -198,12 +188,6 @@ class NodeCache:
     def _room(self) -> filelock.BaseFileLock:
         """The lock under which files are counted and get their names."""
         return filelock.FileLock(self.root / ".room.lock")
-
-    def _remove_abandoned(self, partial: Path) -> None:
-        """Deletes an unfinished file, unless another process is making it."""
-        lock = partial.with_name(f"{partial.name.removesuffix(PARTIAL)}.lock")
-        with contextlib.suppress(filelock.Timeout), filelock.FileLock(lock, timeout=0):
-            partial.unlink(missing_ok=True)
 
 
 def _statuses(paths: Iterable[Path]) -> dict[Path, os.stat_result]:

@@ -9,6 +9,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,26 +31,20 @@ class Windows(NamedTuple):
     following: list[int]
 
 
+@dataclass(eq=False, repr=False)
 class RemoteShards:
-    """The shards of a remote set, fetched when needed and one window ahead.
+    """The shards of a remote set, fetched when needed and one window ahead."""
 
-    Args:
-        root: URL or command of the set.
-        cache: where they are kept.
-        shards: all shards of the set.
-        config: how long and how often to try.
-    """
-
-    def __init__(
-        self, root: str, cache: NodeCache, shards: Sequence[ShardInfo], config: DataConfig
-    ) -> None:
-        self.root = root
-        self.cache = cache
-        self.shards = shards
-        self.config = config
-        self._wanted: list[ShardInfo] = []
-        self._thread: threading.Thread | None = None
-        self._owner = 0  # process that the thread runs in
+    root: str
+    """URL or command of the set."""
+    cache: NodeCache
+    shards: Sequence[ShardInfo]
+    config: DataConfig
+    """How long and how often to try."""
+    _wanted: list[ShardInfo] = field(default_factory=list, init=False)
+    _thread: threading.Thread | None = field(default=None, init=False)
+    _owner: int = field(default=0, init=False)
+    """Process that the thread runs in."""
 
     def open(self, shard: int) -> int:
         """A descriptor of a shard, which is fetched if it is not in the cache.
@@ -115,10 +110,10 @@ class RemoteShards:
                 return  # other processes are fetching the rest
 
     def _obtain(self, info: ShardInfo, *, wait: bool) -> bool:
-        def make(path: Path) -> None:
-            url = file_url(self.root, info.file)
-            fetch(url, path, self.config, size=info.bytes, sha256=info.sha256)
-
+        url = file_url(self.root, info.file)
+        make = functools.partial(
+            fetch, url, config=self.config, size=info.bytes, sha256=info.sha256
+        )
         return self.cache.obtain(info.file, info.bytes, make, wait=wait)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -126,10 +121,7 @@ class RemoteShards:
 
 
 def fetch_index(root: str, config: DataConfig) -> NodeCache:
-    """Brings the index and the sample tables of a remote set into the cache.
-
-    Returns:
-        The set's cache, whose folder holds `index.json` and the tables.
+    """Brings `index.json` and the sample tables of a remote set into its cache.
 
     Raises:
         DataConfigError: no cache is given, or the root cannot be asked for files.

@@ -3,7 +3,9 @@
 import contextlib
 import hashlib
 import logging
+import math
 import time
+from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
 from subprocess import TimeoutExpired
@@ -20,22 +22,18 @@ log = logging.getLogger(__name__)
 PAUSE = 0.5  # seconds before the first retry; each later pause is twice as long
 
 
-def fetch(
-    url: str,
-    path: Path,
-    config: DataConfig,
-    *,
-    size: int | None = None,
-    sha256: str | None = None,
-) -> None:
-    """Copies what a URL gives into a file.
+def attempts(retries: int, longest: float = math.inf) -> Iterator[int]:
+    """Numbers from 1 for each attempt, after a pause of at most so many seconds before retries."""
+    for retry in range(retries + 1):
+        if retry:
+            time.sleep(min(PAUSE * 2 ** (retry - 1), longest))
+        yield retry + 1
 
-    Args:
-        url: as from `file_url`.
-        path: local file, overwritten.
-        config: how long and how often to try.
-        size: bytes it must have, if that is known.
-        sha256: hash it must have, as hexadecimal digits, if that is known.
+
+def fetch(
+    url: str, path: Path, config: DataConfig, *, size: int | None = None, sha256: str | None = None
+) -> None:
+    """Copies what a URL gives into a local file, which must then have a size and hash if known.
 
     Raises:
         StorageError: it cannot be had.
@@ -46,14 +44,12 @@ def fetch(
     end = time.monotonic() + config.fetch_deadline
     stall = config.fetch_deadline / (config.fetch_retries + 1)  # the share of one attempt
     failure: Exception | None = None
-    attempts = 0
-    for attempt in range(config.fetch_retries + 1):
-        if attempt:
-            time.sleep(min(PAUSE * 2 ** (attempt - 1), stall))
+    tried = 0
+    for attempt in attempts(config.fetch_retries, stall):
         left = end - time.monotonic()
         if left <= 0:
             break
-        attempts += 1
+        tried = attempt
         try:
             found = _copy(url, path, min(stall, left), end)
             for what, have, want in zip(("bytes", "sha256"), found, (size, sha256), strict=True):
@@ -65,8 +61,8 @@ def fetch(
             break
         except (OSError, HTTPException, TimeoutExpired, DamagedDataError) as error:
             failure = error
-            log.debug("%s", without_secrets(f"{url}: attempt {attempts}: {error}"))
-    times = f"{attempts} attempt{'s' if attempts != 1 else ''}"
+            log.debug("%s", without_secrets(f"{url}: attempt {attempt}: {error}"))
+    times = f"{tried} attempt{'s' if tried != 1 else ''}"
     if isinstance(failure, DamagedDataError):
         raise DamagedDataError(f"{failure} ({times}); restore the file where it is stored")
     raise StorageError(

@@ -1,57 +1,41 @@
 """Bytes of samples from shard files: few files open, failing storage asked again."""
 
 import os
-import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from shards.errors import StorageError
 from shards.read.layout import ShardInfo
 from shards.read.remote import RemoteShards
-from shards.read.retry import PAUSE
+from shards.read.retry import attempts
 
 _MAX_OPEN_SHARDS = 128  # far below the usual limit of 1,024 open files
 
 
+@dataclass(eq=False, repr=False)
 class ShardReader:
-    """Reads parts of shards.
+    """Reads parts of shards."""
 
-    Args:
-        root: folder of the shards, if they are not remote.
-        shards: all shards of the set.
-        retries: how often to ask again when storage fails.
-        remote: what fetches the shards of a remote set.
-    """
-
-    def __init__(
-        self,
-        root: Path,
-        shards: Sequence[ShardInfo],
-        retries: int,
-        remote: RemoteShards | None = None,
-    ) -> None:
-        self.root = root
-        self.shards = shards
-        self.retries = retries
-        self.remote = remote
-        self._open_files: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor
+    root: Path
+    """Folder of the shards, if they are not remote."""
+    shards: Sequence[ShardInfo]
+    retries: int
+    """How often storage that fails is asked again."""
+    remote: RemoteShards | None = None
+    """What fetches the shards of a remote set."""
+    _open_files: OrderedDict[int, int] = field(default_factory=OrderedDict, init=False)
+    """Shard -> descriptor."""
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """Some bytes of a shard; fewer if the file ends before.
 
-        Args:
-            shard: number of the shard.
-            offset: first byte.
-            size: how many.
-
         Raises:
             StorageError: the storage keeps failing.
         """
-        for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(PAUSE * 2 ** (attempt - 1))
+        for _ in attempts(self.retries):
             try:
                 return _read_at(self._descriptor(shard), size, offset)
             except StorageError:

@@ -25,12 +25,7 @@ log = logging.getLogger(__name__)
 def read_subset(
     index: ShardIndex, exclude_list: str | None, include_list: str | None
 ) -> Subset | None:
-    """The part of a shard set that a list keeps; None without a list.
-
-    Args:
-        index: the shard set.
-        exclude_list: file of samples to leave out.
-        include_list: file of the only samples to keep.
+    """The part of a shard set that a list keeps, or does not leave out; None without a list.
 
     Raises:
         DataConfigError: a list cannot be read, or names no sample of the set.
@@ -42,8 +37,7 @@ def read_subset(
     file = Path(exclude_list or include_list or "")
     listed = [np.zeros(info.samples, dtype=np.bool_) for info in index.domain_infos]
     entries = set(read_list(f"{name} = {str(file)!r}", file))
-    unknown = _mark_keys(index, entries, listed)
-    if unknown:
+    if unknown := _mark_keys(index, entries, listed):
         unknown = _mark_paths(index, unknown, listed, name)
     if not any(domain.any() for domain in listed):
         raise DataConfigError(
@@ -57,10 +51,8 @@ def read_subset(
             " ..." if len(unknown) > 3 else "",
         )  # fmt: skip
     kept = tuple(domain if exclude_list is None else ~domain for domain in listed)
-    digest = hashlib.blake2b(digest_size=8)
-    for domain in kept:
-        digest.update(np.packbits(domain).tobytes())
-    return Subset(kept, digest.hexdigest())
+    packed = b"".join(np.packbits(domain).tobytes() for domain in kept)
+    return Subset(kept, hashlib.blake2b(packed, digest_size=8).hexdigest())
 
 
 def _mark_keys(

@@ -36,7 +36,6 @@ class AverageConfig:
 
     def problems(self) -> list[str]:
         """Every range problem, and what has no effect, one line each."""
-        default = AverageConfig()
         found = [
             f"average.{name}: has no effect without --average.{switch} true; add that, or leave "
             f"{name} out"
@@ -44,7 +43,7 @@ class AverageConfig:
                 ("ema_decay", "ema"), ("ema_warmup", "ema"), ("swad_n_converge", "swad"),
                 ("swad_n_tolerance", "swad"), ("swad_tolerance_ratio", "swad"),
             )
-            if getattr(self, name) != getattr(default, name) and not getattr(self, switch)
+            if getattr(self, name) != getattr(AverageConfig, name) and not getattr(self, switch)
         ]  # fmt: skip
         found += out_of_range(
             "average", self, ema_decay=SHARE, swad_n_converge=NUMBER, swad_tolerance_ratio=FROM_1

@@ -32,24 +32,17 @@ def in_words(name: str) -> str:
 def spoken_names(
     classes: Sequence[str], dataset: str, replaced: Mapping[str, str] | None = None
 ) -> list[str]:
-    """Words for every class of a dataset, given by its folder's name.
-
-    Args:
-        classes: in label order.
-        dataset: its name.
-        replaced: words of one's own for some classes.
+    """Words for every class of a dataset, given by its folder's name in label order.
 
     Raises:
         ConfigError: `replaced` names no class, or two classes would read the same.
     """
     known = known_words(dataset) | dict(replaced or {})
-    unknown = sorted(set(replaced or {}) - set(classes))
-    if unknown:
+    if unknown := sorted(set(replaced or {}) - set(classes)):
         raise ConfigError(f"model.class_names: {unknown[0]!r} is no class of the data")
     names = [known.get(name) or in_words(name) for name in classes]
     for place, name in enumerate(names):
-        first = names.index(name)
-        if first != place:
+        if (first := names.index(name)) != place:
             raise ConfigError(
                 f"model.class_names: {classes[first]!r} and {classes[place]!r} would both be "
                 f"called {name!r}; tell them apart in a YAML file given as --model.class_names"
@@ -100,8 +93,7 @@ def read_templates(prompts: str) -> tuple[str, ...]:
                 f"model.prompts: {prompts!r} cannot be read; legal are {', '.join(shipped())}, a "
                 "file with one template a line, or a template such as 'a photo of a {}.'"
             ) from error
-        lines = [line.strip() for line in text.splitlines()]
-        lines = [line for line in lines if line and not line.startswith("#")]
+        lines = [line for line in map(str.strip, text.splitlines()) if line and line[0] != "#"]
     for line in lines:
         if line.count("{}") != 1 or line.count("{") != 1 or line.count("}") != 1:
             raise ConfigError(f"model.prompts: {line!r} must hold {{}} once, for the class name")

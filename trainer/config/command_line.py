@@ -10,7 +10,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from trainer.config.run_config import RENAMED, RunConfig, dotted, flat_fields
+from trainer.config.run_config import RENAMED, RunConfig, dotted, flat
 from trainer.process.errors import ConfigError, did_you_mean
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -18,7 +18,7 @@ DEFAULT_RECIPE = "embedded"
 ALIASES = {"deepspeed_config": "ds_config", **RENAMED}
 """Former and foreign names of settings, in flags and recipes alike -> today's."""
 
-SECTIONS = {key.partition(".")[0] for key in flat_fields(RunConfig()) if "." in key}
+SECTIONS = {key.partition(".")[0] for key in flat(RunConfig()) if "." in key}
 LAUNCHER_FLAGS = ("local_rank", "local-rank")
 """Appended by launchers; the rank is in the environment."""
 
@@ -28,15 +28,12 @@ class OwnFlags(argparse.ArgumentParser):
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
         """Takes `--a-flag` for `--a_flag` as well, as flags were once spelt."""
-        return super().add_argument(*names, *_with_dashes(names), **options)
+        dashes = [old for name in names if (old := name.replace("_", "-")) not in names]
+        return super().add_argument(*names, *dashes, **options)
 
     def error(self, message: str) -> NoReturn:
         """Raises what `trainer.process.ending.conclude` prints."""
         raise ConfigError(message)
-
-
-def _with_dashes(names: Sequence[str]) -> list[str]:
-    return [old for name in names if (old := name.replace("_", "-")) not in names]
 
 
 def command_parser(
@@ -60,19 +57,15 @@ def build_parser() -> ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--recipe",
-        type=str,
-        default=DEFAULT_RECIPE,
+        "--recipe", type=str, default=DEFAULT_RECIPE,
         help="YAML file, or a name from trainer/config/recipes/, with settings that flags override",
-    )
+    )  # fmt: skip
     parser.add_class_arguments(RunConfig)
     return parser
 
 
 def parse(argv: Sequence[str]) -> RunConfig:
-    """The configuration that a command line describes.
-
-    `--help` prints the help and exits.
+    """The configuration that a command line describes; `--help` prints the help and exits.
 
     Raises:
         ConfigError: unknown keys, values of a wrong type or out of range; all of them, one a line.
@@ -102,7 +95,7 @@ def _read(argv: Sequence[str]) -> RunConfig:
     settings = [(key, value, f" (recipe {recipe})") for key, value in from_recipe]
     settings += [(key, value, "") for key, value in given if key != "recipe"]
     namespace = _parse_at_once(parser, [(key, value) for key, value, _ in settings])
-    if namespace is None:
+    if namespace is None:  # jsonargparse tells the first mistake only
         problems += [line for setting in settings for line in _check(parser, *setting)]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -112,8 +105,7 @@ def _read(argv: Sequence[str]) -> RunConfig:
 
 
 def _parse_at_once(parser: ArgumentParser, settings: Sequence[tuple[str, str]]) -> Any:
-    """A namespace, or None if something is wrong: jsonargparse tells the first mistake only."""
-    if not flat_fields(RunConfig()).keys() >= {key for key, _ in settings}:
+    if not flat(RunConfig()).keys() >= {key for key, _ in settings}:
         return None
     try:
         return parser.parse_args([f"--{key}={value}" for key, value in settings])
@@ -164,15 +156,17 @@ def _texts(content: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _check(parser: ArgumentParser, key: str, value: str, source: str) -> list[str]:
-    known = list(flat_fields(RunConfig()))
+    known = list(flat(RunConfig()))
     if key not in known:
         return [f"--{key} = {value!r}{source}: unknown setting{_nearest(key, known)}"]
     try:
         parser.parse_args([f"--{key}={value}"])
     except ArgumentError:
-        legal = describe_type(_annotation(key))
-        hint = did_you_mean(value, [o for o in get_args(_annotation(key)) if isinstance(o, str)])
-        return [f"--{key} = {value!r}{source}: legal is {legal}{hint}"]
+        kind: Any = RunConfig
+        for part in key.split("."):
+            kind = next(entry.type for entry in fields(kind) if entry.name == part)
+        hint = did_you_mean(value, [o for o in get_args(kind) if isinstance(o, str)])
+        return [f"--{key} = {value!r}{source}: legal is {describe_type(kind)}{hint}"]
     return []
 
 
@@ -181,13 +175,6 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     if by_field:
         return f"; did you mean {by_field[0]!r}?"
     return did_you_mean(name, known, f"; legal are {', '.join(known)}", cutoff=0.5)
-
-
-def _annotation(key: str) -> Any:
-    kind: Any = RunConfig
-    for part in key.split("."):
-        kind = next(entry.type for entry in fields(kind) if entry.name == part)
-    return kind
 
 
 def describe_type(kind: Any) -> str:

@@ -34,6 +34,7 @@ _SECTIONS = (
     "bf16", "data_types",
 )  # fmt: skip
 _ACCUMULATION = ("fp32", "bf16")
+_BUCKETS = ("reduce_bucket_size", "allgather_bucket_size")
 
 
 def read(config: RunConfig) -> dict[str, Any]:
@@ -77,12 +78,11 @@ def resolve(
         "bf16.enabled": bf16,
     }
     zero = content["zero_optimization"]
-    _fit_buckets(zero, trainable)
-    problems = [
-        *_unknown(content), *_section_problems(content), *_bucket_problems(zero, trainable)
-    ]  # fmt: skip
-    for dotted, value in wanted.items():
-        problems += _fill(content, dotted, value)
+    for name in _BUCKETS:  # DeepSpeed allocates them in full, and adapters are small
+        if zero.get(name) == "auto":
+            zero[name] = (trainable // 2**20 + 1) * 2**20  # more than them, and aligned
+    problems = [*_unknown(content), *_section_problems(content, trainable)]
+    problems += [line for entry in wanted.items() for line in _fill(content, *entry)]
     problems += [
         f'ds_config: {dotted} is "auto", which only {", ".join(wanted)} may be; give a value'
         for dotted in _autos(content)
@@ -90,13 +90,6 @@ def resolve(
     if problems:
         raise ConfigError("\n".join(f"{p} (in {config.ds_config})" for p in problems))
     return content
-
-
-def _fit_buckets(zero: dict[str, Any], trainable: int) -> None:
-    """Fills "auto" bucket sizes: DeepSpeed allocates them in full, and adapters are small."""
-    for name in ("reduce_bucket_size", "allgather_bucket_size"):
-        if zero.get(name) == "auto":
-            zero[name] = (trainable // 2**20 + 1) * 2**20  # more than them, and aligned
 
 
 def _unknown(content: dict[str, Any]) -> Iterator[str]:
@@ -117,7 +110,40 @@ def inside(content: dict[str, Any], dotted: str) -> Any:
     return content
 
 
-def _bucket_problems(zero: dict[str, Any], trainable: int) -> Iterator[str]:
+def _shape_problem(content: Any) -> str:
+    """What keeps the content from being read at all, or an empty text."""
+    if not isinstance(content, dict):
+        return "must be a JSON object with sections such as zero_optimization"
+    if "zero_optimization" not in content:
+        return "has no zero_optimization section; copy one of ds_configs/"
+    for section in _SECTIONS:
+        if not isinstance(found := inside(content, section), dict):
+            return f"{section} is {found!r}; it must be an object, such as ds_configs/ have there"
+    for name in _BUCKETS:
+        value = content["zero_optimization"].get(name, 1)
+        if value != "auto" and (not isinstance(value, int | float) or isinstance(value, bool)):
+            return f"zero_optimization.{name} is {value!r}; it must be a number"
+    return ""
+
+
+def _section_problems(content: dict[str, Any], trainable: int) -> Iterator[str]:
+    for name, instead in _OWN_SECTIONS.items():
+        if name in content:
+            yield f"ds_config: section {name!r} is not read; use {instead}"
+    zero = content["zero_optimization"]
+    if type(zero.get("stage")) is not int or zero["stage"] not in STAGES:
+        yield (
+            f"ds_config: zero_optimization.stage {zero.get('stage')!r}; legal are "
+            f"{', '.join(map(str, STAGES))} (ds_configs/zero1.json, zero2.json, zero3.json)"
+        )
+    if zero.get("stage") == 2 and not zero.get("contiguous_gradients", True):
+        yield "ds_config: zero_optimization.contiguous_gradients must be true at stage 2"
+    named = inside(content, "data_types").get("grad_accum_dtype", _ACCUMULATION[0])
+    if named not in _ACCUMULATION:
+        yield (
+            f"ds_config: data_types.grad_accum_dtype is {named!r}; legal are "
+            f"{', '.join(_ACCUMULATION)}"
+        )
     # With smaller ones, ranks that hold different experts would flush at different points and their
     # reductions no longer match.
     size = zero.get("reduce_bucket_size", 500_000_000)
@@ -128,47 +154,7 @@ def _bucket_problems(zero: dict[str, Any], trainable: int) -> Iterator[str]:
         )
 
 
-def _shape_problem(content: Any) -> str:
-    """What keeps the content from being read at all, or an empty text."""
-    if not isinstance(content, dict):
-        return "must be a JSON object with sections such as zero_optimization"
-    if "zero_optimization" not in content:
-        return "has no zero_optimization section; copy one of ds_configs/"
-    for section in _SECTIONS:
-        if not isinstance(found := inside(content, section), dict):
-            return f"{section} is {found!r}; it must be an object, such as ds_configs/ have there"
-    zero = content.get("zero_optimization", {})
-    for name in ("reduce_bucket_size", "allgather_bucket_size"):
-        value = zero.get(name, 1)
-        if value != "auto" and (not isinstance(value, int | float) or isinstance(value, bool)):
-            return f"zero_optimization.{name} is {value!r}; it must be a number"
-    return ""
-
-
-def _section_problems(content: dict[str, Any]) -> list[str]:
-    problems = [
-        f"ds_config: section {name!r} is not read; use {instead}"
-        for name, instead in _OWN_SECTIONS.items()
-        if name in content
-    ]
-    zero = content.get("zero_optimization", {})
-    if type(zero.get("stage")) is not int or zero["stage"] not in STAGES:
-        problems.append(
-            f"ds_config: zero_optimization.stage {zero.get('stage')!r}; legal are "
-            f"{', '.join(map(str, STAGES))} (ds_configs/zero1.json, zero2.json, zero3.json)"
-        )
-    if zero.get("stage") == 2 and not zero.get("contiguous_gradients", True):
-        problems.append("ds_config: zero_optimization.contiguous_gradients must be true at stage 2")
-    named = inside(content, "data_types").get("grad_accum_dtype", _ACCUMULATION[0])
-    if named not in _ACCUMULATION:
-        problems.append(
-            f"ds_config: data_types.grad_accum_dtype is {named!r}; legal are "
-            f"{', '.join(_ACCUMULATION)}"
-        )
-    return problems
-
-
-def _fill(content: dict[str, Any], dotted: str, value: Any) -> list[str]:
+def _fill(content: dict[str, Any], dotted: str, value: Any) -> Iterator[str]:
     """Sets an absent or "auto" entry; reports one that says something else."""
     *sections, name = dotted.split(".")
     for section in sections:
@@ -176,10 +162,9 @@ def _fill(content: dict[str, Any], dotted: str, value: Any) -> list[str]:
     if content.setdefault(name, "auto") == "auto":
         content[name] = value
     elif content[name] != value:
-        return [
+        yield (
             f'ds_config: {dotted} is {content[name]!r}, the run needs {value!r}; write "auto" there'
-        ]
-    return []
+        )
 
 
 def _autos(content: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -15,7 +15,7 @@ from trainer.config.averages import AverageConfig
 from trainer.config.class_texts import read_class_names, read_templates
 from trainer.config.limits import ABOVE_0, COUNT, FROM_0, NUMBER, SECONDS, SEED, out_of_range
 from trainer.config.resume_rules import FIXED
-from trainer.process.errors import ConfigError, did_you_mean
+from trainer.process.errors import ConfigError, did_you_mean, noted
 from trainer.process.stopping import seconds_of
 
 RENAMED = {"data.mode": "data.order", "data.window": "data.order_window"}
@@ -49,23 +49,18 @@ class ModelConfig:
         """Every setting that cannot work, one line each."""
         if self.head_init == "text":
             if self.weights == "random":
-                return [
-                    "model.head_init: text fits a pretrained CLIP backbone, not model.weights "
-                    "random"
-                ]
-            found = []
-            for read in (
-                lambda: read_templates(self.prompts), lambda: read_class_names(self.class_names)
-            ):  # fmt: skip
-                try:
-                    read()
-                except ConfigError as error:
-                    found.append(str(error))
+                needed = "a pretrained CLIP backbone, not model.weights random"
+                return [f"model.head_init: text fits {needed}"]
+            found: list[str] = []
+            with noted(found):
+                read_templates(self.prompts)
+            with noted(found):
+                read_class_names(self.class_names)
             return found
         return [
             f"model.{name}: {getattr(self, name)!r} has no effect without --model.head_init text"
-            for name, default in (("text_model", None), ("prompts", "photo"), ("class_names", None))
-            if getattr(self, name) != default
+            for name in ("text_model", "prompts", "class_names")
+            if getattr(self, name) != getattr(ModelConfig, name)
         ]
 
 
@@ -164,7 +159,7 @@ class CheckpointConfig:
     def problems(self) -> list[str]:
         """Every range problem, one line each."""
         found = out_of_range("checkpoint", self, every=NUMBER, keep=NUMBER)
-        legal = [*flat_fields(RunConfig()), "data"]
+        legal = [*flat(RunConfig()), "data"]
         for name in (RENAMED.get(name, name) for name in self.allow_changes):
             if name in FIXED:
                 found.append(
@@ -199,18 +194,13 @@ class RunConfig:
     def check(self) -> None:
         """Raises `ConfigError` with every problem of every section, one a line."""
         found: list[str] = []
-        sections = (
-            self.data, self.model, self.moa, self.optim, self.train, self.average, self.checkpoint
-        )  # fmt: skip
-        for section in sections:
-            found += section.problems()
+        for section in vars(self).values():
+            found += section.problems() if hasattr(section, "problems") else []
         if self.output_dir == "":
             found.append("output_dir: '' names no folder; without it the default is used")
         if not self.ds_config_path().is_file():
-            legal = ", ".join(
-                sorted(f"ds_configs/{p.name}" for p in ROOT.glob("ds_configs/*.json"))
-            )
-            found.append(f"ds_config: no file {self.ds_config!r}; shipped are {legal}")
+            shipped = sorted(f"ds_configs/{path.name}" for path in ROOT.glob("ds_configs/*.json"))
+            found.append(f"ds_config: no file {self.ds_config!r}; shipped are {', '.join(shipped)}")
         if found:
             raise ConfigError("\n".join(found))
 
@@ -238,11 +228,6 @@ def dotted(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield RENAMED.get(prefix + key, prefix + key), value
 
 
-def flat_fields(config: RunConfig) -> dict[str, Any]:
-    """Dotted names and values, such as `moa.ranks`."""
-    return dict(dotted(asdict(config)))
-
-
 def as_plain(config: RunConfig) -> dict[str, Any]:
     """Nested dictionary of plain types (tuples become lists), as written to `config.yaml`."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
@@ -250,5 +235,5 @@ def as_plain(config: RunConfig) -> dict[str, Any]:
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
-    """Dotted names and plain values, as JSON and YAML give them back."""
+    """Dotted names, such as `moa.ranks`, and plain values, as JSON and YAML give them back."""
     return dict(dotted(as_plain(config)))

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from trainer.config.run_config import RunConfig, as_plain, flat_fields
+from trainer.config.run_config import RunConfig, as_plain, flat
 from trainer.prepare.provenance import shown_command
 
 TARGET = "select/training_domain_validation/target_acc"
@@ -50,7 +50,7 @@ class Curves:
         text = yaml.safe_dump(as_plain(config), sort_keys=False)
         self.writer.add_text("run/config", fenced(text, "yaml"), first_step)
         self.writer.add_text("run/command", fenced(shown_command(sys.argv), "sh"), first_step)
-        known = flat_fields(config)
+        known = flat(config)
         settings = {name: _plain(known[name]) for name in HPARAMS}
         *opening, self._end = hparams(settings, dict.fromkeys(RESULTS, 0.0))  # type: ignore[no-untyped-call]
         for summary in opening:  # of the hparams page's row

@@ -7,13 +7,14 @@ import argparse
 import gc
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from trainer.config.command_line import OwnFlags, build_parser, parse_without_data
 from trainer.config.run_config import RunConfig
 from trainer.plan.data import Request
 from trainer.process.ending import conclude
-from trainer.process.errors import ConfigError
+from trainer.process.errors import ConfigError, noted
 from trainer.process.world import ALONE
 
 
@@ -46,10 +47,8 @@ def read_command_line(argv: Sequence[str]) -> tuple[RunConfig, Request]:
         domains=_number(given.domains, "--domains", int, 2, problems),
         json=given.json,
     )
-    try:
+    with noted(problems):
         config = parse_without_data(rest)
-    except ConfigError as error:
-        raise ConfigError("\n".join([*problems, str(error)])) from error
     if problems:
         raise ConfigError("\n".join(problems))
     return config, request
@@ -58,12 +57,10 @@ def read_command_line(argv: Sequence[str]) -> tuple[RunConfig, Request]:
 def _number(text: str | None, flag: str, kind: type, least: int, problems: list[str]) -> Any:
     if text is None:
         return None
-    try:
+    with suppress(ValueError):
         value = kind(text)
-    except ValueError:
-        value = None
-    if value is not None and least <= value < 2**63 and value > 0:
-        return value
+        if least <= value < 2**63 and value > 0:
+            return value
     what = "a whole number" if kind is int else "a number"
     bound = f">= {least}" if least else "> 0"
     problems.append(f"{flag} = {text!r}: legal is {what} {bound}")

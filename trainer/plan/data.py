@@ -54,9 +54,9 @@ def known_data(config: RunConfig, request: Request) -> tuple[int, int, int, dict
     from shards.datasets import DATASETS, held_out_names
 
     spec, index = DATASETS[config.data.dataset], index_at_hand(config)
-    names, samples, classes = domain_names(config), spec.samples, spec.num_classes
+    names, samples, classes = spec.domains, spec.samples, spec.num_classes
     if index is not None:
-        classes = len(index.classes)
+        names, classes = index.domains, len(index.classes)
         samples = tuple(index.num_samples(number) for number in range(len(index.domains)))
     number = request.domains or (len(names) if names else None)
     classes = request.num_classes or classes

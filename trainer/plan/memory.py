@@ -24,13 +24,16 @@ _ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _REDUCE_BUCKET, _MAX_LIVE = 500_000_000, 1_000_000_000
 
 
+Place = Literal["gpu", "host"]
+
+
 @dataclass(frozen=True)
 class Term:
     """A part of the memory of one process, and how it comes about."""
 
     name: str
     bytes: int
-    place: Literal["gpu", "host"]
+    place: Place
     formula: str
 
 
@@ -71,12 +74,12 @@ def read_sharding(content: dict[str, Any], world_size: int) -> Sharding:
     stage = int(zero["stage"])
     named = content.get("data_types", {}).get("grad_accum_dtype")
     accumulation = _ELEMENT_BYTES.get(named, 2 if bf16 else 4)
-    offloaded = {
-        name: zero.get(name, {}).get("device", "none") != "none"
+    optimizer_offloaded, weights_offloaded = (
+        zero.get(name, {}).get("device", "none") != "none"
         for name in ("offload_optimizer", "offload_param")
-    }
+    )
     # Stage 1 in bf16 with fp32 accumulation is DeepSpeed's bf16 optimizer: it accumulates in place.
-    in_place = stage == 1 and bf16 and accumulation == 4 and not offloaded["offload_optimizer"]
+    in_place = stage == 1 and bf16 and accumulation == 4 and not optimizer_offloaded
     buckets = 2 if stage < 3 and zero.get("overlap_comm", False) else 1
     if in_place or not zero.get("contiguous_gradients", True):
         buckets = 0
@@ -88,8 +91,8 @@ def read_sharding(content: dict[str, Any], world_size: int) -> Sharding:
         buckets=buckets,
         bucket_numbers=int(zero.get("reduce_bucket_size", _REDUCE_BUCKET)),
         max_live=int(zero.get("stage3_max_live_parameters", _MAX_LIVE)),
-        optimizer_offloaded=offloaded["offload_optimizer"],
-        weights_offloaded=offloaded["offload_param"],
+        optimizer_offloaded=optimizer_offloaded,
+        weights_offloaded=weights_offloaded,
     )
 
 
@@ -98,72 +101,67 @@ def memory_terms(weights: Weights, sharding: Sharding, footprint: Footprint) -> 
 
     Evaluation replaces the activations of training while it runs; only the larger counts.
     """
-    terms = [*_weight_terms(weights, sharding), *_optimizer_terms(weights, sharding)]
+    return (
+        *_weight_terms(weights, sharding),
+        *_optimizer_terms(weights, sharding),
+        *_activation_terms(footprint),
+        Term("CUDA context, cuBLAS, NCCL", CONTEXT_BYTES, "gpu", "allowance"),
+    )
+
+
+def _activation_terms(footprint: Footprint) -> Iterator[Term]:
     training, n = footprint.peak, footprint.images
-    kept = min(footprint.kept, training)
-    terms += [
-        Term("activations kept for backward", kept, "gpu", f"measured, {n} images"),
-        Term("workspace of forward and backward", training - kept, "gpu", "peak beyond the kept"),
-    ]
-    if footprint.evaluation > training:
-        more = footprint.evaluation - training
-        terms.append(Term("evaluation beyond training", more, "gpu", "a larger batch, no graph"))
-    terms.append(Term("CUDA context, cuBLAS, NCCL", CONTEXT_BYTES, "gpu", "allowance"))
-    return tuple(terms)
+    kept, more = min(footprint.kept, training), footprint.evaluation - training
+    yield Term("activations kept for backward", kept, "gpu", f"measured, {n} images")
+    yield Term("workspace of forward and backward", training - kept, "gpu", "peak beyond the kept")
+    if more > 0:
+        yield Term("evaluation beyond training", more, "gpu", "a larger batch, no graph")
 
 
-def _weight_terms(weights: Weights, sharding: Sharding) -> list[Term]:
+def _weight_terms(weights: Weights, sharding: Sharding) -> Iterator[Term]:
     b, split = sharding.working_bytes, sharding.stage == 3
-    place: Literal["gpu", "host"] = "host" if split and sharding.weights_offloaded else "gpu"
+    place: Place = "host" if split and sharding.weights_offloaded else "gpu"
     parts, over = (sharding.world_size, " / W") if split else (1, "")
     frozen, n = weights.frozen, weights.trainable
     frozen_bytes = math.ceil(frozen / parts) * b + weights.buffer_bytes
-    terms = [
-        Term("frozen weights", frozen_bytes, place, f"{frozen:,}{over} x {b} B"),
-        Term("trainable weights", math.ceil(n / parts) * b, place, f"n{over} x {b} B"),
-    ]
+    yield Term("frozen weights", frozen_bytes, place, f"{frozen:,}{over} x {b} B")
+    yield Term("trainable weights", math.ceil(n / parts) * b, place, f"n{over} x {b} B")
     if parts > 1 or place == "host":
         live = min(frozen + n, sharding.max_live)
-        what = "stage3_max_live_parameters at most"
-        terms.append(Term("gathered weights", live * b, "gpu", what))
-    return terms
+        yield Term("gathered weights", live * b, "gpu", "stage3_max_live_parameters at most")
 
 
-def _optimizer_terms(weights: Weights, sharding: Sharding) -> list[Term]:
+def _optimizer_terms(weights: Weights, sharding: Sharding) -> Iterator[Term]:
     n, part = weights.trainable, math.ceil(weights.trainable / sharding.world_size)
-    place: Literal["gpu", "host"] = "host" if sharding.optimizer_offloaded else "gpu"
+    place: Place = "host" if sharding.optimizer_offloaded else "gpu"
     a, b = sharding.accumulation_bytes, sharding.working_bytes
-    terms = [
-        Term("fp32 masters", part * 4, place, "n / W x 4 B"),
-        Term("Adam moments", part * 8, place, "n / W x 2 x 4 B"),
-    ]
+    yield Term("fp32 masters", part * 4, place, "n / W x 4 B")
+    yield Term("Adam moments", part * 8, place, "n / W x 2 x 4 B")
     if sharding.stage == 1:
         # Every rank accumulates the whole gradient; beside it, backward's own in low precision.
         own = b if a != b else 0
         formula = f"n x {a} B" + (f" + n x {own} B" if own else "")
-        terms.append(Term("gradients", n * (a + own), "gpu", formula))
+        yield Term("gradients", n * (a + own), "gpu", formula)
     else:
-        terms.append(Term("gradients", part * a, place, f"n / W x {a} B"))
+        yield Term("gradients", part * a, place, f"n / W x {a} B")
         if not sharding.buckets:
-            terms.append(Term("gradients before reduction", n * b, "gpu", f"n x {b} B"))
+            yield Term("gradients before reduction", n * b, "gpu", f"n x {b} B")
     if sharding.buckets:
         formula = f"{sharding.buckets} x reduce_bucket_size {sharding.bucket_numbers:,}"
-        terms.append(Term("gradient buckets", sharding.bucket_bytes, "gpu", formula))
-    return terms
+        yield Term("gradient buckets", sharding.bucket_bytes, "gpu", formula)
 
 
-def kept_terms(weights: Weights, sharding: Sharding, averages: AverageConfig) -> tuple[Term, ...]:
+def kept_terms(weights: Weights, sharding: Sharding, averages: AverageConfig) -> Iterator[Term]:
     """Copies of the trainable numbers that a run keeps: the best so far, and averages of them."""
     share = 4 * math.ceil(weights.trainable / sharding.world_size)
     # Averages live on the masters, and where those are.
-    place: Literal["gpu", "host"] = "host" if sharding.optimizer_offloaded else "gpu"
-    terms = [Term("best adapter", 4 * weights.trainable, "host", "n x 4 B, in the main process")]
+    place: Place = "host" if sharding.optimizer_offloaded else "gpu"
+    yield Term("best adapter", 4 * weights.trainable, "host", "n x 4 B, in the main process")
     if averages.ema:
-        terms.append(Term("EMA", share, place, "n / W x 4 B"))
+        yield Term("EMA", share, place, "n / W x 4 B")
     if averages.swad:
         copies = averages.swad_copies
-        terms.append(Term("SWAD", copies * share, place, f"n / W x 4 B, {copies} times at most"))
-    return tuple(terms)
+        yield Term("SWAD", copies * share, place, f"n / W x 4 B, {copies} times at most")
 
 
 def gpu_bytes(terms: tuple[Term, ...]) -> int:

@@ -81,10 +81,8 @@ def make_plan(config: RunConfig, request: Request) -> Plan:
     model.to(torch.bfloat16 if sharding.bf16 else torch.float32)
     footprint = measure(model, batches.micro_batch, config.train.eval_batch)
     weights = weights_of(model)
-    memory = (
-        *memory_terms(weights, sharding, footprint),
-        *kept_terms(weights, sharding, config.average),
-    )
+    kept = kept_terms(weights, sharding, config.average)
+    memory = (*memory_terms(weights, sharding, footprint), *kept)
     used, rates = gpu_bytes(memory), Rates(flops=FLOPS[sharding.precision])
     load = load_of(model, footprint, batches, sharding)
     layers = [layer for _, layer in moa_layers(model)]
@@ -121,16 +119,12 @@ def _sharding(config: RunConfig, world: int, global_batch: int, trainable: int) 
 def _settings(config: RunConfig, sharding: Sharding, layers: int, classes: int) -> dict[str, Any]:
     """Those that decide about the rest."""
     return {
-        "backbone": config.model.backbone,
-        "method": config.moa.method,
-        "adapted_layers": layers if config.moa.adapts else 0,
-        "classes": classes,
-        "precision": sharding.precision,
-        "grad_checkpointing": config.model.grad_checkpointing,
-        "zero_stage": sharding.stage,
-        "world_size": sharding.world_size,
+        "backbone": config.model.backbone, "method": config.moa.method,
+        "adapted_layers": layers if config.moa.adapts else 0, "classes": classes,
+        "precision": sharding.precision, "grad_checkpointing": config.model.grad_checkpointing,
+        "zero_stage": sharding.stage, "world_size": sharding.world_size,
         "averages": ", ".join(config.average.names) or "none",
-    }
+    }  # fmt: skip
 
 
 def _run_folder(config: RunConfig) -> str:

@@ -91,11 +91,9 @@ def checkpoint_bytes(
 
 def _average_parts(averages: AverageConfig) -> list[str]:
     """Names of the averages' parts in a checkpoint; of SWAD's as many as there can be."""
-    parts = ["ema"] if averages.ema else []
-    if averages.swad:
-        waiting = (f"swad.waiting{number}" for number in range(averages.swad_copies - 2))
-        parts += ["swad.kept", "swad.open", *waiting]
-    return parts
+    waiting = (f"swad.waiting{number}" for number in range(averages.swad_copies - 2))
+    swad = ["swad.kept", "swad.open", *waiting] if averages.swad else []
+    return ["ema", *swad] if averages.ema else swad
 
 
 def _safetensors_bytes(tensors: Mapping[str, Tensor], header: dict[str, Any]) -> int:

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from trainer.plan.data import Request
 from trainer.plan.memory import GIB
 from trainer.plan.planning import SHARING, Plan
-from trainer.plan.scaling import Prediction
 from trainer.prepare.batches import Batches
 from trainer.tables import Table, output_console
 
@@ -41,7 +40,8 @@ def sections(plan: Plan, gpu_memory: float | None = None) -> dict[str, Rows]:
         ),
         f"predicted step, as many images per process (assumed: {plan.rates.flops / 1e12:g} TFLOP/s "
         f"a GPU in {plan.run['precision']}, other rates in docs/distributed.md)": [
-            _prediction_row(p)
+            (f"{p.world} GPUs", f"{1000 * p.seconds:,.1f} ms",
+             f"{p.world * p.images / p.seconds:,.0f} images/s, {p.efficiency:.1%} computing")
             for p in plan.predictions
         ],
     }  # fmt: skip
@@ -61,11 +61,6 @@ def _compute_rows(plan: Plan) -> Rows:
     step = sum(parts.values()) * batches.global_batch
     whole = f"{step * batches.steps / 1e18:,.3f} EFLOP in all steps"
     return [*rows, ("step, global batch", f"{step / 1e12:,.2f} TFLOP", whole)]
-
-
-def _prediction_row(p: Prediction) -> tuple[str, str, str]:
-    rate = f"{p.world * p.images / p.seconds:,.0f} images/s"
-    return f"{p.world} GPUs", f"{1000 * p.seconds:,.1f} ms", f"{rate}, {p.efficiency:.1%} computing"
 
 
 def _traffic_rows(plan: Plan) -> Rows:

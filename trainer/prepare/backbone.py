@@ -16,7 +16,7 @@ from torch import nn
 import moa
 import trainer.prepare.vit_embedded  # noqa: F401  (registers the embedded backbone with timm)
 from trainer.config.run_config import ModelConfig
-from trainer.process.errors import ConfigError
+from trainer.process.errors import ConfigError, did_you_mean
 
 UNREADABLE = (
     OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, UnpicklingError
@@ -54,11 +54,9 @@ def check_backbone(config: ModelConfig) -> str:
         raise ConfigError(f"model.backbone: timm has no model {architecture!r}{hint}")
     tags = [n.partition(".")[2] for n in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:
-        close = difflib.get_close_matches(tag, tags, 1)
-        hint = f"; did you mean {architecture}.{close[0]}?" if close else ""
         raise ConfigError(
             f"model.backbone: {architecture} has no weights tagged {tag!r}; legal are "
-            f"{', '.join(tags) or 'none'}{hint}"
+            f"{', '.join(tags) or 'none'}{did_you_mean(tag, tags)}"
         )
     if config.weights not in ("pretrained", "random") and not Path(config.weights).is_file():
         raise ConfigError(
@@ -92,28 +90,25 @@ def create_backbone(config: ModelConfig, num_classes: int, seed: int) -> Backbon
             **({} if own_head else {"num_classes": num_classes}),
         )
     except UNREADABLE as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ConfigError(_no_weights(config, name, reason)) from error
+        raise ConfigError(_no_weights(config, name, short_reason(error))) from error
     projection = None
     if own_head:
         found = model.get_classifier()
         projection = found if isinstance(found, nn.Linear) else None
         model.reset_classifier(num_classes)
-    return _finish(model, name, config, moa.base_hash(model), projection)
-
-
-def _finish(
-    model: nn.Module,
-    name: str,
-    config: ModelConfig,
-    sha256: str,
-    projection: nn.Linear | None = None,
-) -> Backbone:
     if config.grad_checkpointing:
-        model.set_grad_checkpointing(True)  # type: ignore[operator]
-    data_config = timm.data.resolve_model_data_config(model)
-    kept = {key: data_config[key] for key in ("input_size", "mean", "std", "interpolation")}
-    return Backbone(model, name, kept, sha256, projection)
+        model.set_grad_checkpointing(True)
+    return Backbone(model, name, _data_config(model), moa.base_hash(model), projection)
+
+
+def _data_config(model: nn.Module) -> dict[str, Any]:
+    found = timm.data.resolve_model_data_config(model)
+    return {key: found[key] for key in ("input_size", "mean", "std", "interpolation")}
+
+
+def short_reason(error: Exception) -> str:
+    """One line of why something cannot be had."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def outline(
@@ -129,7 +124,9 @@ def outline(
     with torch.device("meta"):
         model = timm.create_model(config.backbone, pretrained=False, num_classes=num_classes)
         report = moa.inject(model, settings)
-    return _finish(model, name, config, ""), report
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    return Backbone(model, name, _data_config(model), ""), report
 
 
 def _no_weights(config: ModelConfig, name: str, reason: str) -> str:

@@ -37,14 +37,9 @@ class _Cut(DomainMix):
 def batch_arithmetic(
     config: RunConfig, world_size: int, domains: int, sources: int, sizes: Mapping[str, int]
 ) -> Batches:
-    """Batches, steps and what follows from them.
+    """Batches, steps and what follows from them, if `sources` of all domains are trained on.
 
-    Args:
-        config: the run.
-        world_size: number of processes.
-        domains: number of all domains.
-        sources: how many of them are trained on.
-        sizes: training images of each source domain; empty if not known.
+    `sizes` has the training images of each of these; it is empty if they are not known.
 
     Raises:
         DataConfigError: the global batch cannot be cut for the processes and micro-batches.

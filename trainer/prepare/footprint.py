@@ -7,7 +7,7 @@ so that bytes and FLOPs are counted and not guessed. Not seen is what a GPU kern
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,9 +52,8 @@ def measure(model: nn.Module, micro_batch: int, eval_batch: int) -> Footprint:
     Gradients of the parameters are dropped as soon as they are there.
     """
     meter, kept = _step(model, micro_batch)
-    checkpointing = bool(getattr(model, "grad_checkpointing", False))
     plain = meter
-    if checkpointing:
+    if getattr(model, "grad_checkpointing", False):
         model.set_grad_checkpointing(False)  # type: ignore[operator]
         plain, _ = _step(model, micro_batch)
         model.set_grad_checkpointing(True)  # type: ignore[operator]
@@ -174,15 +173,14 @@ def forward_only(model: nn.Module, batch: int) -> tuple[int, int]:
     def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen.append(inputs[0].numel() // (batch * inputs[0].shape[-1]))
 
-    hooks = [layer.register_forward_pre_hook(note) for _, layer in moa_layers(model)]
     was_training = model.training
     model.eval()
-    with torch.no_grad(), fused_attention(), meter:
+    with torch.no_grad(), fused_attention(), ExitStack() as hooks, meter:
+        for _, layer in moa_layers(model):
+            hooks.enter_context(layer.register_forward_pre_hook(note))
         meter.note(images)
         model(images)
     model.train(was_training)
-    for hook in hooks:
-        hook.remove()
     return meter.peak, max(seen)
 
 
@@ -200,16 +198,12 @@ def _gradients_dropped(model: nn.Module) -> Iterator[None]:
     def drop(parameter: Tensor) -> None:
         parameter.grad = None
 
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    hooks = [
-        p.register_post_accumulate_grad_hook(drop)  # type: ignore[no-untyped-call]
-        for p in trainable
-    ]
-    try:
+    with ExitStack() as hooks:
+        for p in model.parameters():
+            if p.requires_grad:
+                hook = p.register_post_accumulate_grad_hook(drop)  # type: ignore[no-untyped-call]
+                hooks.enter_context(hook)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
@@ -222,22 +216,15 @@ def fused_attention() -> Iterator[None]:
     original: Any = F.scaled_dot_product_attention
 
     def attention(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        **rest: Any,
-    ) -> Tensor:
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0, is_causal: bool = False, **rest: Any,
+    ) -> Any:  # fmt: skip
         # Fused kernels take [B, heads, N, D]; what else there is, GPUs do not fuse either.
         plain = query.dim() != 4 or attn_mask is not None or rest.get("enable_gqa")
         if query.device.type != "meta" or plain:
-            result: Tensor = original(query, key, value, attn_mask, dropout_p, is_causal, **rest)
-        else:
-            fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-            result, _ = fused(query, key, value, dropout_p, is_causal, scale=rest.get("scale"))
-        return result
+            return original(query, key, value, attn_mask, dropout_p, is_causal, **rest)
+        fused = _aten._scaled_dot_product_flash_attention_for_cpu
+        return fused(query, key, value, dropout_p, is_causal, scale=rest.get("scale"))[0]
 
     functional: Any = F
     functional.scaled_dot_product_attention = attention

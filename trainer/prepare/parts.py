@@ -1,7 +1,6 @@
 """Builds the parts of a run from its configuration; every mistake in it shows up here."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,8 +10,6 @@ from torch import nn
 import moa
 from moa.files.reading import AdapterInfo
 from shards import (
-    DataConfig,
-    DataConfigError,
     Decoder,
     DomainStream,
     ShardIndex,
@@ -29,7 +26,7 @@ from trainer.prepare.batches import batch_arithmetic
 from trainer.prepare.footprint import forward_only
 from trainer.prepare.provenance import origin_of
 from trainer.prepare.text_head import use_text_head
-from trainer.process.errors import ConfigError
+from trainer.process.errors import ConfigError, noted
 from trainer.process.world import World
 
 
@@ -67,11 +64,6 @@ class Parts:
         return self.withheld[0]
 
     @property
-    def held_out_name(self) -> str:
-        """Name of the held-out domain."""
-        return self.index.domains[self.held_out]
-
-    @property
     def withheld_names(self) -> tuple[str, ...]:
         """Names of the domains that are not trained on, the target first."""
         return tuple(self.index.domains[number] for number in self.withheld)
@@ -80,10 +72,7 @@ class Parts:
 def build(config: RunConfig, world: World, problems: Sequence[str] = ()) -> Parts:
     """Builds and checks all parts; what needs no weights first, and all of that together.
 
-    Args:
-        config: the run.
-        world: its processes.
-        problems: what else was found wrong with the configuration.
+    `problems` that were found with the configuration before are told with it.
 
     Raises:
         ConfigError, MoAConfigError, DataConfigError: a setting that cannot work.
@@ -102,23 +91,17 @@ def build(config: RunConfig, world: World, problems: Sequence[str] = ()) -> Part
     on_device = config.data.augment_on == "device"
     make_transform = loader_transform if on_device else train_transform
     stream = DomainStream(
-        index,
-        sources=[n for n in range(len(index.domains)) if n not in withheld],
-        batch_per_domain=settings.batch_per_domain,
-        seed=settings.seed,
-        trial_seed=settings.trial_seed,
+        index, sources=[n for n in range(len(index.domains)) if n not in withheld],
+        batch_per_domain=settings.batch_per_domain, seed=settings.seed,
+        trial_seed=settings.trial_seed, holdout_fraction=config.data.holdout_fraction,
+        mode=config.data.order, window=config.data.order_window,
         transform=make_transform(backbone.data_config, config.data.resolved_augment()),
-        mode=config.data.order,
-        window=config.data.order_window,
-        holdout_fraction=config.data.holdout_fraction,
-        decoder=decoder(config.data),
-    )
+        decoder=Decoder(config.data.decode, config.data.truncated),
+    )  # fmt: skip
     stream.check_world_size(world.size, settings.accumulation)
     _check_splits(config, index, withheld)
-    bf16 = settings.precision == "bf16"
-    resolved = deepspeed_json.resolve(
-        config, world.size, stream.global_batch, bf16, report.trainable
-    )
+    bf16, images = settings.precision == "bf16", stream.global_batch
+    resolved = deepspeed_json.resolve(config, world.size, images, bf16, report.trainable)
     info = AdapterInfo(
         backbone.name, backbone.sha256, config.moa, index.classes, backbone.data_config,
         origin=origin_of(config, index, withheld, world), head=head,
@@ -129,46 +112,29 @@ def build(config: RunConfig, world: World, problems: Sequence[str] = ()) -> Part
 def _checked(
     config: RunConfig, world: World, problems: list[str]
 ) -> tuple[RunConfig, ShardIndex, tuple[int, ...], bool]:
-    """Finds every mistake that shows without weights.
+    """Finds every mistake that shows without weights, and tells all of them, one a line.
 
     Returns:
         The configuration with everything filled in, the shard set, the numbers of the domains that
         are not trained on, and whether ZeRO-3 shards the model.
-
-    Raises:
-        ConfigError: all of them, one a line.
-        DamagedDataError: the shard set is not what its index promises.
     """
-    with _noted(problems):
+    with noted(problems):
         check_backbone(config.model)
-    sharded, global_batch = False, None
-    with _noted(problems):
+    sharded = False
+    with noted(problems):
         sharded = deepspeed_json.read(config)["zero_optimization"].get("stage") == 3
-    with _noted(problems):
+    with noted(problems):
         check_expert_parallel(config.moa, world.size, sharded)
-    with _noted(problems):
+    with noted(problems):
         index = open_shards(config.data)
         config, withheld = _resolve(config, index)
-        global_batch = batch_arithmetic(
-            config, world.size, len(index.domains), len(index.domains) - len(withheld), {}
-        ).global_batch
-    if global_batch is not None:
-        with _noted(problems):
-            deepspeed_json.resolve(
-                config, world.size, global_batch, config.train.precision == "bf16"
-            )
+        domains = len(index.domains)
+        batches = batch_arithmetic(config, world.size, domains, domains - len(withheld), {})
+        bf16 = config.train.precision == "bf16"
+        deepspeed_json.resolve(config, world.size, batches.global_batch, bf16)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys("\n".join(problems).splitlines())))
     return config, index, withheld, sharded
-
-
-@contextmanager
-def _noted(problems: list[str]) -> Iterator[None]:
-    """Collects what is wrong with the configuration instead of raising it."""
-    try:
-        yield
-    except (ConfigError, moa.MoAConfigError, DataConfigError) as error:
-        problems.append(str(error))
 
 
 def check_expert_parallel(adapters: moa.MoAConfig, processes: int, sharded: bool) -> None:
@@ -185,11 +151,6 @@ def check_expert_parallel(adapters: moa.MoAConfig, processes: int, sharded: bool
             f"moa.ep_size: {size} with ZeRO-3, which shards experts itself and whose engine knows "
             "no expert parallelism; use --moa.ep_size 1, or --ds_config ds_configs/zero2.json"
         )
-
-
-def decoder(data: DataConfig) -> Decoder:
-    """What decodes the images of a run."""
-    return Decoder(data.decode, data.truncated)
 
 
 def _resolve(config: RunConfig, index: ShardIndex) -> tuple[RunConfig, tuple[int, ...]]:
@@ -220,8 +181,9 @@ def _check_splits(config: RunConfig, index: ShardIndex, withheld: tuple[int, ...
                 f"{domain!r} is not one image to validate on; raise it"
             )
         given = "exclude_list" if config.data.exclude_list else "include_list"
+        use = "tested" if number in withheld else "validated"
         raise ConfigError(
             f"data.{given}: leaves no image of the {split!r} split of {domain!r}, on which this "
-            "run would be " + ("tested" if number in withheld else "validated") + "; keep some of "
-            "them: the split follows from train.trial_seed and data.holdout_fraction"
+            f"run would be {use}; keep some of them: the split follows from train.trial_seed and "
+            "data.holdout_fraction"
         )

@@ -22,21 +22,13 @@ def origin_of(
     """The origin of every adapter that a run writes; the first domain withheld is the target."""
     fraction, trial_seed = config.data.holdout_fraction, config.train.trial_seed
     return Origin(
-        dataset=index.dataset,
-        domains=index.domains,
-        held_out=index.domains[withheld[0]],
+        dataset=index.dataset, domains=index.domains, held_out=index.domains[withheld[0]],
         also_held_out=tuple(index.domains[number] for number in withheld[1:]),
-        trial_seed=trial_seed,
-        holdout_fraction=fraction,
-        seed=config.train.seed,
-        data_hash=data_hash(index),
-        split_hash=split_hash(index, trial_seed, fraction),
-        command=shown_command(sys.argv),
-        processes=world.size,
-        weights=config.model.weights,
-        decode=config.data.decode,
-        truncated=config.data.truncated,
-    )
+        trial_seed=trial_seed, holdout_fraction=fraction, seed=config.train.seed,
+        data_hash=data_hash(index), split_hash=split_hash(index, trial_seed, fraction),
+        command=shown_command(sys.argv), processes=world.size, weights=config.model.weights,
+        decode=config.data.decode, truncated=config.data.truncated,
+    )  # fmt: skip
 
 
 def shown_command(argv: Sequence[str]) -> str:

@@ -28,7 +28,7 @@ from moa.model.injection import classifier
 from shards import ShardIndex, eval_transform, evaluation_loader
 from trainer.config.class_texts import read_class_names, read_templates, spoken_names
 from trainer.config.run_config import RunConfig
-from trainer.prepare.backbone import UNREADABLE, Backbone
+from trainer.prepare.backbone import UNREADABLE, Backbone, short_reason
 from trainer.process.errors import ConfigError, did_you_mean
 
 SCHEMES = ("hf-hub:", "local-dir:")
@@ -63,8 +63,7 @@ class TextModel:
 def text_model_of(backbone: str) -> str | None:
     """`NAME:TAG` of the open_clip model whose visual tower a timm name stands for, if known."""
     table = yaml.safe_load(Path(__file__).with_name("clip_models.yaml").read_text(encoding="utf-8"))
-    name: str | None = table.get(backbone.replace("_quickgelu", ""))
-    return name
+    return table.get(backbone.replace("_quickgelu", ""))  # type: ignore[no-any-return]
 
 
 def load_text_model(source: str) -> TextModel:
@@ -79,8 +78,9 @@ def load_text_model(source: str) -> TextModel:
         raise ConfigError(
             "model.head_init: text needs open_clip; pip install 'moa-trainer[text]'"
         ) from error
-    name, _, weights = source.partition(":")
+    name, weights = source, ""
     if not source.startswith(SCHEMES):
+        name, _, weights = source.partition(":")
         if name not in open_clip.list_models():
             hint = did_you_mean(name, open_clip.list_models())
             raise ConfigError(f"model.text_model: open_clip has no model {name!r}{hint}")
@@ -90,17 +90,14 @@ def load_text_model(source: str) -> TextModel:
                 f"{', '.join(open_clip.list_pretrained_tags_by_model(name)) or '(none)'}, or "
                 f"{name}:FILE"
             )
-    whole = source if source.startswith(SCHEMES) else name
-    tag = None if source.startswith(SCHEMES) else weights
     try:
-        model = open_clip.create_model(whole, pretrained=tag, require_pretrained=True)
-        tokenizer = open_clip.get_tokenizer(whole)
+        model = open_clip.create_model(name, pretrained=weights or None, require_pretrained=True)
+        tokenizer = open_clip.get_tokenizer(name)
     except UNREADABLE as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ConfigError(
-            f"model.text_model: {source} cannot be had ({reason}). Without a network, download it "
-            "elsewhere and give --model.text_model NAME:FILE or local-dir:FOLDER, or copy the "
-            "hub's cache and set HF_HOME"
+            f"model.text_model: {source} cannot be had ({short_reason(error)}). Without a network, "
+            "download it elsewhere and give --model.text_model NAME:FILE or local-dir:FOLDER, or "
+            "copy the hub's cache and set HF_HOME"
         ) from error
     return TextModel(model.eval(), tokenizer)
 
@@ -120,11 +117,11 @@ def mean_length(model: nn.Module, images: Tensor, projection: nn.Linear) -> floa
 def fill_head(
     head: nn.Module, text: Tensor, projection: nn.Linear, scale: float, bias: float = 0.0
 ) -> None:
-    """Writes the text embeddings T into the classifier [C, D], as the module says.
+    """Writes text embeddings T [C, P] into a linear classifier [C, D], as the module says.
 
     Args:
-        head: linear layer.
-        text: T [C, P].
+        head: the classifier.
+        text: T.
         projection: W and b.
         scale: s / m.
         bias: what CLIP itself adds to every score.
@@ -196,10 +193,6 @@ def use_text_head(
     scale = text_model.scale() / length
     fill_head(classifier(backbone.model), embeddings, projection, scale, text_model.bias())
     return {
-        "init": "text",
-        "text_model": source,
-        "templates": list(templates),
-        "class_texts": names,
-        "scale": text_model.scale(),
-        "mean_length": length,
-    }
+        "init": "text", "text_model": source, "templates": list(templates), "class_texts": names,
+        "scale": text_model.scale(), "mean_length": length,
+    }  # fmt: skip

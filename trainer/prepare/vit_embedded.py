@@ -32,33 +32,20 @@ GLYPH_CLASSES: tuple[str, ...] = (
 )
 """One string per class, listing the characters that belong to it."""
 
-_MODEL_ARGS: dict[str, Any] = {
-    "img_size": IMAGE_SIZE,
-    "patch_size": 8,
-    "embed_dim": 128,
-    "depth": 6,
-    "num_heads": 4,
-}
+_SIZES: dict[str, Any] = {"patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
 
 default_cfgs = generate_default_cfgs(
     {
         "vit_embedded.glyphs": {
-            "file": str(WEIGHTS_PATH),
-            "num_classes": len(GLYPH_CLASSES),
-            "label_names": GLYPH_CLASSES,
-            "input_size": (3, IMAGE_SIZE, IMAGE_SIZE),
-            "fixed_input_size": True,
-            "pool_size": None,
-            "crop_pct": 1.0,
-            "interpolation": "bicubic",
-            "mean": (0.5, 0.5, 0.5),
-            "std": (0.5, 0.5, 0.5),
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-            "license": "apache-2.0",
+            "file": str(WEIGHTS_PATH), "license": "apache-2.0",
+            "num_classes": len(GLYPH_CLASSES), "label_names": GLYPH_CLASSES,
+            "input_size": (3, IMAGE_SIZE, IMAGE_SIZE), "fixed_input_size": True,
+            "pool_size": None, "crop_pct": 1.0, "interpolation": "bicubic",
+            "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5),
+            "first_conv": "patch_embed.proj", "classifier": "head",
         }
     }
-)
+)  # fmt: skip
 
 
 def _require_weights(kwargs: dict[str, Any]) -> None:
@@ -95,6 +82,6 @@ def vit_embedded(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
             "vit_embedded",
             pretrained,
             feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-            **(_MODEL_ARGS | kwargs),
+            **({"img_size": IMAGE_SIZE} | _SIZES | kwargs),
         ),
     )

@@ -1,7 +1,8 @@
 """How a run ends: exit codes, and the errors that carry them to the command line."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from moa.errors import AdapterError, MissingAdapterError, MoAConfigError
@@ -35,16 +36,20 @@ class TrainingInvalidError(RuntimeError):
 
 
 class PeerLostError(RuntimeError):
-    """Another process of the run is gone or hangs.
-
-    Args:
-        message: which one, and where it was.
-        code: exit code; that of the other process where it left one.
-    """
+    """Another process of the run is gone or hangs; `code` is its exit code, where it left one."""
 
     def __init__(self, message: str, code: int = PEER_LOST) -> None:
         super().__init__(message)
         self.code = code
+
+
+@contextmanager
+def noted(problems: list[str]) -> Iterator[None]:
+    """Collects what is wrong with a configuration instead of raising it."""
+    try:
+        yield
+    except (ConfigError, MoAConfigError, DataConfigError) as error:
+        problems.append(str(error))
 
 
 def cannot_write(flag: str, folder: Path, error: OSError) -> OutputError:
@@ -78,7 +83,4 @@ def exit_code(error: Exception) -> int | None:
     """The exit code that `error` stands for, or None if it is a defect of ours."""
     if isinstance(error, PeerLostError):
         return error.code
-    for kind, code in EXIT_CODES.items():
-        if isinstance(error, kind):
-            return code
-    return None
+    return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), None)

@@ -27,8 +27,12 @@ REASONS = (*(number.name for number in SIGNALS), "the time limit")
 
 Part = Literal["step", "evaluation", "save", "write"]
 
-_UNITS = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
-_SLURM = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+# Forms of a duration: groups of days, hours, minutes and seconds.
+_DURATIONS = (
+    r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?",
+    r"(\d+)-(\d+)(?::(\d+))?(?::(\d+))?",
+    r"()(?:(\d+):)?(\d+):(\d+)",
+)
 
 
 class Stopped(BaseException):
@@ -50,19 +54,12 @@ def seconds_of(text: str) -> float:
     Raises:
         ValueError: not a duration, or not longer than nothing.
     """
-    days = hours = minutes = seconds = 0
-    if text and (match := _UNITS.fullmatch(text)):
-        days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    elif match := _SLURM.fullmatch(text):
-        parts = [int(part) for part in match.groups()[1:] if part is not None]
-        if match[1] is not None:  # days-hours[:minutes[:seconds]]
-            days, (hours, minutes, seconds) = int(match[1]), (*parts, 0, 0)[:3]
-        elif len(parts) > 1:  # [hours:]minutes:seconds
-            hours, minutes, seconds = (0, *parts)[-3:]
-    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-    if not total:
-        raise ValueError(f"{text!r} is not a duration")
-    return float(total)
+    for form in _DURATIONS:
+        if match := re.fullmatch(form, text):
+            days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+            if total := ((days * 24 + hours) * 60 + minutes) * 60 + seconds:
+                return float(total)
+    raise ValueError(f"{text!r} is not a duration")
 
 
 class Stopping:

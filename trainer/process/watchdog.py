@@ -82,7 +82,6 @@ class Watchdog:
         self.first_step, self.quiet = step, 0.0
         self._place, self._moves, self._beats, self._moves_before = (step, BUILDING), 0, 0, 0
         self._reference: dict[int, Beat] = {}
-        self._error: Exception | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -98,8 +97,7 @@ class Watchdog:
         self._ended.set()
         self._thread.join()
         if error is not None:
-            self._error = error
-            self._beat()
+            self._beat(error)
             return
         with suppress(OSError):
             self._path(self.world.rank).unlink()
@@ -134,21 +132,19 @@ class Watchdog:
     def _path(self, rank: int) -> Path:
         return self.folder / "heartbeats" / f"rank-{rank:05d}.json"
 
-    def _beat(self) -> None:
+    def _beat(self, error: Exception | None = None) -> None:
         """Writes this rank's state; a file system that fails now and then does no harm."""
         self._beats += 1
-        step, phase = self._place
         ended, code = "", None
-        if self._error is not None and not isinstance(self._error, PeerLostError):
-            lines = str(self._error).splitlines() or [""]
-            ended, code = f"{type(self._error).__name__}: {lines[0]}", exit_code(self._error)
-        beat = self._own = Beat(
-            self.world.rank, socket.gethostname(), os.getpid(), self._beats, self._moves, step,
-            phase, ended, code,
+        if error is not None and not isinstance(error, PeerLostError):
+            ended, code = f"{type(error).__name__}: {error}".splitlines()[0], exit_code(error)
+        self._own = Beat(
+            self.world.rank, socket.gethostname(), os.getpid(), self._beats, self._moves,
+            *self._place, ended, code,
         )  # fmt: skip
         path = self._path(self.world.rank)
         with suppress(OSError):
-            path.with_suffix(".tmp").write_text(json.dumps(asdict(beat)), encoding="utf-8")
+            path.with_suffix(".tmp").write_text(json.dumps(asdict(self._own)), encoding="utf-8")
             path.with_suffix(".tmp").replace(path)
 
     def _all_beats(self) -> dict[int, Beat]:
@@ -201,9 +197,9 @@ class Watchdog:
 
     def _silent(self, now: dict[int, Beat]) -> set[int]:
         """The ranks of which no heart beat was seen since the reference."""
-        others = set(range(self.world.size)) - {self.world.rank}
-        alive = {r for r in now.keys() & self._reference if now[r].beats > self._reference[r].beats}
-        return others - alive
+        before = self._reference
+        alive = {rank for rank in now.keys() & before if now[rank].beats > before[rank].beats}
+        return set(range(self.world.size)) - {self.world.rank} - alive
 
     def _verdict(self, now: dict[int, Beat], silent: set[int]) -> str:
         failed = [str(now[rank]) for rank in sorted(silent & now.keys()) if now[rank].ended]

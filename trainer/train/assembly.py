@@ -5,6 +5,7 @@ from functools import partial
 
 from rich.console import Console
 
+from shards import Decoder
 from trainer.checkpoint import checkpoint
 from trainer.checkpoint.atomic_file import replace_text
 from trainer.checkpoint.run_folder import RunFolder
@@ -13,7 +14,7 @@ from trainer.engine.collectives import sum_over_ranks
 from trainer.engine.engine import Engine, restore_weights
 from trainer.evaluate.evaluator import Evaluator
 from trainer.monitor.monitor import Monitor
-from trainer.prepare.parts import Parts, decoder
+from trainer.prepare.parts import Parts
 from trainer.process.stopping import Stopping
 from trainer.process.watchdog import EVALUATING, Watchdog
 from trainer.process.world import World
@@ -92,7 +93,7 @@ def assemble(
         world=world,
         device=engine.device,
         dtype=engine.dtype,
-        decoder=decoder(config.data),
+        decoder=Decoder(config.data.decode, config.data.truncated),
         max_bad_fraction=config.data.max_bad_fraction,
         sum_over_ranks=sum_over_ranks,
         pause=pause,

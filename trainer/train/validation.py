@@ -184,6 +184,6 @@ def evaluate_zero_shot(
         replace_text(folder.path / ZERO_SHOT, json.dumps(row) + "\n")
         log.info(
             "zero-shot, before training: %.3f on held-out %s, %.3f in validation",
-            columns[f"env{parts.held_out}_in_acc"], parts.held_out_name,
+            columns[f"env{parts.held_out}_in_acc"], parts.withheld_names[0],
             validation_accuracy(row, parts.withheld),
         )  # fmt: skip

@@ -5,4 +5,3 @@ import pytest
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     """Storage that fails is asked again at once."""
     monkeypatch.setattr("shards.read.retry.PAUSE", 0)
-    monkeypatch.setattr("shards.read.shard_reader.PAUSE", 0)

@@ -250,7 +250,7 @@ class FlakyDisk:
 def test_storage_errors_are_retried(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = collect(stream_of(index), 0, 1)
     monkeypatch.setattr(index.reader, "retries", 2)
-    monkeypatch.setattr("shards.read.shard_reader.PAUSE", 0)
+    monkeypatch.setattr("shards.read.retry.PAUSE", 0)
     disk = FlakyDisk(2)
     monkeypatch.setattr(os, "pread", disk)
     assert_equal(collect(stream_of(index), 0, 1), expected)
@@ -262,7 +262,7 @@ def test_storage_that_keeps_failing_stops_the_run(
     index: ShardIndex, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     monkeypatch.setattr(index.reader, "retries", 2)
-    monkeypatch.setattr("shards.read.shard_reader.PAUSE", 0)
+    monkeypatch.setattr("shards.read.retry.PAUSE", 0)
     disk = FlakyDisk(10**9)
     monkeypatch.setattr(os, "pread", disk)
     with pytest.raises(StorageError, match=r"\w-\d+\.tar: Input/output error after 3 attempts"):

@@ -21,7 +21,7 @@ from trainer.checkpoint.run_folder import RunFolder, read_rows
 from trainer.checkpoint.save_queue import SaveQueue
 from trainer.config.command_line import parse
 from trainer.config.resume_rules import FIXED, FREE, LEAKING
-from trainer.config.run_config import RunConfig, flat, flat_fields
+from trainer.config.run_config import RunConfig, flat
 from trainer.process.ending import conclude
 from trainer.process.errors import ConfigError, OutputError, exit_code
 from trainer.process.world import ALONE
@@ -304,7 +304,7 @@ def test_each_change_is_refused_with_old_and_new_value_unless_allowed(
 @pytest.mark.parametrize("name", sorted(n for n in CHANGED if n.startswith("moa.")))
 def test_what_cannot_change_is_what_the_checkpoint_would_not_fit(name: str) -> None:
     """Every setting of the adapters that is not free: no other list of them can be forgotten."""
-    adapters = {n for n in flat_fields(RunConfig()) if n.startswith("moa.") and n not in FREE}
+    adapters = {n for n in flat(RunConfig()) if n.startswith("moa.") and n not in FREE}
     assert adapters <= CHANGED.keys()
     places = []
     for changes in ((), (f"--{name}={CHANGED[name]}",)):
@@ -347,7 +347,7 @@ def test_allowing_what_is_no_setting_is_an_error() -> None:
     assert parse(["--checkpoint.allow_changes=[optim.lr, data]"]).checkpoint.allow_changes
     with pytest.raises(ConfigError, match=r"'optim\.rl' is no setting; did you mean 'optim\.lr'"):
         parse(["--checkpoint.allow_changes=[optim.rl]"])
-    assert "checkpoint.background" in flat_fields(parse([]))
+    assert "checkpoint.background" in flat(parse([]))
 
 
 def test_the_closing_evaluation_is_cut_back_alone(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_recipe_takes_a_step(name: str, sets: Path) -> None:
     config = replace(config, model=ModelConfig(backbone="vit_embedded.glyphs"))
     world = World(0, 1, 0, 1)
     parts = build(config, world)
-    assert parts.held_out_name == (DATASETS[dataset].domains or ())[-1]
+    assert parts.withheld_names[0] == (DATASETS[dataset].domains or ())[-1]
     batch = next(iter(parts.stream.loader(0, 1, world.rank, world.size)))
     images = finish_images(batch, torch.device("cpu"), parts.info.data_config)
     model = parts.model.train()
