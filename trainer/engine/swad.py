@@ -10,7 +10,7 @@ all above the level; as long as there are none it goes on to the last step. A ru
 averages all its steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf, isfinite
 from typing import Any
@@ -141,7 +141,7 @@ class Swad:
         waiting = {f"waiting{number}": mean for number, mean in enumerate(self.waiting)}
         return {"kept": self.kept, "open": self.open, **waiting}
 
-    def restored(self, facts: dict[str, Any], values: dict[str, list[Tensor]]) -> "Swad":
+    def restored(self, facts: dict[str, Any], values: Mapping[str, list[Tensor] | None]) -> "Swad":
         """With these settings, and what `facts` and `means` told."""
         means = {name: Mean(n, values.get(name)) for name, n in facts["counts"].items()}
         return replace(

@@ -35,6 +35,7 @@ class Candidate:
         return {"step": self.step, "validation": self.validation, "results": dict(self.results)}
 
 
+@dataclass
 class Best:
     """The best evaluation, and whether a longer run would have made it.
 
@@ -43,8 +44,8 @@ class Best:
     it: the longer run goes on from the former.
     """
 
-    def __init__(self, regular: Candidate | None = None, closing: Candidate | None = None) -> None:
-        self.regular, self.closing = regular, closing
+    regular: Candidate | None = None
+    closing: Candidate | None = None
 
     @property
     def current(self) -> Candidate | None:
