@@ -20,11 +20,6 @@ from trainer.engine.swad import Swad
 EMA, SWAD = "ema", "swad"
 
 
-def prefixed(name: str, columns: Mapping[str, float]) -> dict[str, float]:
-    """An average's columns in the rows of evaluations: `moa/ema/env0_in_acc`."""
-    return {f"moa/{name}/{key.removeprefix('moa/')}": value for key, value in columns.items()}
-
-
 class Ema:
     """timm's `ModelEmaV3` over flat tensors, each in its own dtype.
 

@@ -27,9 +27,7 @@ class Engine(ZeroState):
 
     Args:
         model: the injected model; its trainable parameters are optimised, the rest is frozen.
-        config: the optimizer's settings.
         ds_json: complete DeepSpeed configuration (`trainer.config.deepspeed_json.resolve`).
-        world: this process.
         adapters: the configuration that `model` was injected with.
         tokens: tokens of an adapted layer in one micro-batch of this rank, by which expert
             parallelism chooses its transport.

@@ -16,10 +16,9 @@ from trainer.checkpoint.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class Candidate:
-    """An evaluated adapter.
+    """An adapter that was evaluated after `step`.
 
     Attributes:
-        step: the step after which it was evaluated.
         validation: mean accuracy on the sources' `out` splits.
         results: figures for its model card.
         tensors: fp32 values by name; empty on all ranks but the main one.

@@ -33,7 +33,6 @@ class Start:
     Attributes:
         checkpoint: folder to resume from; None starts afresh.
         step: completed optimizer steps.
-        finished: whether nothing is left to do.
         changes: settings that `--checkpoint.allow_changes` let differ from the checkpoint's, each
             with `step`, `setting`, `old` and `new`.
     """
@@ -116,7 +115,6 @@ def check_agreement(
     Args:
         old: the checkpoint's state.
         new: `state_of` the run that would go on from it.
-        folder: the run folder, for messages.
         allowed: settings that may differ; `data` stands for the data and the base weights.
 
     Returns:
