@@ -88,21 +88,13 @@ def assemble(
         stopping.pause()
 
     evaluator = Evaluator(
-        index=parts.index,
-        data_config=parts.info.data_config,
-        trial_seed=config.train.trial_seed,
-        holdout_fraction=config.data.holdout_fraction,
-        batch_size=config.train.eval_batch,
-        workers=config.data.workers,
-        world=world,
-        device=engine.device,
-        dtype=engine.dtype,
-        decoder=decoder(config.data),
-        max_bad_fraction=config.data.max_bad_fraction,
-        sum_over_ranks=sum_over_ranks,
-        pause=pause,
-        losses=config.average.swad,
-    )
+        index=parts.index, data_config=parts.info.data_config, decoder=decoder(config.data),
+        trial_seed=config.train.trial_seed, holdout_fraction=config.data.holdout_fraction,
+        batch_size=config.train.eval_batch, workers=config.data.workers,
+        max_bad_fraction=config.data.max_bad_fraction, losses=config.average.swad,
+        world=world, device=engine.device, dtype=engine.dtype,
+        sum_over_ranks=sum_over_ranks, pause=pause,
+    )  # fmt: skip
     if start.step == 0 and config.model.head_init == "text":
         # A signal ends it at once, and the same command starts again.
         alive = replace(evaluator, pause=partial(watch.note, EVALUATING))

@@ -80,8 +80,7 @@ def restored_best(checkpoint: Checkpoint, steps: int, eval_every: int) -> Best:
     """The best that an uninterrupted run of `steps` steps would know at the checkpoint."""
     facts, closing = checkpoint.state["best"], checkpoint.state["closing_best"]
     tensors = checkpoint.masters if checkpoint.best is None else checkpoint.best
-    regular = None if facts is None else Candidate(**facts, tensors=_copied(tensors))
-    best = Best(regular)
+    best = Best(facts and Candidate(**facts, tensors=_copied(tensors)))
     if closing is not None and not is_left_out(closing["step"], steps, eval_every):
         best.put(Candidate(**closing, tensors=_copied(checkpoint.masters)), eval_every)
     return best

@@ -110,12 +110,10 @@ def state_of(parts: Parts) -> dict[str, Any]:
 def check_agreement(
     old: Mapping[str, Any], new: Mapping[str, Any], folder: Path, allowed: Collection[str] = ()
 ) -> list[dict[str, Any]]:
-    """Refuses to go on with settings or data that would change the result.
+    """Refuses to go on from a state with settings or data that would change the result.
 
-    Args:
-        old: the checkpoint's state.
-        new: `state_of` the run that would go on from it.
-        allowed: settings that may differ; `data` stands for the data and the base weights.
+    `old` is the checkpoint's state, `new` is `state_of` the run that would go on from it. Settings
+    in `allowed` may differ; `data` stands for the data and the base weights.
 
     Returns:
         The differences let through, each with `setting`, `old` and `new`.
