@@ -85,16 +85,11 @@ def find_start(folder: RunFolder, parts: Parts) -> Start:
             log.warning(
                 "%(setting)s: %(old)r -> %(new)r, as --checkpoint.allow_changes says", change
             )
-        log.info("resumed after step %d from %s%s", step - 1, newest.folder, _lost(folder, step))
+        rows = read_rows(folder.metrics, torn=True) if folder.metrics.exists() else []
+        lost = sum(row["step"] >= step for row in rows)
+        again = f"; steps to repeat: {lost}" if lost else ""
+        log.info("resumed after step %d from %s%s", step - 1, newest.folder, again)
     return Start(newest.folder, step, finished, [{"step": step, **change} for change in changes])
-
-
-def _lost(folder: RunFolder, step: int) -> str:
-    """In words, how many steps on record come after the checkpoint."""
-    if not folder.metrics.exists():
-        return ""
-    lost = sum(row["step"] >= step for row in read_rows(folder.metrics, torn=True))
-    return f"; steps to repeat: {lost}" if lost else ""
 
 
 def state_of(parts: Parts) -> dict[str, Any]:
