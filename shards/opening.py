@@ -35,10 +35,7 @@ def open_shards(config: DataConfig) -> ShardIndex:
 def check_dataset(index: ShardIndex, spec: DatasetSpec, setting: str = "data.dataset") -> None:
     """Raises `DataConfigError` unless a set holds a dataset with its domains and classes in order.
 
-    Args:
-        index: the opened set.
-        spec: the dataset it should hold.
-        setting: what the user set, for the error message, which names the first difference.
+    The message names `setting`, which the user set, and the first difference.
     """
     here = f"{setting} = {spec.name!r}: the shard set in {index.root}"
     if index.dataset != spec.name:

@@ -84,15 +84,10 @@ def lora_down(experts: Sequence[LoRAExpert]) -> Tensor:
 
 
 def lora_delta(h: Tensor, experts: Sequence[LoRAExpert], columns: Tensor | None) -> Tensor:
-    """Sum over experts of `gate_e * up_e down_e x`.
+    """Sum over experts of `gate_e * up_e down_e x`, [N, O] in the experts' dtype.
 
-    Args:
-        h: the first product, x lora_down^T, [N, R].
-        experts: E experts of any ranks.
-        columns: weight [N, R] or [1, R] of each token's rank columns, or None for a weight of one.
-
-    Returns:
-        [N, O], dtype of the experts.
+    `h` [N, R] is the first product, x lora_down^T. `columns` [N, R] or [1, R] weighs each token's
+    rank columns; None is a weight of one.
     """
     up = _filled([e.up for e in experts], dim=1)  # [O, R]
     return _weighted(h, columns).to(up.dtype) @ up.T
@@ -104,16 +99,8 @@ def kronecker_delta(
     """Sum over experts of `gate_e * x H_e` without forming any H_e.
 
     With X = x viewed as [N, P, D/P]: Z[p] = (sum_a u_p[a] X[:, a, :]) left[p] over all ranks at
-    once, gated, then Y[p] = Z[p] right[p] and y[:, b, :] = sum_p v_p[b] Y[p].
-
-    Args:
-        x: tokens [N, D].
-        experts: E experts of any ranks.
-        columns: as in `lora_delta`.
-        rule: the shared slow weights.
-
-    Returns:
-        [N, O], dtype of `x`.
+    once, gated, then Y[p] = Z[p] right[p] and y[:, b, :] = sum_p v_p[b] Y[p]. `columns` are as in
+    `lora_delta`. From tokens [N, D] to [N, O], in the dtype of `x`.
     """
     left = _filled([e.left for e in experts], dim=2)  # [P, D/P, R]
     right = _filled([e.right for e in experts], dim=1)  # [P, R, O/P]
@@ -217,10 +204,7 @@ def kronecker_matrix(expert: KroneckerExpert, rule: KroneckerRule) -> Tensor:
 def dense_delta(x: Tensor, matrices: Sequence[Tensor], gates: Tensor | None) -> Tensor:
     """Sum over experts of `gate_e * x H_e`, [N, O], slow and obvious.
 
-    Args:
-        x: tokens [N, D].
-        matrices: the H_e [D, O].
-        gates: [N, E], or None for a weight of one.
+    From tokens [N, D], the H_e [D, O], and gates [N, E] or None for a weight of one.
     """
     total = torch.zeros((), dtype=x.dtype, device=x.device)
     for e, matrix in enumerate(matrices):

@@ -88,18 +88,14 @@ class MoALinear(nn.Module):
         self._random = config.expert_dropout > 0 or (config.routed and config.gate_noise > 0)
         self.bias: nn.Parameter | None = None
         if config.kronecker:
-            self._add_rule(kron_rule)
+            check_kron_dim(base, config.kron_dim, "the layer")
+            self.bias = nn.Parameter(base.weight.new_zeros(self.out_features))
+            if kron_rule is None:
+                self.kron_rule = kron_rule = KroneckerRule(config.kron_dim, base.weight)
+            self._shared_rule = (kron_rule,)
         self.experts = nn.ModuleList(self._expert(rank) for rank in self.ranks)
         self.shared_expert = self._expert(config.shared_rank) if config.shared_rank else None
         self.router = make_router(config, self.in_features, base.weight)
-
-    def _add_rule(self, kron_rule: KroneckerRule | None) -> None:
-        dim, weight = self.config.kron_dim, self.base.weight
-        check_kron_dim(self.base, dim, "the layer")
-        self.bias = nn.Parameter(weight.new_zeros(self.out_features))
-        if kron_rule is None:
-            self.kron_rule = kron_rule = KroneckerRule(dim, weight)
-        self._shared_rule = (kron_rule,)
 
     def _expert(self, rank: int) -> LoRAExpert | KroneckerExpert:
         sizes, weight = (self.in_features, self.out_features, rank), self.base.weight
@@ -189,35 +185,29 @@ class MoALinear(nn.Module):
         rule: Any,
     ) -> Tensor:
         """The experts' sum [N, O]."""
-        experts = self.all_experts()
+        experts, routed, columns = self.all_experts(), None, None
         if self.exchange is not None:
             assert gates is not None
             routed = self.exchange(tokens, gates, rule)
-            return routed + self._local_delta(tokens, experts, None, h, rule) if experts else routed
-        if gates is not None and self.shared_expert is not None:
-            gates = torch.cat([gates, torch.ones_like(gates[:, :1])], dim=1)
-        if self.config.kron_impl == "dense":
-            return self._dense_delta(tokens, experts, gates, key)
-        ranks = [*self.ranks, *([self.config.shared_rank] if self.config.shared_rank else [])]
-        columns, rate = gate_columns(gates, ranks), self.config.expert_dropout
-        if key is not None and rate > 0:
-            kept = uniform(key, *images_and_tokens(x, self.num_images), sum(ranks)) > rate
-            mask = fill(kept / (1 - rate), ranks)
-            columns = mask if columns is None else columns * mask
-        return self._local_delta(tokens, experts, columns, h, rule)
-
-    def _local_delta(
-        self,
-        tokens: Tensor,
-        experts: list[Any],
-        columns: Tensor | None,
-        h: Tensor | None,
-        rule: Any,
-    ) -> Tensor:
+            if not experts:
+                return routed
+        else:
+            if gates is not None and self.shared_expert is not None:
+                gates = torch.cat([gates, torch.ones_like(gates[:, :1])], dim=1)
+            if self.config.kron_impl == "dense":
+                return self._dense_delta(tokens, experts, gates, key)
+            ranks = [*self.ranks, *([self.config.shared_rank] if self.config.shared_rank else [])]
+            columns, rate = gate_columns(gates, ranks), self.config.expert_dropout
+            if key is not None and rate > 0:
+                kept = uniform(key, *images_and_tokens(x, self.num_images), sum(ranks)) > rate
+                mask = fill(kept / (1 - rate), ranks)
+                columns = mask if columns is None else columns * mask
         if self.config.kronecker:
-            return kronecker_delta(tokens, experts, columns, rule)
-        assert h is not None
-        return lora_delta(h, experts, columns)
+            delta = kronecker_delta(tokens, experts, columns, rule)
+        else:
+            assert h is not None
+            delta = lora_delta(h, experts, columns)
+        return delta if routed is None else routed + delta
 
     def _dense_delta(
         self, tokens: Tensor, experts: list[Any], gates: Tensor | None, key: Tensor | None

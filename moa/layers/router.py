@@ -65,9 +65,9 @@ class TokenRouter(nn.Module):
 
     balance_steps: Tensor | None
 
-    def __init__(self, steps: Tensor | None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("balance_steps", steps)
+        self.register_buffer("balance_steps", None)
 
     @property
     def weight(self) -> Tensor:
@@ -79,13 +79,11 @@ class CosineRouter(TokenRouter):
     """Routes by the cosine between a projected token and one embedding per expert.
 
     logits = exp(min(temperature, ln 100)) * cos(proj(x), embed_e). The scale starts at 2. The
-    parameters take dtype and device of `like`; `steps` are the `balance_steps`.
+    parameters take dtype and device of `like`.
     """
 
-    def __init__(
-        self, dim: int, num_experts: int, router_dim: int, like: Tensor, steps: Tensor | None = None
-    ) -> None:
-        super().__init__(steps)
+    def __init__(self, dim: int, num_experts: int, router_dim: int, like: Tensor) -> None:
+        super().__init__()
         self.proj = nn.Linear(dim, router_dim, device=like.device, dtype=like.dtype)
         self.embed = nn.Parameter(like.new_empty(router_dim, num_experts).normal_(0.0, 0.01))
         self.temperature = nn.Parameter(like.new_full((1,), math.log(1 / 0.5)))
@@ -146,10 +144,8 @@ def _scale(temperature: Tensor, dtype: torch.dtype) -> Tensor:
 class LinearRouter(TokenRouter):
     """Routes by a linear map of the token: logits = x embed, with `embed` [D, E]."""
 
-    def __init__(
-        self, dim: int, num_experts: int, like: Tensor, steps: Tensor | None = None
-    ) -> None:
-        super().__init__(steps)
+    def __init__(self, dim: int, num_experts: int, like: Tensor) -> None:
+        super().__init__()
         self.embed = nn.Parameter(like.new_empty(dim, num_experts).normal_(0.0, 0.01))
 
     @property
@@ -181,12 +177,14 @@ def make_router(config: MoAConfig, dim: int, like: Tensor) -> TokenRouter | Unif
     number = len(config.ranks or ())
     if config.router == "uniform":
         return UniformRouter(number, like)
-    steps = None
-    if config.balance == "bias":
-        steps = torch.zeros(number, dtype=torch.int64, device=like.device)
+    router: TokenRouter
     if config.router == "linear":
-        return LinearRouter(dim, number, like, steps)
-    return CosineRouter(dim, number, config.router_dim, like, steps)
+        router = LinearRouter(dim, number, like)
+    else:
+        router = CosineRouter(dim, number, config.router_dim, like)
+    if config.balance == "bias":
+        router.balance_steps = torch.zeros(number, dtype=torch.int64, device=like.device)
+    return router
 
 
 def choose(logits: Tensor, noise: Tensor | None, kept: int, bias: Tensor | None = None) -> Routing:

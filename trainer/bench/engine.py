@@ -97,10 +97,10 @@ def _steps(case: Case, rounds: int) -> dict[str, float | str]:
     built = time.perf_counter()
 
     def step() -> float:
-        loss = F.cross_entropy(ready(images).float(), labels)
+        loss = F.cross_entropy(ready.ds(images).float(), labels)
         loss = loss + moa.aux_loss(ready.module, collectives.differentiable_sum)
-        ready.backward(loss)
-        ready.step()
+        ready.ds.backward(loss)
+        ready.ds.step()
         return float(loss.detach())
 
     with ready.checks_gradients():

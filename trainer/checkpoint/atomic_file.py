@@ -13,11 +13,8 @@ from moa.files.atomic_folder import sync
 def replaced_file(path: Path, contended: bool = False) -> Iterator[Path]:
     """Yields another name to write to; what was written there takes the place of `path`.
 
-    Readers and crashes meet the old content or the new one, and an error leaves the old one.
-
-    Args:
-        path: the file; its folder must exist.
-        contended: whether other processes may do so at the same time; one has the last word.
+    Readers and crashes meet the old content or the new one, and an error leaves the old one. Where
+    it is `contended`, other processes may do so at the same time; one has the last word.
     """
     own = f".{uuid.uuid4().hex[:12]}" if contended else ""
     temporary = path.with_name(f"{path.name}{own}.tmp")

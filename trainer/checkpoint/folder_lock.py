@@ -44,10 +44,11 @@ class FolderLock:
             OutputError: another run holds it.
             OSError: the folder cannot be written.
         """
+        held = False
         try:
             self._lock.acquire(timeout=LEFT_BEHIND if is_alive(self.owner()) is False else 0)
-        except Timeout as error:
-            raise self._in_use() from error
+        except Timeout:
+            held = True
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
@@ -56,9 +57,13 @@ class FolderLock:
                 "from writing there, too", self.folder, error.strerror,
             )  # fmt: skip
         owner = self.owner()
-        if is_alive(owner):
+        if held or is_alive(owner):
             self._lock.release()
-            raise self._in_use()
+            raise OutputError(
+                f"output_dir: {self.folder} is in use by "
+                f"{describe(owner) if owner else 'another run'}; give another --output_dir or end "
+                "that run"
+            )
         if owner and owner.get("host") != socket.gethostname():
             log.warning("%s was held by %s, which left no lock", self.folder, describe(owner))
         self._written = identity()
@@ -81,17 +86,15 @@ class FolderLock:
             seen = (found.st_dev, found.st_ino, found.st_mtime_ns)
             if seen == self._seen:
                 return
-            text = self.note.read_text(encoding="utf-8")
+            if self.note.read_text(encoding="utf-8") == _text(self._written):
+                self._seen = seen
+                return
+            how = f"taken over by {describe(self.owner())}"
         except FileNotFoundError:
-            raise self._lost("removed") from None
+            how = "removed"
         except OSError:
             return  # a file system that fails now and then; the next check tells
-        if text != _text(self._written):
-            raise self._lost(f"taken over by {describe(self.owner())}")
-        self._seen = seen
-
-    def _lost(self, how: str) -> OutputError:
-        return OutputError(
+        raise OutputError(
             f"output_dir: {self.folder} (or {self.note.name} in it) was {how} while this run went "
             "on, which ends here"
         )
@@ -110,14 +113,6 @@ class FolderLock:
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
-
-    def _in_use(self) -> OutputError:
-        owner = self.owner()
-        who = describe(owner) if owner else "another run"
-        return OutputError(
-            f"output_dir: {self.folder} is in use by {who}; give another --output_dir or end that "
-            "run"
-        )
 
 
 def identity() -> dict[str, Any]:

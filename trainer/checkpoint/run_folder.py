@@ -56,8 +56,6 @@ class RunFolder:
             for adapter in (self.adapter, self.adapter_last, *self.averages):
                 recover_folder(adapter)
             shutil.rmtree(self.heartbeats, ignore_errors=True)  # of a start that failed
-        except OutputError:
-            raise
         except OSError as error:
             raise OutputError(
                 f"output_dir: cannot write {self.path} ({error.strerror}); give a writable "
@@ -131,10 +129,8 @@ class RunFolder:
     ) -> None:
         """Drops what a resumed run does again: rows of `first_step` and later.
 
-        Args:
-            first_step: the next training step.
-            first_evaluation: the same for evaluations, where it is another.
-            keeps_results: whether earlier rows of `results.jsonl` are still right.
+        Of evaluations it is those of `first_evaluation` and later, where that is another step, and
+        unless it `keeps_results` all rows of `results.jsonl`, of which none is right any more.
         """
         self._close_rows()
         self.done.unlink(missing_ok=True)

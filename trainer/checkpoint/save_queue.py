@@ -12,9 +12,6 @@ class SaveQueue:
 
     A save must own everything it reads, since training goes on meanwhile. A new save waits for the
     one before, so at most one is under way and none overtakes another.
-
-    Args:
-        background: whether saves run in the thread.
     """
 
     def __init__(self, background: bool) -> None:
@@ -41,7 +38,6 @@ class SaveQueue:
             pending.result()
 
     def __enter__(self) -> "SaveQueue":
-        """Ready for saves."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

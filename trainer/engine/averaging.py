@@ -20,11 +20,6 @@ from trainer.engine.swad import Swad
 EMA, SWAD = "ema", "swad"
 
 
-def prefixed(name: str, columns: Mapping[str, float]) -> dict[str, float]:
-    """An average's columns in the rows of evaluations: `moa/ema/env0_in_acc`."""
-    return {f"moa/{name}/{key.removeprefix('moa/')}": value for key, value in columns.items()}
-
-
 class Ema:
     """timm's `ModelEmaV3` over flat tensors, each in its own dtype.
 
@@ -79,8 +74,7 @@ class Averages:
             if SWAD in facts:
                 counts = facts[SWAD]["counts"]
                 shares = {n: self._shares(tensors, f"{SWAD}.{n}") for n in counts}
-                found = {n: values for n, values in shares.items() if values is not None}
-                self.swad = self.swad.restored(facts[SWAD], found)
+                self.swad = self.swad.restored(facts[SWAD], shares)
 
     def _shares(self, tensors: Mapping[str, Tensor], part: str) -> list[Tensor] | None:
         start = f"{part}|"
@@ -89,13 +83,10 @@ class Averages:
 
     def update(self) -> None:
         """Notes the weights after a step; nothing waits for the device."""
-        if self.ema is None and self.swad is None:
-            return
-        masters = self.engine.flat_masters()
         if self.ema is not None:
-            self.ema.update(masters)
+            self.ema.update(self.engine.flat_masters())
         if self.swad is not None:
-            self.swad.add(masters)
+            self.swad.add(self.engine.flat_masters())
 
     def after(self, loss: float, regular: bool) -> "Averages":
         """What an evaluation with this validation loss makes of them; these stay as they were.
@@ -119,23 +110,16 @@ class Averages:
 
     def tensors(self) -> dict[str, Tensor]:
         """For a checkpoint: `part|name` -> fp32 value; a collective."""
-        parts: dict[str, list[Tensor] | None] = {}
-        if self.ema is not None:
-            parts[EMA] = self.ema.values
-        if self.swad is not None:
-            parts |= {f"{SWAD}.{name}": mean.values for name, mean in self.swad.means().items()}
+        means = self.swad.means() if self.swad is not None else {}
+        parts = {EMA: self.ema.values} if self.ema is not None else {}
+        parts |= {f"{SWAD}.{name}": mean.values for name, mean in means.items() if mean.values}
         return {
             f"{part}|{name}": tensor
             for part, values in parts.items()
-            if values is not None
             for name, tensor in self.engine.whole(values).items()
         }
 
     def facts(self) -> dict[str, Any]:
         """For a checkpoint's state."""
-        result: dict[str, Any] = {}
-        if self.ema is not None:
-            result[EMA] = self.ema.count
-        if self.swad is not None:
-            result[SWAD] = self.swad.facts()
-        return result
+        found = {EMA: self.ema and self.ema.count, SWAD: self.swad and self.swad.facts()}
+        return {name: fact for name, fact in found.items() if fact is not None}

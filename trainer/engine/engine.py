@@ -1,6 +1,6 @@
 """The DeepSpeed engine: a model spread over the ranks, its optimizer, its steps."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,7 +8,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.moe.utils import configure_moe_param_groups
-from torch import Tensor, nn
+from torch import nn
 
 import moa
 from moa.layers.layer import moa_layers
@@ -19,10 +19,7 @@ from trainer.engine.zero_state import ZeroState
 from trainer.process.errors import CheckpointError, TrainingInvalidError
 from trainer.process.world import World
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-}
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
 class Engine(ZeroState):
@@ -30,9 +27,7 @@ class Engine(ZeroState):
 
     Args:
         model: the injected model; its trainable parameters are optimised, the rest is frozen.
-        config: the optimizer's settings.
         ds_json: complete DeepSpeed configuration (`trainer.config.deepspeed_json.resolve`).
-        world: this process.
         adapters: the configuration that `model` was injected with.
         tokens: tokens of an adapted layer in one micro-batch of this rank, by which expert
             parallelism chooses its transport.
@@ -71,26 +66,9 @@ class Engine(ZeroState):
         self.ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_json)
         self.dtype = next(model.parameters()).dtype
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Class scores [B, C] of images [B, 3, H, W]."""
-        scores: Tensor = self.ds(images)
-        return scores
-
-    def backward(self, loss: Tensor) -> None:
-        """Backward of one micro-batch; gradients are averaged over ranks and micro-batches."""
-        self.ds.backward(loss)
-
-    def step(self) -> None:
-        """Ends a micro-batch; after the last of a step, clips and updates."""
-        self.ds.step()
-
     def grad_norm(self) -> float:
         """Norm of the global gradient of the last update, before clipping."""
         return float(self.ds.get_global_grad_norm() or 0.0)
-
-    def learning_rate(self) -> float:
-        """The rate of the last update."""
-        return float(self.ds.get_lr()[0])
 
     @contextmanager
     def checks_gradients(self) -> Iterator[None]:
@@ -116,12 +94,6 @@ class Engine(ZeroState):
                 f"{len(self.trainables)} trainable tensors) in the first step; these would never "
                 "train"
             )
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Gives Adam its fp32 masters, moments and step count back."""
-        # Adam has not seen the steps that were left out.
-        step = int(checkpoint.state["step"]) - int(checkpoint.state.get("skipped_steps", 0))
-        self.write(checkpoint.masters, checkpoint.moments, step)
 
 
 def _partition(model: nn.Module, ds_json: dict[str, Any], device: torch.device) -> None:

@@ -10,8 +10,9 @@ all above the level; as long as there are none it goes on to the last step. A ru
 averages all its steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from math import inf, isfinite
 from typing import Any
 
@@ -21,12 +22,7 @@ from torch import Tensor
 
 @dataclass
 class Mean:
-    """The running mean of lists of tensors.
-
-    Attributes:
-        count: how many lists it is of.
-        values: the mean; None before the first.
-    """
+    """The running mean of `count` lists of tensors; None before the first."""
 
     count: int = 0
     values: list[Tensor] | None = None
@@ -42,7 +38,6 @@ class Mean:
 
     @torch.no_grad()
     def __add__(self, other: "Mean") -> "Mean":
-        """The mean of both; neither changes."""
         if self.values is None or other.values is None:
             return self if other.values is None else other
         total = self.count + other.count
@@ -115,10 +110,7 @@ class Swad:
 
     def _above(self) -> int:
         """How many losses at the end are above the level."""
-        number = 0
-        while number < len(self.losses) and self.losses[-1 - number] > self.level:
-            number += 1
-        return number
+        return len(list(takewhile(lambda loss: loss > self.level, reversed(self.losses))))
 
     def _settled(self, waiting: int) -> "Swad":
         """With all but the last `waiting` whole segments in what is kept."""
@@ -141,7 +133,7 @@ class Swad:
         waiting = {f"waiting{number}": mean for number, mean in enumerate(self.waiting)}
         return {"kept": self.kept, "open": self.open, **waiting}
 
-    def restored(self, facts: dict[str, Any], values: dict[str, list[Tensor]]) -> "Swad":
+    def restored(self, facts: dict[str, Any], values: Mapping[str, list[Tensor] | None]) -> "Swad":
         """With these settings, and what `facts` and `means` told."""
         means = {name: Mean(n, values.get(name)) for name, n in facts["counts"].items()}
         return replace(

@@ -28,17 +28,12 @@ EXPERT_PARALLEL = "expert_parallel"
 
 
 class ZeroState:
-    """Masters and moments under a DeepSpeed engine; every method is a collective.
-
-    Attributes:
-        ds: the engine.
-        module: its model.
-        trainables: name -> parameter, in the model's order.
-    """
+    """Masters and moments of a module under the engine `ds`; every method is a collective."""
 
     ds: Any
     module: nn.Module
     trainables: Mapping[str, nn.Parameter]
+    """name -> parameter, in the model's order"""
 
     def masters(self) -> dict[str, Tensor]:
         """fp32 values of all trainables, and as it is what training moves without a gradient."""

@@ -64,11 +64,16 @@ def assemble(
     engine = Engine(
         parts.model, config.optim, parts.ds_json, world, config.moa, parts.tokens(world)
     )
-    if resumed is not None:
-        engine.restore(resumed)
-    state = resumed.state | {"changes": resumed.state["changes"] + start.changes} if resumed else {}
     schedule = (config.train.steps, config.train.eval_every)
-    best = restored_best(resumed, *schedule) if resumed else Best()
+    if resumed is None:
+        state, best, averages = {}, Best(), Averages(config.average, engine)
+    else:
+        state = resumed.state | {"changes": resumed.state["changes"] + start.changes}
+        # Adam has not seen the steps that were left out.
+        adam_steps = int(state["step"]) - int(state.get("skipped_steps", 0))
+        engine.write(resumed.masters, resumed.moments, adam_steps)
+        best = restored_best(resumed, *schedule)
+        averages = Averages(config.average, engine, resumed.averages, state.get("averages"))
     if world.is_main:
         last_again = bool(state.get("evaluation_due")) or is_left_out(start.step - 1, *schedule)
         checkpoint.set_aside_newer(folder.checkpoints, start.step)
@@ -84,25 +89,16 @@ def assemble(
         stopping.pause()
 
     evaluator = Evaluator(
-        index=parts.index,
-        data_config=parts.info.data_config,
-        trial_seed=config.train.trial_seed,
-        holdout_fraction=config.data.holdout_fraction,
-        batch_size=config.train.eval_batch,
-        workers=config.data.workers,
-        world=world,
-        device=engine.device,
-        dtype=engine.dtype,
+        index=parts.index, data_config=parts.info.data_config,
         decoder=Decoder(config.data.decode, config.data.truncated),
-        max_bad_fraction=config.data.max_bad_fraction,
-        sum_over_ranks=sum_over_ranks,
-        pause=pause,
-        losses=config.average.swad,
-    )
+        trial_seed=config.train.trial_seed, holdout_fraction=config.data.holdout_fraction,
+        batch_size=config.train.eval_batch, workers=config.data.workers,
+        max_bad_fraction=config.data.max_bad_fraction, losses=config.average.swad,
+        world=world, device=engine.device, dtype=engine.dtype,
+        sum_over_ranks=sum_over_ranks, pause=pause,
+    )  # fmt: skip
     if start.step == 0 and config.model.head_init == "text":
         # A signal ends it at once, and the same command starts again.
         alive = replace(evaluator, pause=partial(watch.note, EVALUATING))
         evaluate_zero_shot(parts, world, engine, alive, folder)
-    kept = (resumed.averages, state.get("averages")) if resumed else ()
-    averages = Averages(config.average, engine, *kept)
     return Trainer(parts, world, engine, evaluator, folder, state, best, stopping, watch, averages)

@@ -16,10 +16,9 @@ from trainer.checkpoint.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class Candidate:
-    """An evaluated adapter.
+    """An adapter that was evaluated after `step`.
 
     Attributes:
-        step: the step after which it was evaluated.
         validation: mean accuracy on the sources' `out` splits.
         results: figures for its model card.
         tensors: fp32 values by name; empty on all ranks but the main one.
@@ -35,6 +34,7 @@ class Candidate:
         return {"step": self.step, "validation": self.validation, "results": dict(self.results)}
 
 
+@dataclass
 class Best:
     """The best evaluation, and whether a longer run would have made it.
 
@@ -43,8 +43,8 @@ class Best:
     it: the longer run goes on from the former.
     """
 
-    def __init__(self, regular: Candidate | None = None, closing: Candidate | None = None) -> None:
-        self.regular, self.closing = regular, closing
+    regular: Candidate | None = None
+    closing: Candidate | None = None
 
     @property
     def current(self) -> Candidate | None:
@@ -80,8 +80,7 @@ def restored_best(checkpoint: Checkpoint, steps: int, eval_every: int) -> Best:
     """The best that an uninterrupted run of `steps` steps would know at the checkpoint."""
     facts, closing = checkpoint.state["best"], checkpoint.state["closing_best"]
     tensors = checkpoint.masters if checkpoint.best is None else checkpoint.best
-    regular = None if facts is None else Candidate(**facts, tensors=_copied(tensors))
-    best = Best(regular)
+    best = Best(facts and Candidate(**facts, tensors=_copied(tensors)))
     if closing is not None and not is_left_out(closing["step"], steps, eval_every):
         best.put(Candidate(**closing, tensors=_copied(checkpoint.masters)), eval_every)
     return best

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,7 +25,7 @@ from trainer.process.stopping import EvaluationBrokenOff, Stopped, Stopping, shi
 from trainer.process.watchdog import COMPUTING, EVALUATING, LOADING, SAVING, Watchdog
 from trainer.process.world import World
 from trainer.train.bad_images import BadImages
-from trainer.train.best import Best
+from trainer.train.best import Best, is_left_out
 from trainer.train.nonfinite import NonfiniteSteps, as_json, poisoned
 from trainer.train.resume import state_of
 from trainer.train.validation import Validation
@@ -67,7 +67,7 @@ class Trainer:
         due = bool(state.get("evaluation_due"))
         self.evaluation_due = due and self._evaluates_after(self.step - 1)
         self.first_step = self.saved_step = self.step
-        self.steps_timed, self.seconds_timed = 0, 0.0
+        self.images_timed, self.seconds_timed = 0, 0.0
 
     def train(self, monitor: Monitor | None) -> None:
         """Runs the remaining steps; `monitor` is given on the main rank only.
@@ -94,7 +94,7 @@ class Trainer:
             took = time.perf_counter() - started
             self.step = step + 1
             if step > self.first_step:  # the first step of a start also pays for warming up
-                self.steps_timed += 1
+                self.images_timed += self.stream.global_batch
                 self.seconds_timed += took
             if monitor is not None:
                 self._record(row, took, waited, monitor)
@@ -124,12 +124,20 @@ class Trainer:
 
     def _evaluates_after(self, step: int) -> bool:
         train = self.config.train
-        return step % train.eval_every == 0 or step == train.steps - 1
+        return not is_left_out(step, train.steps, train.eval_every)
 
     def evaluate_or_stop(self, step: int, monitor: Monitor | None) -> None:
-        """Evaluates after `step` if that is due; leaves the run if all ranks agreed to."""
+        """Evaluates after `step` if that is due; leaves the run if all ranks agreed to.
+
+        If they do so amid the evaluation, nothing of it is kept and it stays due.
+        """
         if self.evaluation_due and not self.stopping.reason:
-            self.evaluate(step, monitor)
+            # The speed of training since the start, evaluations left out.
+            speed = {SPEED: self.images_timed / self.seconds_timed} if self.images_timed else {}
+            self.watch.note(EVALUATING)
+            with suppress(EvaluationBrokenOff), self.stopping.timed("evaluation"):
+                self.validation.evaluate(step, monitor, {**speed, **self.bad_images.columns()})
+                self.evaluation_due = False
         if self.stopping.reason and (self.evaluation_due or self.step < self.config.train.steps):
             self._stop()
 
@@ -141,13 +149,6 @@ class Trainer:
         kept = self.folder.checkpoints / f"step-{self.step:08d}"
         # A rank that left before the main one has saved would make the launcher end that one.
         raise Stopped(from_main(self.stopping.farewell(self.step, kept)))
-
-    def speed(self) -> dict[str, float]:
-        """Training images/s since the start, evaluations left out; none before the second step."""
-        if not self.steps_timed:
-            return {}
-        images = self.steps_timed * self.stream.global_batch
-        return {SPEED: images / self.seconds_timed}
 
     def train_step(self, batches: Iterator[Batch]) -> tuple[dict[str, Any], float]:
         """One optimizer step: its `metrics.jsonl` row, and the seconds spent waiting for data.
@@ -182,7 +183,7 @@ class Trainer:
             "loss": ce + aux,
             "ce": ce,
             "aux_loss": aux,
-            "lr": self.engine.learning_rate(),
+            "lr": float(self.engine.ds.get_lr()[0]),
             "grad_norm": norm,
             **digest,
             **self.nonfinite.columns(),
@@ -206,26 +207,12 @@ class Trainer:
         position = moa.RoutingPosition(seed, self.step, batch.first_slot, len(batch.labels))
         moa.set_routing_position(engine.module, position)
         images = finish_images(batch, engine.device, self.parts.info.data_config)
-        scores = engine(images.to(engine.dtype))
+        scores = engine.ds(images.to(engine.dtype))  # [B, C]
         ce = F.cross_entropy(scores.float(), batch.labels.to(engine.device, non_blocking=True))
         aux = moa.aux_loss(engine.module, differentiable_sum)
-        engine.backward(poisoned(ce + aux))
-        engine.step()
+        engine.ds.backward(poisoned(ce + aux))  # averaged over ranks and micro-batches
+        engine.ds.step()
         return torch.stack([ce.detach(), aux.detach().to(ce.dtype)])
-
-    def evaluate(self, step: int, monitor: Monitor | None) -> None:
-        """Evaluates after `step`; keeps the adapter if it is the best by source validation.
-
-        If the ranks agree to stop meanwhile, nothing of it is kept and it stays due.
-        """
-        columns = {**self.speed(), **self.bad_images.columns()}
-        self.watch.note(EVALUATING)
-        try:
-            with self.stopping.timed("evaluation"):
-                self.validation.evaluate(step, monitor, columns)
-        except EvaluationBrokenOff:
-            return
-        self.evaluation_due = False
 
     def save_checkpoint(self) -> None:
         """Writes a checkpoint; a collective."""

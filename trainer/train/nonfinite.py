@@ -95,8 +95,7 @@ class NonfiniteSteps:
         """Writes what each rank had, so that the step can be looked into."""
         keys, ranks = self.stream.keys(step), []
         for rank, loss in enumerate(losses):
-            share = rank_range(len(keys), rank, self.world.size)
-            own = keys[share.start : share.stop]
+            own = [keys[place] for place in rank_range(len(keys), rank, self.world.size)]
             finite = math.isfinite(loss)
             ranks.append({"rank": rank, "loss": str(loss), "finite": finite, "keys": own})
         content = {

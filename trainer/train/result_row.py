@@ -8,12 +8,9 @@ from typing import Any
 from trainer.prepare.parts import Parts
 
 DOMAINBED_NAMES = {
-    "pacs": "PACS",
-    "vlcs": "VLCS",
-    "officehome": "OfficeHome",
-    "terraincognita": "TerraIncognita",
-    "domainnet": "DomainNet",
-}
+    "pacs": "PACS", "vlcs": "VLCS", "officehome": "OfficeHome",
+    "terraincognita": "TerraIncognita", "domainnet": "DomainNet",
+}  # fmt: skip
 """What DomainBed calls our datasets; its tables leave out every name it does not know."""
 
 

@@ -33,7 +33,6 @@ class Start:
     Attributes:
         checkpoint: folder to resume from; None starts afresh.
         step: completed optimizer steps.
-        finished: whether nothing is left to do.
         changes: settings that `--checkpoint.allow_changes` let differ from the checkpoint's, each
             with `step`, `setting`, `old` and `new`.
     """
@@ -86,16 +85,11 @@ def find_start(folder: RunFolder, parts: Parts) -> Start:
             log.warning(
                 "%(setting)s: %(old)r -> %(new)r, as --checkpoint.allow_changes says", change
             )
-        log.info("resumed after step %d from %s%s", step - 1, newest.folder, _lost(folder, step))
+        rows = read_rows(folder.metrics, torn=True) if folder.metrics.exists() else []
+        lost = sum(row["step"] >= step for row in rows)
+        again = f"; steps to repeat: {lost}" if lost else ""
+        log.info("resumed after step %d from %s%s", step - 1, newest.folder, again)
     return Start(newest.folder, step, finished, [{"step": step, **change} for change in changes])
-
-
-def _lost(folder: RunFolder, step: int) -> str:
-    """In words, how many steps on record come after the checkpoint."""
-    if not folder.metrics.exists():
-        return ""
-    lost = sum(row["step"] >= step for row in read_rows(folder.metrics, torn=True))
-    return f"; steps to repeat: {lost}" if lost else ""
 
 
 def state_of(parts: Parts) -> dict[str, Any]:
@@ -111,13 +105,10 @@ def state_of(parts: Parts) -> dict[str, Any]:
 def check_agreement(
     old: Mapping[str, Any], new: Mapping[str, Any], folder: Path, allowed: Collection[str] = ()
 ) -> list[dict[str, Any]]:
-    """Refuses to go on with settings or data that would change the result.
+    """Refuses to go on from a state with settings or data that would change the result.
 
-    Args:
-        old: the checkpoint's state.
-        new: `state_of` the run that would go on from it.
-        folder: the run folder, for messages.
-        allowed: settings that may differ; `data` stands for the data and the base weights.
+    `old` is the checkpoint's state, `new` is `state_of` the run that would go on from it. Settings
+    in `allowed` may differ; `data` stands for the data and the base weights.
 
     Returns:
         The differences let through, each with `setting`, `old` and `new`.

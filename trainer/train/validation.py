@@ -9,7 +9,7 @@ from dataclasses import replace
 from moa.files.saving import save_adapter
 from trainer.checkpoint.atomic_file import replace_text
 from trainer.checkpoint.run_folder import ZERO_SHOT, RunFolder, read_rows
-from trainer.engine.averaging import Averages, prefixed
+from trainer.engine.averaging import Averages
 from trainer.engine.collectives import from_main
 from trainer.engine.engine import Engine
 from trainer.evaluate.evaluator import SPLITS, DomainSplit, Evaluator, accuracies
@@ -142,11 +142,13 @@ class Validation:
         return from_main(sum(found) / len(found)) if found else 0.0
 
     def _of_averages(self, averages: Averages, cells: Sequence[DomainSplit]) -> dict[str, float]:
-        """Accuracies of each average, in the model's place for a while."""
-        found: dict[str, float] = {}
+        """Accuracies of each average, in the model's place for a while: `moa/ema/env0_in_acc`."""
+        found = {}
         for name, values in averages.whole().items():
             with self.engine.holding(values):
-                found |= prefixed(name, accuracies(self.evaluator(self.engine.ds, cells)))
+                columns = accuracies(self.evaluator(self.engine.ds, cells))
+            for key, value in columns.items():
+                found[f"moa/{name}/{key.removeprefix('moa/')}"] = value
         return found
 
     def _show(self, step: int, found: Mapping[str, float], monitor: Monitor) -> None:
@@ -162,12 +164,11 @@ class Validation:
 
     def _by_domain(self, found: Mapping[str, float]) -> dict[str, dict[str, float]]:
         """Accuracies by the domain's name and split, as far as they were found."""
-        result = {}
-        for domain, name in enumerate(self.parts.index.domains):
-            splits = {s: found[key] for s in SPLITS if (key := f"env{domain}_{s}_acc") in found}
-            if splits:
-                result[name] = splits
-        return result
+        result = {
+            name: {s: found[key] for s in SPLITS if (key := f"env{domain}_{s}_acc") in found}
+            for domain, name in enumerate(self.parts.index.domains)
+        }
+        return {name: splits for name, splits in result.items() if splits}
 
 
 def evaluate_zero_shot(
