@@ -90,8 +90,7 @@ def nearest(name: str, legal: list[str]) -> str:
 def dataset_spec(name: str, setting: str = "data.dataset") -> DatasetSpec:
     """Look up a dataset; `setting` is what the error says it was given as.
 
-    Raises:
-        DataConfigError: there is no such dataset; lists the known ones and the nearest.
+    Raises `DataConfigError`: there is no such dataset; lists the known ones and the nearest.
     """
     if name not in DATASETS:
         legal = list(DATASETS)
@@ -107,8 +106,7 @@ def held_out_names(text: str, domains: Sequence[str]) -> tuple[str, ...]:
 
     A domain's own name may contain a `+`. Whether there are such domains is not checked.
 
-    Raises:
-        DataConfigError: a name is given twice.
+    Raises `DataConfigError`: a name is given twice.
     """
     names = (text,) if text in domains else tuple(text.split("+"))
     if len(set(names)) < len(names):

@@ -21,8 +21,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     time half written. An error leaves it as it was, and nothing beside it. A kill may leave the new
     one half written or the old one aside; `recover_folder` cleans up.
 
-    Raises:
-        OSError: `folder` cannot be written, or is where this process works.
+    Raises `OSError`: `folder` cannot be written, or is where this process works.
     """
     folder = Path(os.path.abspath(folder))  # "." has no name that could be given an ending
     if holds_current(folder):

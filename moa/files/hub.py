@@ -28,8 +28,7 @@ def adapter_folder(source: str | Path) -> Path:
 
     `source` is a folder, or `hf-hub:organisation/name`, with `@revision` for another than `main`.
 
-    Raises:
-        MissingAdapterError: no such folder or repository, or the hub cannot be reached.
+    Raises `MissingAdapterError`: no such folder or repository, or the hub cannot be reached.
     """
     text = str(source)
     if text.startswith(HUB_PREFIX):

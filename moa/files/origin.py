@@ -61,8 +61,7 @@ class Origin:
 def origin_from(content: Mapping[str, Any]) -> Origin:
     """The inverse of `Origin.plain`.
 
-    Raises:
-        ValueError: a field is missing, unknown or of another type.
+    Raises `ValueError`: a field is missing, unknown or of another type.
     """
     lists = ("domains", "averaged", "also_held_out")
     try:

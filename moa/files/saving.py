@@ -104,8 +104,7 @@ def save_adapter(
 
     `tensors` are values to write instead of the model's, such as an optimizer's fp32 masters.
 
-    Raises:
-        FileExistsError: `folder` is neither new, nor empty, nor an older adapter.
+    Raises `FileExistsError`: `folder` is neither new, nor empty, nor an older adapter.
     """
     with replaced_adapter(folder) as temporary:
         write_adapter(temporary, adapter_state_dict(model) if tensors is None else tensors, info)
@@ -155,8 +154,7 @@ def attach(
 ) -> None:
     """Injects what `info` says into a fresh model and gives its trainables the values `tensors`.
 
-    Raises:
-        AdapterError: names or shapes do not fit exactly; the model is as it was.
+    Raises `AdapterError`: names or shapes do not fit exactly; the model is as it was.
     """
     empty = outline(model)
     try:

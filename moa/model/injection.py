@@ -112,8 +112,7 @@ def _call_projection(attention: nn.Module) -> None:
 def matching_layers(model: nn.Module, config: MoAConfig) -> list[str]:
     """Paths of the linear layers that `targets` and `blocks` select, in the model's order.
 
-    Raises:
-        NoMatchingModuleError: nothing would match; names what does.
+    Raises `NoMatchingModuleError`: nothing would match; names what does.
     """
     modules = [(path, module) for path, module in model.named_modules() if IN_BLOCK.match(path)]
     linears = [path for path, module in modules if isinstance(module, nn.Linear)]
@@ -127,8 +126,7 @@ def matching_parameters(model: nn.Module, config: MoAConfig) -> list[str]:
     `targets` are compared with the path of the module that owns a parameter, or, where a block
     holds a parameter itself (the q and v biases of EVA), with its name.
 
-    Raises:
-        NoMatchingModuleError: nothing would match; names what does.
+    Raises `NoMatchingModuleError`: nothing would match; names what does.
     """
     names = [name for name, _ in model.named_parameters() if IN_BLOCK.match(name)]
     if config.method == "bias":
@@ -170,8 +168,7 @@ def _select(
 def classifier(model: nn.Module) -> nn.Module:
     """The model's classification head.
 
-    Raises:
-        MoAConfigError: the model has none to train.
+    Raises `MoAConfigError`: the model has none to train.
     """
     if not hasattr(model, "get_classifier"):
         raise MoAConfigError(

@@ -28,9 +28,8 @@ def merge(model: nn.Module) -> None:
     Each layer is computed in float64 on the CPU and rounded at the end, so that neither the device
     nor a setting such as TF32 counts.
 
-    Raises:
-        MoAConfigError: the model has no adapters, or ones whose weight depends on the token; legal
-            are `lora`, `kadaptation` and `router = uniform`. It is left as it was.
+    Raises `MoAConfigError`: the model has no adapters, or ones whose weight depends on the token;
+    legal are `lora`, `kadaptation` and `router = uniform`. It is left as it was.
     """
     for path, layer in fixed_layers(model, "merged").items():
         _fold(layer)
@@ -45,8 +44,7 @@ def fixed_layers(model: nn.Module, done: str) -> dict[str, MoALinear]:
 
     `done` says what shall be done with them, as in "cannot be merged".
 
-    Raises:
-        MoAConfigError: there are none, or experts weighted by the token.
+    Raises `MoAConfigError`: there are none, or experts weighted by the token.
     """
     layers = dict(moa_layers(model))
     if not layers:

@@ -42,9 +42,8 @@ def aux_loss(model: nn.Module, sum_over_ranks: SumOverRanks | None = None) -> Te
     last call. `sum_over_ranks` is the differentiable sum over the processes that share the batch,
     called once with the counts of all layers [L, 2, E]; None on a single process.
 
-    Raises:
-        RuntimeError: the forward left no graph to routers that train, as under reentrant
-            checkpointing; the loss would balance nothing.
+    Raises `RuntimeError`: the forward left no graph to routers that train, as under reentrant
+    checkpointing; the loss would balance nothing.
     """
     weight, routings = 0.0, []
     for name, layer in moa_layers(model):

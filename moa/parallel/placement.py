@@ -60,8 +60,7 @@ def traffic(
 def resolve_transport(layers: Sequence[MoALinear], tokens: int) -> Literal["gather", "all_to_all"]:
     """The transport that the configuration asks for; `auto` is the one that sends fewer bytes.
 
-    Raises:
-        MoAConfigError: tokens would have to carry a dropout mask.
+    Raises `MoAConfigError`: tokens would have to carry a dropout mask.
     """
     config = layers[0].config
     for problem in config.transport_problems():

@@ -29,8 +29,7 @@ _CACHE_VARIABLE = "MOA_CACHE"
 def unpack_digits(folder: str | Path) -> None:
     """Lay the embedded data out as an image folder `<domain>/<class>/<number>.png`.
 
-    Raises:
-        OSError: `folder` cannot be written.
+    Raises `OSError`: `folder` cannot be written.
     """
     with tarfile.open(_ARCHIVE) as archive:
         archive.extractall(folder)
@@ -39,8 +38,7 @@ def unpack_digits(folder: str | Path) -> None:
 def write_digits(out: Path) -> ShardIndex:
     """Write the embedded data as a shard set, and open it.
 
-    Raises:
-        OutputError: `out` cannot be written, is in use, or holds something else.
+    Raises `OutputError`: `out` cannot be written, is in use, or holds something else.
     """
     with tempfile.TemporaryDirectory(prefix="digits-") as folder:
         try:

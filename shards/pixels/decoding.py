@@ -42,8 +42,7 @@ class Decoder:
     def __call__(self, data: bytes) -> Decoded:
         """Decode one file.
 
-        Raises:
-            ValueError: no decoder can read it, or it is incomplete and that is not tolerated.
+        Raises `ValueError`: no decoder can read it, or it is incomplete and that is not tolerated.
         """
         try:
             return Decoded((_with_pillow if self.decode == "pil" else decode_image)(data), False)
@@ -57,8 +56,7 @@ class Decoder:
 def decode_image(data: bytes) -> torch.Tensor:
     """Decode a complete image file of any common format to uint8 [3, H, W], RGB.
 
-    Raises:
-        ValueError: no decoder can read it.
+    Raises `ValueError`: no decoder can read it.
     """
     # torchvision would decode a size that Pillow refuses as a decompression bomb
     if data.startswith(_JPEG_MAGIC) and not is_too_large(data):

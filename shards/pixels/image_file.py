@@ -9,8 +9,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 def open_rgb(data: bytes, *, incomplete: bool = False) -> Image.Image:
     """Decode a file; EXIF rotation is ignored. `incomplete` takes what there is of a cut one.
 
-    Raises:
-        ValueError: Pillow cannot read it; says why.
+    Raises `ValueError`: Pillow cannot read it; says why.
     """
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = incomplete  # Pillow has no other way to say it

@@ -79,8 +79,7 @@ def finish_batch(
 def eval_transform(data_config: Mapping[str, Any]) -> ImageTransform:
     """Build the evaluation transform: the whole image at the backbone's size, without a crop.
 
-    Raises:
-        DataConfigError: the interpolation is unknown.
+    Raises `DataConfigError`: the interpolation is unknown.
     """
     return train_transform(data_config, "none")
 

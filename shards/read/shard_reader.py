@@ -32,8 +32,7 @@ class ShardReader:
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """Some bytes of a shard; fewer if the file ends before.
 
-        Raises:
-            StorageError: the storage keeps failing.
+        Raises `StorageError`: the storage keeps failing.
         """
         for _ in attempts(self.retries):
             try:

@@ -190,8 +190,7 @@ def rank_range(total: int, rank: int, world_size: int) -> range:
 
     The number of processes need not divide `total`.
 
-    Raises:
-        DataConfigError: the rank is not in the world.
+    Raises `DataConfigError`: the rank is not in the world.
     """
     if not 0 <= rank < world_size:
         raise DataConfigError(f"rank = {rank}: must lie in [0, {world_size}), the world size")

@@ -10,14 +10,7 @@ from shards.pixels.decoding import Decoder, undecodable_placeholder
 from shards.pixels.transforms import ImageTransform
 from shards.randomness import Int64Array, hash64
 from shards.read.index import ShardIndex
-from shards.stream.batches import (
-    Batch,
-    BatchLoader,
-    LoadedImage,
-    rank_range,
-    seeded,
-    stack,
-)
+from shards.stream.batches import Batch, BatchLoader, LoadedImage, rank_range, seeded, stack
 from shards.stream.one_image import open_image
 from shards.stream.split import split_indices
 
@@ -32,8 +25,7 @@ def split_places(
     The splits are `in` (training part), `out` (validation part, a share of `holdout_fraction`),
     `all`, and `left_out`: what the subset does not keep, of both parts; it is not in the others.
 
-    Raises:
-        DataConfigError: the split is unknown.
+    Raises `DataConfigError`: the split is unknown.
     """
     num = index.num_samples(domain)
     everything = np.arange(num, dtype=np.int64)
@@ -70,8 +62,7 @@ def evaluation_loader(
     that of the split, or of the shards if these are remote. The last batch of a rank may be smaller
     than `batch_size`. `transform` makes float32 [3, H, W] of pixels.
 
-    Raises:
-        DataConfigError: an argument is out of range.
+    Raises `DataConfigError`: an argument is out of range.
     """
     if batch_size < 1:
         raise DataConfigError(f"batch_size = {batch_size}: must be 1 or more")

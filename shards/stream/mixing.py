@@ -38,8 +38,7 @@ class Slots(NamedTuple):
 class DomainMix:
     """The order of an endless stream of domain-balanced global batches.
 
-    Raises:
-        DataConfigError: an argument is out of range.
+    Raises `DataConfigError`: an argument is out of range.
     """
 
     index: ShardIndex = field(kw_only=False)

@@ -67,8 +67,7 @@ class DomainStream(DomainMix):
         The steps go from `start_step`, to resume the first one not yet done, to before `stop_step`.
         `workers`, `pin_memory` and `start_method` are those of `BatchLoader`.
 
-        Raises:
-            DataConfigError: the steps, rank, world size or accumulation do not fit.
+        Raises `DataConfigError`: the steps, rank, world size or accumulation do not fit.
         """
         if not 0 <= start_step <= stop_step:
             raise DataConfigError(

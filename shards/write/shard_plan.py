@@ -85,8 +85,7 @@ def unreadable(path: Path, error: OSError) -> DamagedDataError:
 def make_plan(listing: Listing, dataset: str, shard_size: int, shard_bytes: int) -> ShardPlan:
     """Decide what goes where; the numbers limit a shard as in `write_shards`.
 
-    Raises:
-        DamagedDataError: an image is not there.
+    Raises `DamagedDataError`: an image is not there.
     """
     prefixes = tuple(key_prefixes([domain.name for domain in listing.domains]))
     stems = tuple(f"{key_prefixes([dataset])[0]}-{prefix}" for prefix in prefixes)

@@ -199,10 +199,7 @@ def test_both_kinds_at_the_paper_ranks(dtype: torch.dtype) -> None:
 def test_no_tokens(gated: bool) -> None:
     experts, rule = kronecker_experts((4, 2, 3), (1, 2), torch.float32)
     lora = lora_experts(8, 12, (1, 2), torch.float32)
-    for delta, used in (
-        (fast_lora, lora),
-        (partial(fast_kronecker, rule=rule), experts),
-    ):
+    for delta, used in ((fast_lora, lora), (partial(fast_kronecker, rule=rule), experts)):
         x = torch.zeros(0, 8, requires_grad=True)
         y = delta(x, used, torch.zeros(0, 2) if gated else None)  # type: ignore[operator]
         assert y.shape == (0, 12)
@@ -228,10 +225,7 @@ def test_half_precision_keeps_its_dtype_with_wide_gates() -> None:
     x, gates = torch.randn(5, 8, dtype=torch.bfloat16), torch.rand(5, 2)
     for y, matrices in (
         (fast_lora(x, lora, gates), [dense_update(e) for e in lora]),
-        (
-            fast_kronecker(x, experts, gates, rule),
-            [dense_update(e, rule) for e in experts],
-        ),
+        (fast_kronecker(x, experts, gates, rule), [dense_update(e, rule) for e in experts]),
     ):
         assert y.dtype == torch.bfloat16
         slow = dense_delta(x.double(), [m.double() for m in matrices], gates.double())
@@ -308,11 +302,7 @@ def test_kronecker_starts_from_xavier(dim_in: int, dim_out: int, rank: int) -> N
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_parameters_take_dtype_and_device(dtype: torch.dtype) -> None:
     like = torch.zeros((), dtype=dtype, device="meta")
-    modules = [
-        LoRAExpert(8, 8, 2, like),
-        KroneckerExpert(8, 8, 2, 4, like),
-        KroneckerRule(4, like),
-    ]
+    modules = [LoRAExpert(8, 8, 2, like), KroneckerExpert(8, 8, 2, 4, like), KroneckerRule(4, like)]
     for module in modules:
         for parameter in module.parameters():
             assert (parameter.dtype, parameter.device.type) == (dtype, "meta")

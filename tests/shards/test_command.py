@@ -193,9 +193,7 @@ def test_deep_check_finds_an_image_that_was_never_readable(
     assert caplog.messages[-1] == "2 of 57 images cannot be used as they are"
 
 
-def test_lines_begin_with_how_grave_they_are_and_the_last_gives_the_domains(
-    tmp_path: Path,
-) -> None:
+def test_lines_begin_with_how_grave_they_are_and_the_last_gives_the_domains(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "images", domains=("it's", "Real World", "art"), per_class=2)
     image = image_bytes(1, "JPEG", size=(200, 200))
     (root / "Real World" / "cat" / "im001.jpg").write_bytes(image[: len(image) // 2])

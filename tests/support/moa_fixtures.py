@@ -30,12 +30,7 @@ def tiny_vit(num_classes: int = 3, depth: int = 4, seed: int = 0) -> VisionTrans
     """Four blocks of width 16 on 16 x 16 images: 5 tokens an image."""
     torch.manual_seed(seed)
     model = VisionTransformer(
-        img_size=SIDE,
-        patch_size=8,
-        embed_dim=DIM,
-        depth=depth,
-        num_heads=2,
-        num_classes=0,
+        img_size=SIDE, patch_size=8, embed_dim=DIM, depth=depth, num_heads=2, num_classes=0
     )
     with torch.no_grad():  # timm starts biases at zero, which would hide a lost one
         for parameter in model.parameters():

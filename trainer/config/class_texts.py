@@ -34,8 +34,7 @@ def spoken_names(
 ) -> list[str]:
     """Words for every class of a dataset, given by its folder's name in label order.
 
-    Raises:
-        ConfigError: `replaced` names no class, or two classes would read the same.
+    Raises `ConfigError`: `replaced` names no class, or two classes would read the same.
     """
     known = known_words(dataset) | dict(replaced or {})
     if unknown := sorted(set(replaced or {}) - set(classes)):
@@ -53,8 +52,7 @@ def spoken_names(
 def read_class_names(path: str | None) -> dict[str, str]:
     """A YAML file of `class: words`; empty without one.
 
-    Raises:
-        ConfigError: it cannot be read, or holds something else.
+    Raises `ConfigError`: it cannot be read, or holds something else.
     """
     if path is None:
         return {}
@@ -77,8 +75,7 @@ def read_templates(prompts: str) -> tuple[str, ...]:
 
     In a file, empty lines and lines that begin with # do not count.
 
-    Raises:
-        ConfigError: there is no such file, or a template does not have one `{}`.
+    Raises `ConfigError`: there is no such file, or a template does not have one `{}`.
     """
     if "{" in prompts:
         lines = [prompts]

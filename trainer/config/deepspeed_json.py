@@ -40,8 +40,7 @@ _BUCKETS = ("reduce_bucket_size", "allgather_bucket_size")
 def read(config: RunConfig) -> dict[str, Any]:
     """The JSON as it stands, once it has the sections that everything relies on.
 
-    Raises:
-        ConfigError: not JSON, or not of the right shape.
+    Raises `ConfigError`: not JSON, or not of the right shape.
     """
     path = config.ds_config_path()
     try:

@@ -101,8 +101,7 @@ class Evaluator:
         All ranks run it to its end, and each model's forward, which may be a collective of its own
         (ZeRO-3, all_to_all), equally often: a rank with a batch less shows a blank image instead.
 
-        Raises:
-            EvaluationBrokenOff: `pause` ended it.
+        Raises `EvaluationBrokenOff`: `pause` ended it.
         """
         loader = evaluation_loader(
             self.index, env, split,  # type: ignore[arg-type]

@@ -54,8 +54,7 @@ def parser() -> argparse.ArgumentParser:
 def flatness(args: argparse.Namespace) -> None:
     """Measures all adapters; prints a table or JSON, and writes files if asked to.
 
-    Raises:
-        OutputError: `--out` cannot be written; found out before anything is measured.
+    Raises `OutputError`: `--out` cannot be written; found out before anything is measured.
     """
     _check(args)
     from trainer.evaluate.drawing import png

@@ -33,8 +33,7 @@ def _add_own(parser: argparse.ArgumentParser) -> None:
 def read_command_line(argv: Sequence[str]) -> tuple[RunConfig, Request]:
     """The run, and what is asked about it.
 
-    Raises:
-        ConfigError: every problem of the command line, one a line.
+    Raises `ConfigError`: every problem of the command line, one a line.
     """
     own = OwnFlags(add_help=False, allow_abbrev=False)
     _add_own(own)

@@ -67,8 +67,7 @@ class Plan:
 def make_plan(config: RunConfig, request: Request) -> Plan:
     """Builds the model on the meta device and plans the run.
 
-    Raises:
-        ConfigError, MoAConfigError, DataConfigError: a setting that cannot work.
+    Raises `ConfigError`, `MoAConfigError` or `DataConfigError`: a setting that cannot work.
     """
     domains, sources, classes, sizes = known_data(config, request)
     world = request.world_size

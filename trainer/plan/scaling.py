@@ -91,8 +91,7 @@ class Prediction:
 def load_of(model: nn.Module, footprint: Footprint, batches: Batches, sharding: Sharding) -> Load:
     """The load of a planned run, whose injected model stands on the meta device.
 
-    Raises:
-        MoAConfigError: a transport that cannot work.
+    Raises `MoAConfigError`: a transport that cannot work.
     """
     layers = [layer for _, layer in moa_layers(model)]
     ep_size, transport, expert_bytes, tokens = 1, None, 0.0, footprint.tokens

@@ -43,8 +43,7 @@ class Backbone:
 def check_backbone(config: ModelConfig) -> str:
     """The full timm name `architecture.tag`, without building anything.
 
-    Raises:
-        ConfigError: unknown architecture or tag, or a weights file that does not exist.
+    Raises `ConfigError`: unknown architecture or tag, or a weights file that does not exist.
     """
     architecture, _, tag = config.backbone.partition(".")
     if not timm.is_model(architecture):
@@ -73,8 +72,7 @@ def create_backbone(config: ModelConfig, num_classes: int, seed: int) -> Backbon
 
     With `head_init: text` the head is as random, until `text_head.use_text_head` fills it.
 
-    Raises:
-        ConfigError: the name is unknown, or the weights cannot be had.
+    Raises `ConfigError`: the name is unknown, or the weights cannot be had.
     """
     name = check_backbone(config)
     overlay = {} if config.weights in ("pretrained", "random") else {"file": config.weights}
@@ -116,8 +114,7 @@ def outline(
 ) -> tuple[Backbone, moa.InjectReport]:
     """The same model on the meta device, without weights or hash, adapters injected.
 
-    Raises:
-        ConfigError, MoAConfigError: as when the run itself is built.
+    Raises `ConfigError` or `MoAConfigError`: as when the run itself is built.
     """
     # Weights are not needed here, and may lie on another machine.
     name = check_backbone(replace(config, weights="random"))

@@ -41,8 +41,7 @@ def batch_arithmetic(
 
     `sizes` has the training images of each of these; it is empty if they are not known.
 
-    Raises:
-        DataConfigError: the global batch cannot be cut for the processes and micro-batches.
+    Raises `DataConfigError`: the global batch cannot be cut for the processes and micro-batches.
     """
     train, cut = config.train, _Cut(sources, config.train.batch_per_domain)
     cut.check_world_size(world_size, train.accumulation)

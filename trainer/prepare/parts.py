@@ -9,14 +9,7 @@ from torch import nn
 
 import moa
 from moa.files.reading import AdapterInfo
-from shards import (
-    Decoder,
-    DomainStream,
-    ShardIndex,
-    loader_transform,
-    open_shards,
-    train_transform,
-)
+from shards import Decoder, DomainStream, ShardIndex, loader_transform, open_shards, train_transform
 from shards.datasets import held_out_names
 from shards.stream.evaluation import Split, split_places
 from trainer.config import deepspeed_json

@@ -69,8 +69,7 @@ def text_model_of(backbone: str) -> str | None:
 def load_text_model(source: str) -> TextModel:
     """Loads an open_clip model on the CPU; `source` is as `model.text_model`.
 
-    Raises:
-        ConfigError: open_clip is missing, there is no such model, or it cannot be had.
+    Raises `ConfigError`: open_clip is missing, there is no such model, or it cannot be had.
     """
     try:
         import open_clip

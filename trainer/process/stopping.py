@@ -51,8 +51,7 @@ def seconds_of(text: str) -> float:
 
     A bare number is refused: it would be minutes to SLURM, and seconds to most others.
 
-    Raises:
-        ValueError: not a duration, or not longer than nothing.
+    Raises `ValueError`: not a duration, or not longer than nothing.
     """
     for form in _DURATIONS:
         if match := re.fullmatch(form, text):
@@ -188,8 +187,7 @@ class Stopping:
     def pause(self) -> None:
         """A point within an evaluation at which all ranks may leave it; a collective.
 
-        Raises:
-            EvaluationBrokenOff: the ranks agreed to stop; on all of them.
+        Raises `EvaluationBrokenOff`: the ranks agreed to stop; on all of them.
         """
         self.decide(self._sum(self._votes()))
         if self.reason:

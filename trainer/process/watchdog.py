@@ -107,8 +107,7 @@ class Watchdog:
     def watching(self) -> Iterator[None]:
         """Watches over a block, and says who is gone if a collective in it fails.
 
-        Raises:
-            PeerLostError: a collective failed because another rank is gone.
+        Raises `PeerLostError`: a collective failed because another rank is gone.
         """
         self.start()
         error: Exception | None = None

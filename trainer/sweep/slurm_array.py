@@ -18,14 +18,7 @@ from trainer.config.command_line import OwnFlags, command_parser, parse_without_
 from trainer.process.ending import conclude
 from trainer.process.errors import ConfigError
 from trainer.process.world import ALONE
-from trainer.sweep.grid import (
-    Grid,
-    add_grid_flags,
-    array_expression,
-    check,
-    progress,
-    with_pairs,
-)
+from trainer.sweep.grid import Grid, add_grid_flags, array_expression, check, progress, with_pairs
 
 NOTE = "grid.json"
 JOBS = "array-jobs"

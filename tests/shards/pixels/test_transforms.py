@@ -76,8 +76,7 @@ def test_exif_rotation_is_ignored() -> None:
 
 
 @pytest.mark.parametrize(
-    "data",
-    [b"", b"<html>404</html>", b"\xff\xd8\xff\xe0 nothing", b"\x89PNG\r\n\x1a\n"],
+    "data", [b"", b"<html>404</html>", b"\xff\xd8\xff\xe0 nothing", b"\x89PNG\r\n\x1a\n"]
 )
 def test_unreadable_bytes_raise_one_kind_of_error(data: bytes) -> None:
     with pytest.raises(ValueError, match="not a readable image"):

@@ -7,10 +7,7 @@ import pytest
 from shards.errors import DataConfigError
 from shards.read.index import ShardIndex
 from shards.stream.split import split_indices
-from tests.support.shards_fixtures import (
-    make_set,
-    stream_of,
-)
+from tests.support.shards_fixtures import make_set, stream_of
 
 GOLDEN = ["cd6fe00404db1d70", "1e4c83477591c4df", "5a37544008a66f87"]
 

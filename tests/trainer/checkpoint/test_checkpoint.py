@@ -311,9 +311,7 @@ def test_a_longer_run_forgets_the_closing_evaluation(tmp_path: Path) -> None:
         read_adapter(tmp_path / "adapter")
 
 
-def test_a_schedule_changed_so_that_the_closing_evaluation_is_a_regular_one(
-    tmp_path: Path,
-) -> None:
+def test_a_schedule_changed_so_that_the_closing_evaluation_is_a_regular_one(tmp_path: Path) -> None:
     """Its tensors are then those of a later checkpoint as well, not that checkpoint's own."""
     best = Best()
     best.put(candidate(6, 0.5), eval_every=6)

@@ -515,9 +515,7 @@ def test_what_is_sent_is_what_the_layers_send() -> None:
     assert plan.load.transport == "all_to_all"
 
 
-def test_a_transport_that_nothing_uses_is_not_refused(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_transport_that_nothing_uses_is_not_refused(capsys: pytest.CaptureFixture[str]) -> None:
     masked = ["--moa.transport=all_to_all", "--moa.expert_dropout=0.2"]
     assert plan_of(*masked).load.transport is None
     assert main([*masked, "--moa.ep_size=2", "--world_size=2"]) == 2
@@ -574,9 +572,7 @@ def test_a_backbone_that_cannot_be_counted_has_no_utilisation(
     assert "vit_embedded" in caplog.text
 
 
-def test_tables_are_plain_text_and_say_whether_it_fits(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_tables_are_plain_text_and_say_whether_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--gpu_memory=80"]) == 0
     text = capsys.readouterr().out
     assert "80 GiB: fits" in text

@@ -199,9 +199,7 @@ def test_checkpoint_and_adapter_hold_no_frozen_tensor(one_process: tuple[Path, s
     assert size < 3.2 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def test_adapter_gives_the_same_accuracies_in_a_new_process(
-    one_process: tuple[Path, str],
-) -> None:
+def test_adapter_gives_the_same_accuracies_in_a_new_process(one_process: tuple[Path, str]) -> None:
     folder, _ = one_process
     command = ["-m", "trainer.evaluate", "--adapter", str(folder / "adapter"), "--json"]
     result = warm.run(*command, env=environment(), cwd=folder)
