@@ -84,8 +84,7 @@ def save(
     Only the main rank calls this, with what the engine gathered on all ranks. No older checkpoint
     is touched before the new one is on the disk under its final name.
 
-    Raises:
-        OutputError: it cannot be written; the older checkpoints are as they were.
+    Raises `OutputError`: it cannot be written; the older checkpoints are as they were.
     """
     folder = root / f"step-{state['step']:08d}"
     try:

@@ -76,8 +76,7 @@ class FolderLock:
         first one, whose rows and checkpoints would go among the other's. As long as the note is the
         file it was, which costs one look at the folder, nobody reads it.
 
-        Raises:
-            OutputError: the folder, or the note in it, was removed or is another run's.
+        Raises `OutputError`: the folder, or the note in it, was removed or is another run's.
         """
         if not self._written:
             return

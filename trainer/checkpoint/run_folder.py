@@ -46,8 +46,7 @@ class RunFolder:
     def claim(self) -> None:
         """Creates the folder and holds it until the process ends.
 
-        Raises:
-            OutputError: it cannot be written, or another run holds it.
+        Raises `OutputError`: it cannot be written, or another run holds it.
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -103,8 +102,7 @@ class RunFolder:
     def append(self, path: Path, row: Mapping[str, Any]) -> None:
         """Adds one JSON line, with the system before this returns, so that a kill loses none.
 
-        Raises:
-            OutputError: the folder is no longer this run's.
+        Raises `OutputError`: the folder is no longer this run's.
         """
         self._lock.check()
         if path not in self._rows:
@@ -149,8 +147,7 @@ class RunFolder:
 def read_rows(path: Path, torn: bool = False) -> list[dict[str, Any]]:
     """The rows of a JSON-lines file; `torn` leaves out a last line that a kill cut short.
 
-    Raises:
-        CheckpointError: a line is not JSON.
+    Raises `CheckpointError`: a line is not JSON.
     """
     rows: list[dict[str, Any]] = []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -77,8 +77,7 @@ class Engine(ZeroState):
         A tensor outside the graph would never train, in silence (a frozen input under reentrant
         checkpointing does this), or hang other ranks.
 
-        Raises:
-            TrainingInvalidError: names the parameters that received none.
+        Raises `TrainingInvalidError`: names the parameters that received none.
         """
         missing = set(self.trainables)
         hooks = [
@@ -127,8 +126,7 @@ def _partition(model: nn.Module, ds_json: dict[str, Any], device: torch.device) 
 def restore_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Copies fp32 values into a model, before an engine makes its masters from them.
 
-    Raises:
-        CheckpointError: names or shapes differ.
+    Raises `CheckpointError`: names or shapes differ.
     """
     places = moa.adapter_state_dict(model)
     wanted = {(name, tuple(place.shape)) for name, place in places.items()}

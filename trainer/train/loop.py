@@ -72,8 +72,7 @@ class Trainer:
     def train(self, monitor: Monitor | None) -> None:
         """Runs the remaining steps; `monitor` is given on the main rank only.
 
-        Raises:
-            Stopped: a signal or the time limit ended it; everything is saved.
+        Raises `Stopped`: a signal or the time limit ended it; everything is saved.
         """
         train, last = self.config.train, self.config.train.steps - 1
         batches = shielded(

@@ -59,8 +59,7 @@ class NonfiniteSteps:
     def left_out(self, step: int, losses: Sequence[float], norm: float) -> bool:
         """Whether the engine left the step out, by every rank's loss and the gradient's norm.
 
-        Raises:
-            TrainingInvalidError: it is one too many; on all ranks alike.
+        Raises `TrainingInvalidError`: it is one too many; on all ranks alike.
         """
         ranks = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
         if not ranks and math.isfinite(norm):

@@ -65,8 +65,7 @@ class Validation:
 
         The main rank has a monitor, and writes a row with these `columns`, too.
 
-        Raises:
-            EvaluationBrokenOff: the ranks agreed to stop; nothing of it is kept.
+        Raises `EvaluationBrokenOff`: the ranks agreed to stop; nothing of it is kept.
         """
         if monitor is not None:
             monitor.evaluating()
@@ -96,8 +95,7 @@ class Validation:
 
         What an earlier start has completed stays.
 
-        Raises:
-            EvaluationBrokenOff: the ranks agreed to stop; whole rows are kept.
+        Raises `EvaluationBrokenOff`: the ranks agreed to stop; whole rows are kept.
         """
         selected, results = self.best.current, self.folder.results
         if not self.closes or selected is None:
