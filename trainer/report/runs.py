@@ -76,8 +76,10 @@ def find_folders(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
         elif below:
             found |= dict.fromkeys(below)
         elif path.is_dir():
-            neither = "neither a run folder (no config.yaml, no results.jsonl) nor a folder of"
-            complaints.append(f"{path}: {neither} run folders")
+            complaints.append(
+                f"{path}: neither a run folder (no config.yaml, no results.jsonl) nor a folder of "
+                "run folders"
+            )
         else:
             complaints.append(f"{path}: no such folder")
     return list(found), complaints
