@@ -1,9 +1,12 @@
-"""The datasets this package knows: domains in order, classes, documented sizes and schedules."""
+"""The datasets of `datasets.yaml`: domains in order, classes, documented sizes and schedules."""
 
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from shards.errors import DataConfigError
 
@@ -40,45 +43,19 @@ class DatasetSpec:
     """Schedule of the Mixture-of-Adapters paper's code; None: it does not have this dataset."""
 
 
-_USUAL: dict[str, Any] = {
-    "domainbed": Schedule(steps=5001, eval_every=300),
-    "paper": Schedule(steps=5001, eval_every=200),
-}
-_SPECS = (
-    DatasetSpec(
-        name="digits", num_classes=10, horizontal_flip=False,
-        domains=("plain", "inverted", "outline", "coarse", "textured", "rotated"),
-    ),
-    DatasetSpec(name="folder"),
-    DatasetSpec(
-        name="pacs", folder="PACS", num_classes=7, **_USUAL,
-        domains=("art_painting", "cartoon", "photo", "sketch"),
-        samples=(2048, 2344, 1670, 3929),
-    ),
-    DatasetSpec(
-        name="vlcs", folder="VLCS", num_classes=5, **_USUAL,
-        domains=("Caltech101", "LabelMe", "SUN09", "VOC2007"),
-        samples=(1415, 2656, 3282, 3376),
-    ),
-    DatasetSpec(
-        name="officehome", folder="office_home", num_classes=65, **_USUAL,
-        domains=("Art", "Clipart", "Product", "Real World"),
-        samples=(2427, 4365, 4439, 4357),
-    ),
-    DatasetSpec(  # no documented sizes: the usual downloaders start from different annotations
-        name="terraincognita", folder="terra_incognita", num_classes=10, **_USUAL,
-        domains=("location_100", "location_38", "location_43", "location_46"),
-    ),
-    DatasetSpec(
-        name="domainnet", folder="domain_net", num_classes=345,
-        domains=("clipart", "infograph", "painting", "quickdraw", "real", "sketch"),
-        samples=(48129, 51605, 72266, 172500, 172947, 69128),
-        duplicates=(704, 1596, 3493, 0, 2380, 1258),
-        domainbed=Schedule(steps=5001, eval_every=1000),
-        paper=Schedule(steps=15001, eval_every=1000),
-    ),
-)  # fmt: skip
-DATASETS: dict[str, DatasetSpec] = {spec.name: spec for spec in _SPECS}
+def _specs() -> dict[str, DatasetSpec]:
+    text = Path(__file__).with_name("datasets.yaml").read_text(encoding="utf-8")
+    found = {}
+    for name, entry in yaml.safe_load(text).items():
+        known: dict[str, Any] = {
+            key: tuple(v) if isinstance(v, list) else v for key, v in entry.items()
+        }
+        known |= {key: Schedule(**known[key]) for key in {"domainbed", "paper"} & known.keys()}
+        found[name] = DatasetSpec(name=name, **known)
+    return found
+
+
+DATASETS = _specs()
 
 
 def nearest(name: str, legal: list[str]) -> str:

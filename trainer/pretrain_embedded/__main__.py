@@ -155,47 +155,19 @@ def pretrain(
 
 def model_card(config: PretrainConfig, result: PretrainResult) -> str:
     """The weights of a run in Markdown; every figure comes from the arguments."""
-    parameters = sum(parameter.numel() for parameter in result.model.parameters())
-    accuracy = "\n".join(f"| {name} | {value:.1%} |" for name, value in result.accuracy.items())
-    settings = "\n".join(f"| `{name}` | {value} |" for name, value in asdict(config).items())
-    return f"""\
-# vit_embedded.glyphs
-
-Weights of the backbone that ships with the package, made for tests and for the demonstration run.
-This file is written by the pretraining command together with the weights; do not edit it.
-
-- **Model**: timm `VisionTransformer`, 32x32 RGB input, patch 8, width 128, depth 6, 4 heads,
-  class-token pooling, {parameters:,} parameters with the {len(GLYPH_CLASSES)}-class head, float32.
-- **Input**: mean and standard deviation 0.5 per channel, bicubic resizing, no cropping.
-- **Classes**: {" ".join(GLYPH_CLASSES)} (characters joined together form one class).
-- **Data**: Latin letters of straight strokes, drawn on the fly with {len(TRAIN_FONTS)} text fonts
-  that matplotlib ships (DejaVu, STIX, Computer Modern). No photographs, no scans, no handwriting,
-  no digits: none of the demonstration's images was trained on. The letters were chosen because
-  features that know digits already leave adapters nothing to gain in the demonstration.
-- **Variation**: place, size, rotation, shear, elastic bending, stroke width, outlines, softness,
-  low resolution, few grey levels, polarity, colours, background texture, noise.
-- **Recipe**: supervised, cross-entropy, AdamW, linear warmup and cosine decay. Images begin large,
-  centred, upright and white on black and widen to the full range. The last weights are kept.
-- **Licence**: Apache-2.0, as the package.
-
-Made with `python -m trainer.pretrain_embedded --seed {config.seed} --steps {config.steps}`
-in {result.seconds / 60:.1f} minutes on {torch.get_num_threads()} thread(s) of a \
-{os.cpu_count()}-core {platform.machine()} CPU, with Python {platform.python_version()}, \
-torch {torch.__version__}, timm {timm.__version__},
-matplotlib {matplotlib.__version__}, Pillow {PIL.__version__}. Another number of threads or another
-version may give slightly different weights.
-
-| validation images, fonts never trained on ({", ".join(HELD_OUT_FONTS)}) | accuracy |
-|---|---|
-{accuracy}
-
-{VALIDATION_IMAGES} images per row. The mean training loss of the last 100 steps was \
-{sum(result.losses[-100:]) / len(result.losses[-100:]):.3f} (label smoothing included).
-
-| setting | value |
-|---|---|
-{settings}
-"""
+    template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
+    last = result.losses[-100:]
+    return template.format(
+        config=config, torch=torch, timm=timm, matplotlib=matplotlib, PIL=PIL,
+        parameters=sum(parameter.numel() for parameter in result.model.parameters()),
+        classes=" ".join(GLYPH_CLASSES), num_classes=len(GLYPH_CLASSES),
+        fonts=len(TRAIN_FONTS), held_out_fonts=", ".join(HELD_OUT_FONTS),
+        minutes=result.seconds / 60, threads=torch.get_num_threads(), cores=os.cpu_count(),
+        machine=platform.machine(), python=platform.python_version(),
+        validation_images=VALIDATION_IMAGES, loss=sum(last) / len(last),
+        accuracy="\n".join(f"| {name} | {value:.1%} |" for name, value in result.accuracy.items()),
+        settings="\n".join(f"| `{name}` | {value} |" for name, value in asdict(config).items()),
+    )  # fmt: skip
 
 
 def save(config: PretrainConfig, result: PretrainResult, folder: Path) -> Path:
