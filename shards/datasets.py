@@ -1,4 +1,4 @@
-"""The datasets of `datasets.yaml`: domains in order, classes, documented sizes and schedules."""
+"""The datasets of `datasets.yaml`: domains in order, classes, documented sizes."""
 
 import difflib
 from collections.abc import Sequence
@@ -9,14 +9,6 @@ from typing import Any
 import yaml
 
 from shards.errors import DataConfigError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """How long a dataset is trained on and how often evaluated, both in steps."""
-
-    steps: int
-    eval_every: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,20 +29,13 @@ class DatasetSpec:
     """Documented number of images of each domain, duplicates left out; None: not documented."""
     duplicates: tuple[int, ...] | None = None
     """Entries of DomainBed's list of duplicates by domain; None: there is no such list."""
-    domainbed: Schedule | None = None
-    """Schedule of DomainBed's code; None: it does not have this dataset."""
-    paper: Schedule | None = None
-    """Schedule of the Mixture-of-Adapters paper's code; None: it does not have this dataset."""
 
 
 def _specs() -> dict[str, DatasetSpec]:
     text = Path(__file__).with_name("datasets.yaml").read_text(encoding="utf-8")
     found = {}
     for name, entry in yaml.safe_load(text).items():
-        known: dict[str, Any] = {
-            key: tuple(v) if isinstance(v, list) else v for key, v in entry.items()
-        }
-        known |= {key: Schedule(**known[key]) for key in {"domainbed", "paper"} & known.keys()}
+        known: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
         found[name] = DatasetSpec(name=name, **known)
     return found
 

@@ -20,14 +20,7 @@ from torch import Tensor, nn
 
 from moa.config import MoAConfig
 from moa.errors import AdapterError, MoAConfigError
-from moa.files.saving import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    check_fit,
-    fit_and_inject,
-    outline,
-    replaced_adapter,
-)
+from moa.files import saving
 from moa.layers.experts import LoRAExpert
 from moa.layers.layer import MoALinear
 from moa.model.injection import IN_BLOCK, InjectReport, check_fresh, classifier, matching_layers
@@ -102,9 +95,9 @@ def export_peft(model: nn.Module, folder: str | Path, base_model_name: str) -> N
         "target_modules": "|".join(re.escape(path) for path in layers),
         "modules_to_save": [head],
     }
-    with replaced_adapter(folder) as temporary:
-        (temporary / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
-        (temporary / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+    with saving.replaced_adapter(folder) as temporary:
+        (temporary / saving.WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
+        (temporary / saving.CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
 
 
 def _check_exportable(path: str, layer: MoALinear, parent: nn.Module) -> None:
@@ -150,16 +143,16 @@ def import_peft(model: nn.Module, folder: str | Path) -> InjectReport:
         first, _ = next(classifier(model).named_parameters())
         saved = tensors.get(f"{PREFIX}{head}.{first}")
         num_classes = None if saved is None else next(iter(saved.shape), None)
-        empty = outline(model)
-        fit_and_inject(empty, config, num_classes)
+        empty = saving.outline(model)
+        saving.fit_and_inject(empty, config, num_classes)
     except ImportError as error:
         raise AdapterError(
             f"{folder}: reading it needs peft ({error}); pip install 'moa-trainer[peft]'"
         ) from error
     except _REFUSALS as error:
         raise AdapterError(f"{folder}: cannot be imported: {error}") from error
-    check_fit(str(folder), _places(empty, adapted, head), tensors)
-    report = fit_and_inject(model, config, num_classes)
+    saving.check_fit(str(folder), _places(empty, adapted, head), tensors)
+    report = saving.fit_and_inject(model, config, num_classes)
     scales = {_factor_names(path)[1]: layer.scaling["default"] for path, layer in adapted.items()}
     with torch.no_grad():
         for name, place in _places(model, adapted, head).items():
@@ -169,8 +162,8 @@ def import_peft(model: nn.Module, folder: str | Path) -> InjectReport:
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
-        settings = dict(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
-        tensors = load_file(folder / WEIGHTS_FILE)
+        settings = dict(json.loads((folder / saving.CONFIG_FILE).read_text(encoding="utf-8")))
+        tensors = load_file(folder / saving.WEIGHTS_FILE)
     except (OSError, TypeError, ValueError, SafetensorError) as error:
         raise AdapterError(
             f"{folder}: no readable adapter ({error}); give a whole folder as PEFT's "
@@ -227,7 +220,7 @@ def _adapted(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
 
     given = {name: settings[name] for name in _READ if settings.get(name) is not None}
     config = peft.LoraConfig(**given, init_lora_weights=False)
-    empty = peft.inject_adapter_in_model(config, outline(model), low_cpu_mem_usage=True)
+    empty = peft.inject_adapter_in_model(config, saving.outline(model), low_cpu_mem_usage=True)
     return {path: layer for path, layer in empty.named_modules() if isinstance(layer, LoraLayer)}
 
 

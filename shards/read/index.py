@@ -17,17 +17,7 @@ from shards.config import DataConfig
 from shards.datasets import nearest
 from shards.errors import DamagedDataError, DamagedSampleError, DataConfigError
 from shards.randomness import Int64Array
-from shards.read.layout import (
-    INDEX_NAME,
-    REMEDY,
-    DomainInfo,
-    ShardInfo,
-    load_table,
-    map_table,
-    no_index,
-    parse_index,
-    sample_key,
-)
+from shards.read import layout
 from shards.read.remote import RemoteShards, fetch_index
 from shards.read.shard_reader import ShardReader
 
@@ -70,12 +60,12 @@ class ShardIndex:
     ) -> None:
         self.root = root
         self.dataset = str(content["dataset"])
-        self.domain_infos = tuple(DomainInfo(**entry) for entry in content["domains"])
+        self.domain_infos = tuple(layout.DomainInfo(**entry) for entry in content["domains"])
         self.domains = tuple(info.name for info in self.domain_infos)
         self.classes = tuple(str(name) for name in content["classes"])
-        self.shards = tuple(ShardInfo(**entry) for entry in content["shards"])
+        self.shards = tuple(layout.ShardInfo(**entry) for entry in content["shards"])
         self.sha256 = sha256
-        self._tables = tuple(load_table(root, info) for info in self.domain_infos)
+        self._tables = tuple(layout.load_table(root, info) for info in self.domain_infos)
         self.reader = ShardReader(root, self.shards, config.fetch_retries)
         self.remote = False
         self.subset: Subset | None = None
@@ -105,17 +95,17 @@ class ShardIndex:
         config = config or DataConfig()
         cache = fetch_index(root, config) if is_remote(root) else None
         folder = Path(root).expanduser() if cache is None else cache.folder
-        path = folder / INDEX_NAME
+        path = folder / layout.INDEX_NAME
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise DataConfigError(no_index(folder, error, dataset)) from error
-        content = parse_index(path, data)
+            raise DataConfigError(layout.no_index(folder, error, dataset)) from error
+        content = layout.parse_index(path, data)
         try:
             index = cls(folder, content, hashlib.sha256(data).hexdigest(), config)
         except (KeyError, TypeError) as error:
             raise DamagedDataError(
-                f"{path}: field missing or malformed ({error}); {REMEDY}"
+                f"{path}: field missing or malformed ({error}); {layout.REMEDY}"
             ) from error
         if cache is None:
             index._check_sizes()
@@ -142,7 +132,7 @@ class ShardIndex:
 
     def key(self, domain: int, place: int) -> str:
         """The key under which a sample's members stand in its tar file; nothing is read."""
-        return sample_key(self.domain_infos[domain].key_prefix, place)
+        return layout.sample_key(self.domain_infos[domain].key_prefix, place)
 
     def domain_number(self, name: str, setting: str = "data.held_out") -> int:
         """The number of a domain; `setting` is what the error says its name was given as.
@@ -178,7 +168,8 @@ class ShardIndex:
             what = f"{len(image)} bytes" if short else "another crc32"
             raise (DamagedDataError if short else DamagedSampleError)(
                 f"{self.root / self.shards[shard].file}: sample {key} at offset {offset} is "
-                f"damaged ({size} bytes with crc32 {crc32:08x} expected, {what} found); {REMEDY}"
+                f"damaged ({size} bytes with crc32 {crc32:08x} expected, {what} found); "
+                f"{layout.REMEDY}"
             )
         return Sample(key, image, int(row["label"]))
 
@@ -193,13 +184,14 @@ class ShardIndex:
             try:
                 size = path.stat().st_size
             except OSError as error:
-                raise DamagedDataError(f"{path}: {error.strerror}; {REMEDY}") from error
+                raise DamagedDataError(f"{path}: {error.strerror}; {layout.REMEDY}") from error
             if size != shard.bytes:
-                raise DamagedDataError(f"{path}: {size} bytes, expected {shard.bytes}; {REMEDY}")
+                expected = f"{size} bytes, expected {shard.bytes}"
+                raise DamagedDataError(f"{path}: {expected}; {layout.REMEDY}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_tables": ()}  # a process of its own maps them itself
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._tables = tuple(map_table(self.root / info.table) for info in self.domain_infos)
+        self._tables = tuple(layout.map_table(self.root / info.table) for info in self.domain_infos)

@@ -12,15 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from shards import randomness
 from shards.config import SamplingMode
-from shards.randomness import (
-    Int64Array,
-    UInt32Array,
-    hash64,
-    permutation,
-    random_words,
-    sorting_order,
-)
 from shards.read.remote import Windows
 
 ORDER_ID = "splitmix64-1"
@@ -31,9 +24,9 @@ _CACHED_ELEMENTS = 500_000  # of one domain's epochs, of which two are kept what
 class Epoch(NamedTuple):
     """One epoch of a domain, laid out."""
 
-    order: UInt32Array
+    order: randomness.UInt32Array
     """[n], the element at each position of the epoch."""
-    starts: Int64Array
+    starts: randomness.Int64Array
     """[windows], the position at which each window starts."""
 
 
@@ -67,12 +60,12 @@ class DomainOrder:
         self._which = which.astype(np.uint32)  # of `shards` each sample is in
         self._epochs: OrderedDict[int, Epoch] = OrderedDict()
 
-    def elements(self, k: npt.ArrayLike) -> Int64Array:
+    def elements(self, k: npt.ArrayLike) -> randomness.Int64Array:
         """Give the element in [0, n) at each position >= 0; int64 of the shape of `k`."""
         positions = np.asarray(k, dtype=np.int64)
         if self.mode == "replacement":
-            key = hash64(self.seed, self.name, "replacement")
-            words = random_words(key, positions.astype(np.uint64))
+            key = randomness.hash64(self.seed, self.name, "replacement")
+            words = randomness.random_words(key, positions.astype(np.uint64))
             return (words % np.uint64(self.n)).astype(np.int64)
         result = np.empty_like(positions)
         epochs = positions // self.n
@@ -86,8 +79,10 @@ class DomainOrder:
         if number in self._epochs:
             self._epochs.move_to_end(number)
             return self._epochs[number]
-        key = hash64(self.seed, self.name, number)
-        order = sorting_order(random_words(key, np.arange(self.n, dtype=np.uint64)))
+        key = randomness.hash64(self.seed, self.name, number)
+        order = randomness.sorting_order(
+            randomness.random_words(key, np.arange(self.n, dtype=np.uint64))
+        )
         starts = np.zeros(1, dtype=np.int64)
         if self.mode == "window":
             window_of = np.empty(len(self.shards), dtype=np.uint32)
@@ -124,9 +119,11 @@ class DomainOrder:
         found: list[int] = self.shards[chosen].tolist()
         return found
 
-    def _shard_order(self, epoch: int) -> Int64Array:
+    def _shard_order(self, epoch: int) -> randomness.Int64Array:
         """Give the places in `shards`, in the order in which an epoch takes them."""
-        return permutation(hash64(self.seed, self.name, "shards", epoch), len(self.shards))
+        return randomness.permutation(
+            randomness.hash64(self.seed, self.name, "shards", epoch), len(self.shards)
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_epochs": OrderedDict()}
@@ -138,4 +135,4 @@ def substitute_index(seed: int, name: str, n: int, k: int, attempt: int) -> int:
     `attempt` is 1 for the first substitute, 2 if that cannot be read either, and so on. No other
     position is moved by it.
     """
-    return hash64(seed, "substitute", name, k, attempt) % n
+    return randomness.hash64(seed, "substitute", name, k, attempt) % n

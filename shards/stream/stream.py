@@ -12,16 +12,8 @@ from shards.errors import DamagedDataError, DataConfigError, verify_command
 from shards.pixels.decoding import Decoder
 from shards.pixels.transforms import LoaderTransform
 from shards.randomness import hash64
+from shards.stream import batches
 from shards.stream.bad_samples import BadSample
-from shards.stream.batches import (
-    Batch,
-    BatchLoader,
-    LoadedImage,
-    StartMethod,
-    rank_range,
-    seeded,
-    stack,
-)
 from shards.stream.mixing import DomainMix
 from shards.stream.one_image import open_image
 from shards.stream.order import substitute_index
@@ -60,8 +52,8 @@ class DomainStream(DomainMix):
         workers: int = 0,
         accumulation: int = 1,
         pin_memory: bool = False,
-        start_method: StartMethod | None = None,
-    ) -> BatchLoader:
+        start_method: batches.StartMethod | None = None,
+    ) -> batches.BatchLoader:
         """Load a rank's share of a range of steps: `accumulation` micro-batches per step, in order.
 
         The steps go from `start_step`, to resume the first one not yet done, to before `stop_step`.
@@ -79,14 +71,14 @@ class DomainStream(DomainMix):
                 f"or images of {self.global_batch} a step cannot be counted in 64 bits"
             )
         self.check_world_size(world_size, accumulation)
-        mine = rank_range(self.global_batch, rank, world_size)
-        return BatchLoader(
+        mine = batches.rank_range(self.global_batch, rank, world_size)
+        return batches.BatchLoader(
             functools.partial(self._build, start_step, mine, accumulation),
             (stop_step - start_step) * accumulation, reported=self.index.reported,
             workers=workers, pin_memory=pin_memory, start_method=start_method,
         )  # fmt: skip
 
-    def _build(self, start_step: int, mine: range, accumulation: int, number: int) -> Batch:
+    def _build(self, start_step: int, mine: range, accumulation: int, number: int) -> batches.Batch:
         """Build a micro-batch of the rank with the slots `mine`; 0 is the first of `start_step`."""
         step, piece = divmod(number, accumulation)
         step += start_step
@@ -95,9 +87,9 @@ class DomainStream(DomainMix):
         size = len(mine) // accumulation
         part = mine[piece * size : (piece + 1) * size]
         slots = zip(*(column.tolist() for column in self.slots(step, part)), strict=True)
-        return stack((self.load(*slot) for slot in slots), len(part), part.start)
+        return batches.stack((self.load(*slot) for slot in slots), len(part), part.start)
 
-    def load(self, domain: int, position: int, place: int) -> LoadedImage:
+    def load(self, domain: int, position: int, place: int) -> batches.LoadedImage:
         """Read, decode and augment one slot's image, or its substitute if it cannot be used.
 
         `position` is that in the domain's stream, which keys augmentation and substitute; `place`
@@ -119,9 +111,9 @@ class DomainStream(DomainMix):
                 bad.append(found.bad)
             if found.pixels is not None:
                 seed = hash64(self.seed, "aug", name, position)
-                made = seeded(self.transform, found.pixels, seed)
+                made = batches.seeded(self.transform, found.pixels, seed)
                 image, draw = (made, None) if isinstance(made, torch.Tensor) else made
-                return LoadedImage(image, found.label, domain, attempt > 0, bad, draw)
+                return batches.LoadedImage(image, found.label, domain, attempt > 0, bad, draw)
         check = verify_command() if self.index.remote else verify_command(self.index.root)
         raise DamagedDataError(
             f"domain {name!r}: {_MAX_SUBSTITUTES + 1} images in a row cannot be used, the last: "

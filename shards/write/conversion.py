@@ -21,17 +21,8 @@ import numpy as np
 from shards.datasets import DatasetSpec
 from shards.durable import PARTIAL, replaced_when_whole
 from shards.errors import DataConfigError, OutputError
+from shards.read import layout
 from shards.read.index import ShardIndex
-from shards.read.layout import (
-    FORMAT_VERSION,
-    INDEX_NAME,
-    INFO_NAME,
-    TABLE_DTYPE,
-    DomainInfo,
-    file_sha256,
-    section_digest,
-    stock_info,
-)
 from shards.write.exclusion import check_sizes, report_exclusion
 from shards.write.image_folder import dataset_folder, list_images, report_passed_over
 from shards.write.progress import progress
@@ -113,7 +104,7 @@ def check_at_least_one(**settings: int) -> None:
 def _is_done(out: Path, plan: ShardPlan) -> bool:
     """Tell whether `out` holds this set already, by names and sizes; refuse any other set."""
     try:
-        found = json.loads((out / INDEX_NAME).read_bytes()).get("source_sha256")
+        found = json.loads((out / layout.INDEX_NAME).read_bytes()).get("source_sha256")
     except FileNotFoundError:
         return False
     except (ValueError, AttributeError):
@@ -187,7 +178,7 @@ def _write_set(out: Path, plan: ShardPlan, tasks: Sequence[ShardTask], jobs: int
             log.warning("%s", note)
     domains = [_write_table(out, plan, domain, shards) for domain in range(len(plan.stems))]
     infos = [shard.info for shard in shards]
-    _write_json(out / INFO_NAME, stock_info(domains, infos))
+    _write_json(out / layout.INFO_NAME, layout.stock_info(domains, infos))
     sections = {
         "dataset": plan.dataset,
         "classes": list(plan.listing.classes),
@@ -195,11 +186,11 @@ def _write_set(out: Path, plan: ShardPlan, tasks: Sequence[ShardTask], jobs: int
         "shards": [asdict(info) for info in infos],
     }
     _write_json(
-        out / INDEX_NAME,
+        out / layout.INDEX_NAME,
         {
-            "format_version": FORMAT_VERSION,
+            "format_version": layout.FORMAT_VERSION,
             "source_sha256": plan.source_sha256,
-            "digests": {name: section_digest(value) for name, value in sections.items()},
+            "digests": {name: layout.section_digest(value) for name, value in sections.items()},
             **sections,
         },
     )
@@ -207,10 +198,10 @@ def _write_set(out: Path, plan: ShardPlan, tasks: Sequence[ShardTask], jobs: int
 
 def _write_table(
     out: Path, plan: ShardPlan, domain: int, shards: Sequence[PackedShard]
-) -> DomainInfo:
+) -> layout.DomainInfo:
     """Write the sample table of one domain."""
     listed = plan.listing.domains[domain]
-    table = np.zeros(len(listed.paths), dtype=TABLE_DTYPE)
+    table = np.zeros(len(listed.paths), dtype=layout.TABLE_DTYPE)
     table["rank"] = np.arange(len(table))
     table["label"] = listed.labels
     for number, (task, shard) in enumerate(zip(plan.tasks, shards, strict=True)):
@@ -221,9 +212,9 @@ def _write_table(
     path = out / f"{plan.stems[domain]}.npy"
     with replaced_when_whole(path) as stream:
         np.save(stream, table)
-    return DomainInfo(
+    return layout.DomainInfo(
         name=listed.name, key_prefix=plan.prefixes[domain], table=path.name, samples=len(table),
-        sha256=file_sha256(path),
+        sha256=layout.file_sha256(path),
     )  # fmt: skip
 
 

@@ -5,13 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from shards.stream.bad_samples import (
-    BadSample,
-    check_bad_fraction,
-    count_bad,
-    counts_from_names,
-    named_counts,
-)
+from shards.stream import bad_samples
 from shards.stream.stream import DomainStream
 
 PREFIX = "moa/bad/"
@@ -28,12 +22,12 @@ class BadImages:
     def __init__(self, stream: DomainStream, limit: float, named: Mapping[str, int]) -> None:
         self.stream, self.limit = stream, limit
         self.domains = stream.index.domains
-        self.total = counts_from_names(named, self.domains)
+        self.total = bad_samples.counts_from_names(named, self.domains)
         self._new = torch.zeros_like(self.total)
 
-    def note(self, bad: Sequence[BadSample]) -> None:
+    def note(self, bad: Sequence[bad_samples.BadSample]) -> None:
         """Adds what this rank met in one batch."""
-        self._new += count_bad(bad, len(self.domains))
+        self._new += bad_samples.count_bad(bad, len(self.domains))
 
     def end_step(
         self, step: int, sum_over_ranks: Callable[[Tensor], Tensor], device: torch.device
@@ -47,11 +41,13 @@ class BadImages:
         self._new.zero_()
         stream, drawn = self.stream, (step + 1) * self.stream.batch_per_domain
         sizes = {domain: stream.num_train(domain) for domain in stream.sources}
-        check_bad_fraction(self.total, dict.fromkeys(sizes, drawn), sizes, self.domains, self.limit)
+        bad_samples.check_bad_fraction(
+            self.total, dict.fromkeys(sizes, drawn), sizes, self.domains, self.limit
+        )
 
     def state(self) -> dict[str, int]:
         """Counts that are not zero, by `<domain>/<reason>`."""
-        return named_counts(self.total, self.domains)
+        return bad_samples.named_counts(self.total, self.domains)
 
     def columns(self) -> dict[str, int]:
         """The same as columns of a row."""
