@@ -4,14 +4,7 @@ import re
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import errors
 
 from moa.errors import MissingAdapterError
 
@@ -52,20 +45,20 @@ def _fetched(source: str) -> Path:
     name, revision = (match[1], match[2]) if match else ("", None)
     try:
         found = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_FILES)
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         reason = f"not a name of the form organisation/name ({' '.join(str(error).split())})"
-    except GatedRepoError:
+    except errors.GatedRepoError:
         reason = "a gated repository: accept its terms on the hub, then log in with HF_TOKEN"
-    except RevisionNotFoundError:
+    except errors.RevisionNotFoundError:
         reason = f"the repository has no revision {revision!r}"
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         reason = "no such repository, or a private one: check the name, or log in with HF_TOKEN"
-    except LocalEntryNotFoundError:
+    except errors.LocalEntryNotFoundError:
         reason = (
             "the hub cannot be reached and the adapter is not in its cache; fetch it where there "
             "is a network and copy the folder, or copy the cache and set HF_HOME"
         )
-    except (HfHubHTTPError, OSError) as error:
+    except (errors.HfHubHTTPError, OSError) as error:
         reason = f"the hub answers with an error: {' '.join(str(error).split())[:300]}"
     else:
         return Path(found)

@@ -18,7 +18,6 @@ from shards.read.node_cache import cannot_write
 
 log = logging.getLogger(__name__)
 
-
 PAUSE = 0.5  # seconds before the first retry; each later pause is twice as long
 
 

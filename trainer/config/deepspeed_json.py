@@ -19,7 +19,6 @@ _OWN_SECTIONS = {
     "activation_checkpointing": "--model.grad_checkpointing true",
 }
 
-
 # Words that DeepSpeed looks up one by one; one that it does not know it would pass over in silence.
 # For its sections it has classes (`trainer.engine.zero_check`).
 _KNOWN: tuple[str, ...] = (

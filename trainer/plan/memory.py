@@ -23,7 +23,6 @@ _ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # DeepSpeed's defaults where the JSON is silent.
 _REDUCE_BUCKET, _MAX_LIVE = 500_000_000, 1_000_000_000
 
-
 Place = Literal["gpu", "host"]
 
 

@@ -13,7 +13,6 @@ from trainer.process.world import World
 CANNOT_WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 """Only writing ends in these; a permission that is missing may as well be one to read."""
 
-
 OTHERS_WAIT = 10.0
 """Seconds that other ranks leave the main rank to report an error that all of them met; a launcher
 that sees it end takes them down meanwhile."""

@@ -28,7 +28,6 @@ class World:
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1)
 """A single process that no launcher knows of."""
 
-
 # Launcher -> variables of rank, size, local rank, local size. The first whose rank and size are
 # set counts; `deepspeed` and `torchrun` both set the first form, with different local sizes. The
 # interactive shell of salloc may be a step of one task, where SLURM_NTASKS is still the job's.
