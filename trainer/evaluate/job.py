@@ -14,7 +14,6 @@ from torch import Tensor
 from trainer.evaluate.combine import Average, average, models_on, soup, start_warning, tensor_bytes
 from trainer.evaluate.data import AdapterData, open_data
 from trainer.evaluate.evaluator import LEFT_OUT, SPLITS, DomainSplit, Evaluator
-from trainer.evaluate.figures import Figures, figures_of
 from trainer.evaluate.members import (
     ENSEMBLE,
     SOUP,
@@ -24,7 +23,7 @@ from trainer.evaluate.members import (
     held_out_by,
     read_members,
 )
-from trainer.evaluate.predictions import collect
+from trainer.evaluate.predictions import Figures, collect, figures_of
 from trainer.prepare.backbone import Backbone
 from trainer.prepare.provenance import shown_command
 from trainer.process.errors import ConfigError

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.atomic_file import replace_text
-from trainer.evaluate.figures import Figures
 from trainer.evaluate.job import Evaluation
 from trainer.evaluate.members import SOUP, held_out_by, write_member
+from trainer.evaluate.predictions import Figures
 from trainer.prepare.provenance import shown_command
 from trainer.process.errors import cannot_write
 from trainer.tables import Table, output_console

@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from trainer.evaluate.drawing import confusion_figure, literally, png
-from trainer.evaluate.figures import Figures, total
 from trainer.evaluate.job import Evaluation
+from trainer.evaluate.predictions import Figures, total
 
 
 @literally

@@ -12,8 +12,13 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from shards import DataConfig, ShardIndex, eval_transform, evaluation_loader, open_shards
 from trainer.config.run_config import ModelConfig
 from trainer.evaluate.evaluator import Evaluator
-from trainer.evaluate.figures import confusion_matrix, per_class_accuracy, reliability
-from trainer.evaluate.predictions import Predictions, collect
+from trainer.evaluate.predictions import (
+    Predictions,
+    collect,
+    confusion_matrix,
+    per_class_accuracy,
+    reliability,
+)
 from trainer.prepare.backbone import Backbone, create_backbone
 from trainer.process.world import World
 

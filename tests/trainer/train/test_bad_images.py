@@ -17,8 +17,7 @@ from shards.stream.bad_samples import BadSample
 from tests.support.shards_fixtures import damage, few_digits
 from tests.support.trainer_fixtures import arguments, launch, rows
 from trainer.evaluate.evaluator import Evaluator
-from trainer.evaluate.figures import figures_of
-from trainer.evaluate.predictions import collect
+from trainer.evaluate.predictions import collect, figures_of
 from trainer.process.world import World
 from trainer.train.bad_images import BadImages
 
