@@ -67,10 +67,8 @@ def finish_batch(
 ) -> torch.Tensor:
     """Do the rest of the training transform for a batch: float32 [b, 3, H, W].
 
-    Args:
-        images: uint8 [b, 3, H, W], on whatever device.
-        draws: float32 [b, DRAWS] or [b, 0], on the CPU.
-        data_config: as for `train_transform`.
+    The images are uint8 [b, 3, H, W] on whatever device, the draws float32 [b, DRAWS] or [b, 0] on
+    the CPU.
     """
     levels = apply_colour_batch(images, draws) if draws.shape[1] else images
     return _normalise(data_config)(levels)

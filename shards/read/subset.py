@@ -105,12 +105,10 @@ def _mark_paths(
 def read_list(setting: str, path: Path) -> list[str]:
     """The lines of a list of images or samples, without blank ones, outer spaces and `./`.
 
-    Args:
-        setting: what the user set, for the error message.
-        path: text file of paths with forward slashes, or keys; names of files need not be UTF-8.
+    The file holds paths with forward slashes, or keys; names of files need not be UTF-8. `setting`
+    is what the user set, for the error message.
 
-    Raises:
-        DataConfigError: the file cannot be read, or is no text.
+    Raises `DataConfigError`: the file cannot be read, or is no text.
     """
     try:
         data = path.expanduser().read_bytes()

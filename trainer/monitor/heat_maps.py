@@ -26,11 +26,7 @@ def expert_heat_maps(
 ) -> Figure:
     """A panel per layer: each row's tokens by expert, and what an expert tells of the row.
 
-    Args:
-        counts: [L, rows, E] tokens; a row without any is left out.
-        layers: what to call each layer.
-        names: what to call each row.
-        title: first line.
+    Of the token `counts` [L, rows, E] a row without any is left out; `names` are those of the rows.
     """
     rows, note = _rows_shown(counts)
     experts = [f"e{expert}" for expert in range(counts.shape[-1])]

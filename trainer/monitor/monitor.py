@@ -76,12 +76,7 @@ class Monitor:
         self.curves.close(whole=kind is None)
 
     def step(self, row: Mapping[str, float], perf: Mapping[str, float]) -> None:
-        """Notes one training step.
-
-        Args:
-            row: the numbers of a `metrics.jsonl` row, `step` among them.
-            perf: `img_s`, `step_ms`, `data_wait_ms`.
-        """
+        """Notes one step: its `metrics.jsonl` row, and `img_s`, `step_ms`, `data_wait_ms`."""
         step = int(row["step"])
         peak = peak_gib(self.device)
         points = {"mem/peak_gib": peak} | {f"perf/{name}": value for name, value in perf.items()}

@@ -27,13 +27,9 @@ class RouterHealth:
         self._in_a_row: dict[tuple[str, str], int] = {}
 
     def note(self, stats: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
-        """Takes in one note of all layers.
+        """A line per new warning; one is repeated only after its sign was gone meanwhile.
 
-        Args:
-            stats: layer path -> `load` (a share per expert) and `entropy` (one number, in nats).
-
-        Returns:
-            A line per new warning; one is repeated only after its sign was gone meanwhile.
+        `stats` has of each layer's path `load` (a share per expert) and `entropy` (one, in nats).
         """
         shown = {
             (layer, sign): text

@@ -45,13 +45,10 @@ class Shown:
 def routing_figure(
     images: Sequence[Shown], maps: Mapping[str, ExpertNumbers], experts: Sequence[str], title: str
 ) -> Figure:
-    """Draws the routing maps.
+    """Draws the routing maps of N images.
 
-    Args:
-        images: the N images.
-        maps: layer path -> [N, H, W], the number of the expert that each patch went to.
-        experts: what to call each of the E experts in the legend.
-        title: the first line.
+    `maps` has of each layer's path [N, H, W], the number of the expert that each patch went to;
+    `experts` are the E experts' names in the legend.
     """
     evenly = np.linspace(0, len(maps) - 1, min(len(maps), MOST_LAYERS)).round().astype(int)
     layers, pitch = [list(maps)[place] for place in evenly], TILE + GAP

@@ -75,11 +75,8 @@ def checkpoint_bytes(
 ) -> int:
     """Most bytes of a checkpoint, its small text files by an allowance.
 
-    Args:
-        tensors: what the adapter file holds, and with it the best adapter and each average.
-        moved: names among them that the optimizer moves.
-        classes: number of classes, whose names two of the text files list.
-        averages: which the run keeps.
+    The `tensors` are what the adapter file, the best adapter and each average hold; the optimizer
+    moves those `moved`. Two of the text files list the classes.
     """
     moments = {f"{name}|{m}": tensors[name] for name in moved for m in ("exp_avg", "exp_avg_sq")}
     files = [moments, tensors]

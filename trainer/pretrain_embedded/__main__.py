@@ -119,10 +119,7 @@ def pretrain(
 ) -> PretrainResult:
     """Trains from scratch; equal settings on equal hardware give equal weights.
 
-    Args:
-        config: settings.
-        train_fonts: of the training images.
-        held_out_fonts: of the validation images, which choose nothing; may be empty.
+    The validation images, in `held_out_fonts`, which may be empty, choose nothing.
     """
     start = time.perf_counter()
     with torch.random.fork_rng(devices=[]):
