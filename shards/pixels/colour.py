@@ -68,10 +68,8 @@ def apply_colour_batch(images: torch.Tensor, draws: torch.Tensor) -> torch.Tenso
 def shift_hue(levels: torch.Tensor, shift: float | torch.Tensor) -> torch.Tensor:
     """Turn the hue of images; equals torchvision's `adjust_hue` to one level.
 
-    Args:
-        levels: [..., 3, H, W]; stay as they were.
-        shift: part of a full turn of the colour circle, in [-0.5, 0.5]; a tensor must broadcast
-            against [..., 1, H, W].
+    The `levels` [..., 3, H, W] stay as they were. The `shift`, part of a full turn of the colour
+    circle, lies in [-0.5, 0.5]; a tensor must broadcast against [..., 1, H, W].
     """
     red, green, blue = levels.unbind(dim=-3)
     value = torch.maximum(torch.maximum(red, green), blue)

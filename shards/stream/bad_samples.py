@@ -96,12 +96,8 @@ def check_bad_fraction(
     A domain may have `limit` of its images replaced, and in any case `TOLERATED_PER_EPOCH` for
     every epoch begun, unless `limit` is 0. Images that were used as far as they go do not count.
 
-    Args:
-        counts: as from `count_bad`, over all batches and ranks so far.
-        seen: domain number to images drawn so far.
-        sizes: domain number to the number of different images that they are drawn from.
-        domains: names in order.
-        limit: largest tolerated share.
+    The `counts` are as from `count_bad`, over all batches and ranks so far; `seen` and `sizes` have
+    of each domain's number the images drawn so far, and how many different ones there are.
     """
     replaced = counts[:, _REPLACED].sum(dim=1).tolist()
     for domain, drawn in seen.items():

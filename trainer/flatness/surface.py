@@ -78,11 +78,7 @@ def top_eigenvalues(
 ) -> tuple[list[float], int]:
     """The Hessian's largest eigenvalues, by Lanczos iteration (scipy's `eigsh`).
 
-    Args:
-        surface: the point.
-        number: how many; less than n.
-        seed: of the vector to start from.
-        tolerance: relative accuracy.
+    There may be fewer than n; `seed` draws the vector to start from, the `tolerance` is relative.
 
     Returns:
         The eigenvalues, largest first, and how many products with the Hessian they took.

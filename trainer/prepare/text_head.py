@@ -118,15 +118,9 @@ def fill_head(
 ) -> None:
     """Writes text embeddings T [C, P] into a linear classifier [C, D], as the module says.
 
-    Args:
-        head: the classifier.
-        text: T.
-        projection: W and b.
-        scale: s / m.
-        bias: what CLIP itself adds to every score.
+    The `projection` is W and b, the `scale` s / m, and `bias` what CLIP itself adds to every score.
 
-    Raises:
-        ConfigError: the text embeddings are not of the space that W maps to.
+    Raises `ConfigError`: the text embeddings are not of the space that W maps to.
     """
     if text.shape[1] != projection.out_features:
         raise ConfigError(
