@@ -1,7 +1,7 @@
 """What an evaluation shows besides accuracy: who routes what where, and which classes are confused.
 
-Every rank takes part. What is counted is summed over the ranks at the end; the few fixed images are
-seen by every rank in the same batches, so that whatever holds the weights (ZeRO-3,
+Every rank takes part. What is counted is summed over the ranks in one collective; the few fixed
+images are seen by every rank in the same batches, so that whatever holds the weights (ZeRO-3,
 expert parallelism) finds all ranks at the same place. Only the main rank looks at the result.
 
 Letters: L layers that route, D domains, C classes, E experts, N images, T tokens.
@@ -93,8 +93,11 @@ class Insight:
         with moa.recorded_routes(self.model) as seen.routes:
             seen.evaluator = replace(self.evaluator, note=seen.note)
             yield seen
-            seen.counts = self.evaluator.sum_over_ranks(seen.counts)
-            seen.confusion = self.evaluator.sum_over_ranks(seen.confusion)
+            counts, confusion = seen.counts, seen.confusion
+            both = torch.cat([counts.flatten(), confusion.flatten().to(counts.dtype)])
+            total = self.evaluator.sum_over_ranks(both)
+            seen.counts = total[: counts.numel()].view_as(counts)
+            seen.confusion = total[counts.numel() :].view_as(confusion).to(confusion.dtype)
             with evaluating(forward):
                 self._look(forward, seen, step == self.last)
         seen.routes = {}
