@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from shards.embedded.digits import embedded_shards
 from tests.support import warm
 from tests.support.docs_blocks import PAGES, ROOT, Block, blocks
 from tests.support.image_folders import make_own_images
+from tests.support.shards_fixtures import few_digits
 from tests.support.trainer_fixtures import launch
 from trainer import reference
 from trainer.config.command_line import parse
@@ -89,10 +91,21 @@ def test_wrong_commands_are_found() -> None:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In the place of the embedded data a sixth of it."""
+    folder = tmp_path_factory.mktemp("cache")
+    index = few_digits(folder, per_class=5)
+    index.root.rename(folder / embedded_shards().name)
+    index.close()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def demo(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a short `make demo` leaves behind."""
     folder = tmp_path_factory.mktemp("docs") / "demo"
-    result = launch(f"--output_dir={folder}", "--train.steps=3", "--train.eval_every=2")
+    short = ("--train.steps=3", "--train.eval_every=2")
+    result = launch(f"--output_dir={folder}", *short, MOA_CACHE=str(cache))
     assert result.returncode == 0, result.stderr
     return folder
 
@@ -117,7 +130,7 @@ def run_script(text: str, folder: Path, env: dict[str, str]) -> "subprocess.Comp
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", RUNNING)
-def test_commands_run(page: str, demo: Path, tmp_path: Path) -> None:
+def test_commands_run(page: str, cache: Path, demo: Path, tmp_path: Path) -> None:
     for top in ("trainer", "moa", "shards", "ds_configs", "slurm", "Makefile", "docs", "tests"):
         if (ROOT / top).exists():
             (tmp_path / top).symlink_to(ROOT / top)
@@ -133,6 +146,7 @@ def test_commands_run(page: str, demo: Path, tmp_path: Path) -> None:
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "120",
+        "MOA_CACHE": str(cache),
     }
     for block in todo:
         lines = replace(block, text=block.script()).lines()

@@ -29,6 +29,7 @@ IMPORTED = [
     "trainer.train.assembly",
     "trainer.train.session",
     "trainer.engine.zero_check",
+    "tests.support.frozen",
 ]
 """Nothing that a command runs as its main module."""
 

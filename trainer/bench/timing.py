@@ -64,7 +64,11 @@ def interleaved(works: Mapping[str, Work], rounds: int, device: torch.device) ->
 
 
 def in_fresh_process(work: Callable[..., T], *args: Any) -> T:
-    """What a call gives in a process of its own, whose peak memory is that of the call."""
-    context = multiprocessing.get_context("spawn")
+    """What a call gives in a process of its own, whose peak memory is that of the call.
+
+    It is a fork of one that has done the imports and nothing else.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([work.__module__])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(work, *args).result()
