@@ -1,4 +1,4 @@
-"""Imported after everything else: what has been imported by then stays, so no collection looks at it.
+"""Imported last: what has been imported by then stays, and no collection looks at it.
 
 DeepSpeed collects garbage for every engine, half a second each time among a million objects.
 """

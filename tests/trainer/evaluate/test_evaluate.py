@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,8 @@ from moa.files.card import creation
 from moa.files.reading import read_adapter
 from moa.files.saving import WEIGHTS_FILE
 from shards import DataConfig, eval_transform, evaluation_loader, open_shards
-from tests.support.trainer_fixtures import ROOT, environment
+from tests.support import warm
+from tests.support.trainer_fixtures import environment
 from trainer.checkpoint import checkpoint
 from trainer.config.command_line import parse
 from trainer.config.run_config import ModelConfig
@@ -113,14 +112,8 @@ def test_two_processes_count_as_one_does(
 ) -> None:
     command = ["--adapter", *map(str, adapters[:2]), "--domains", "rotated", "plain"]
     one = rows(capsys, *command)
-    launched = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-            "--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0",
-            "-m", "trainer.evaluate", *command, "--json", "--batch", "7",
-        ],
-        capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=300, check=False,
-    )  # fmt: skip
+    more = ("--json", "--batch", "7")
+    launched = warm.run("-m", "trainer.evaluate", *command, *more, processes=2, env=environment())
     assert launched.returncode == 0, launched.stderr
     two = [json.loads(line) for line in launched.stdout.splitlines() if line.startswith("{")]
     assert len(two) == len(one) == 3

@@ -3,14 +3,13 @@
 import json
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from shards import ShardIndex
 from shards.write.verify import verify_shards
+from tests.support import warm
 from tests.support.trainer_fixtures import ROOT, environment, launch, rows
 
 WRITTEN = ROOT / "tests" / "golden" / "commit_f9881d5"
@@ -47,11 +46,7 @@ def test_run_goes_on_as_it_would_have(folder: Path) -> None:
 
 def test_adapter_is_evaluated_as_when_it_was_written() -> None:
     words = ["--adapter=run/adapter-last", "--data.dataset=folder", "--data.root=set", "--json"]
-    result = subprocess.run(
-        [sys.executable, "-m", "trainer.evaluate", *words],
-        cwd=WRITTEN, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
+    result = warm.run("-m", "trainer.evaluate", *words, env=environment(), cwd=WRITTEN)
     assert result.returncode == 0, result.stderr
     found, last = json.loads(result.stdout), rows(WRITTEN / "run/results.jsonl")[-1]
     accuracies = {name: value for name, value in last.items() if name.endswith("_acc")}
