@@ -2,7 +2,7 @@
 
 Two transports bring experts and tokens together. `gather`: the weights of all layers' experts
 travel, in one all-gather per forward and one reduce-scatter of their gradients; the tokens stay.
-`all_to_all`: the tokens travel to their experts' owners and back, as in GShard (arXiv 2006.16668).
+`all_to_all`: the tokens travel to the experts' owners, and the updates back.
 Both give the numbers of one process that owns everything.
 
 Letters: N tokens of a process, D in, O out, E experts of a layer, G processes of a group.
@@ -88,6 +88,8 @@ class ExpertParallel(MoE):  # type: ignore[misc]
         self._gathered: list[list[SimpleNamespace]] | None = None
         if self.transport == "gather":
             model.register_forward_pre_hook(lambda *_: self._start_gather())
+        else:
+            model.register_forward_pre_hook(self._agree_on_images)
         for number, layer in enumerate(layers):
             if self.transport == "gather":
                 layer.remote_experts = partial(self._experts, number)
@@ -132,6 +134,15 @@ class ExpertParallel(MoE):  # type: ignore[misc]
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.group_name = self.expert_group_name  # type: ignore[attr-defined]
         return idle
+
+    def _agree_on_images(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Batches of training are equal; the last ones of an evaluation may not be."""
+        own = most = len(inputs[0])
+        if not model.training:
+            number = torch.tensor(own, device=inputs[0].device)
+            dist.all_reduce(number, dist.ReduceOp.MAX, group=self.members.group)
+            most = int(number)
+        self.members.images = own, most
 
     # The gather transport.
 

@@ -47,14 +47,10 @@ def traffic(
         width: bytes of a number.
         micro_batches: of a step; each gathers the experts anew.
     """
-    away = (ep_size - 1) / ep_size
     experts = sum(p.numel() for layer in layers for p in layer.experts.parameters())
-    sent = sum(
-        tokens * layer.config.experts_kept * (layer.in_features + layer.out_features)
-        for layer in layers
-    )
-    gathered = micro_batches * experts
-    return {"gather": 2 * gathered * away * width, "all_to_all": 2 * sent * away * width}
+    sent = sum(tokens * (layer.in_features + layer.out_features) for layer in layers)
+    others = 2 * (ep_size - 1) * width
+    return {"gather": others * micro_batches * experts / ep_size, "all_to_all": others * sent}
 
 
 def resolve_transport(layers: Sequence[MoALinear], tokens: int) -> Literal["gather", "all_to_all"]:
@@ -67,5 +63,5 @@ def resolve_transport(layers: Sequence[MoALinear], tokens: int) -> Literal["gath
         raise MoAConfigError(problem)
     if config.transport != "auto":
         return config.transport
-    sent = traffic(layers, tokens, 2, 1)
+    sent = traffic(layers, tokens, max(config.ep_size, 2), 1)
     return "gather" if config.masked or sent["gather"] <= sent["all_to_all"] else "all_to_all"

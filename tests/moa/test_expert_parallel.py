@@ -1,17 +1,22 @@
 """Placement and byte counts of expert parallelism; what needs processes is in the parity matrix."""
 
 import itertools
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings, strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moa import MoAConfig, MoAConfigError, MoALinear, inject
 from moa.layers.layer import AbsentExpert, moa_layers
 from moa.parallel.expert_parallel import ExpertParallel
 from moa.parallel.placement import place_experts, resolve_transport, traffic
-from tests.support.moa_fixtures import small_config, tiny_vit
+from tests.support.moa_fixtures import images, small_config, stir, tiny_vit
 
 COSTS = st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=5), min_size=1, max_size=5)
 
@@ -57,17 +62,17 @@ def layers_of(**changes: object) -> list[MoALinear]:
 
 
 def test_traffic_by_the_formula() -> None:
-    """Per layer 2 R (D + O) against 2 N K (D + O), of which (G - 1)/G leaves the rank."""
+    """Per layer 2 R (D + O), of which (G - 1)/G leaves the rank, against 2 N (D + O) to each."""
     layers = layers_of(ranks=(1, 2, 3), top_k=2)
     sent = traffic(layers, tokens=100, ep_size=4, width=2)
     assert sent["gather"] == 2 * 2 * 6 * (16 + 48) * 2 * 3 / 4
-    assert sent["all_to_all"] == 2 * 2 * 100 * 2 * (16 + 48) * 2 * 3 / 4
+    assert sent["all_to_all"] == 2 * 2 * 100 * (16 + 48) * 2 * 3
     pieces = traffic(layers, tokens=100, ep_size=4, width=2, micro_batches=5)
     assert pieces == {"gather": 5 * sent["gather"], "all_to_all": sent["all_to_all"]}
 
 
 def test_large_vit_sends_thousandfold_less_by_gather() -> None:
-    """ViT-L/14, 64 images a GPU: 1,097 times, as many as tokens per rank number."""
+    """ViT-L/14, 64 images a GPU: 8,773 times, as many as the group's tokens per rank number."""
     import timm
 
     with torch.device("meta"):
@@ -75,7 +80,7 @@ def test_large_vit_sends_thousandfold_less_by_gather() -> None:
         inject(model, MoAConfig(method="moa_lora", blocks="all"))
     layers = [layer for _, layer in moa_layers(model)]
     sent = traffic(layers, tokens=64 * 257, ep_size=8, width=2)
-    assert sent["all_to_all"] / sent["gather"] == pytest.approx(64 * 257 / 15)
+    assert sent["all_to_all"] / sent["gather"] == pytest.approx(8 * 64 * 257 / 15)
     assert sent["gather"] / 2**20 == pytest.approx(4.92, abs=0.01)
 
 
@@ -83,10 +88,11 @@ def test_large_vit_sends_thousandfold_less_by_gather() -> None:
     ("changes", "tokens", "transport"),
     [
         ({}, 100, "gather"),
-        ({}, 5, "all_to_all"),  # fewer tokens than ranks
-        ({"transport": "gather"}, 5, "gather"),
+        ({}, 2, "all_to_all"),  # the group has fewer tokens than ranks
+        ({"ep_size": 4}, 2, "gather"),
+        ({"transport": "gather"}, 2, "gather"),
         ({"transport": "all_to_all"}, 100, "all_to_all"),
-        ({"expert_dropout": 0.5}, 5, "gather"),
+        ({"expert_dropout": 0.5}, 2, "gather"),
     ],
 )
 def test_transport(changes: dict[str, object], tokens: int, transport: str) -> None:
@@ -138,3 +144,51 @@ def test_a_rank_without_experts_holds_one_number() -> None:
         held.append((len(own), parallel.members.idle is not None))
         assert all(isinstance(p, nn.Parameter) and p.requires_grad for p in own)
     assert sorted(held) == [(1, True), (1, True), (2, False), (2, False)]
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class HostReads(TorchDispatchMode):
+    """Operations whose result the host has to wait for."""
+
+    NAMES = ("aten._local_scalar_dense", "aten.nonzero", "aten.bincount", "aten.is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.found += [str(func)] if str(func).startswith(self.NAMES) else []
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["moa_lora", "moa_kron"])
+@pytest.mark.usefixtures("alone")
+def test_tokens_travel_without_a_read_and_get_the_same_updates(method: str) -> None:
+    plain, sharing = tiny_vit(), tiny_vit()
+    for model in (plain, sharing):
+        inject(model, small_config(method, top_k=2, gate_noise=0.0, transport="all_to_all"))
+        stir(model)
+    parallel = ExpertParallel(sharing, 1, 0, 100)
+    parallel.members.group = dist.group.WORLD
+    for model in (plain, sharing):
+        with HostReads() as reads:
+            model.train()(images(2)).square().mean().backward()
+        assert not reads.found
+    shared = dict(sharing.named_parameters())
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(shared[name].grad, p.grad, msg=name)
+    wanted = plain.eval()(images(2))
+    torch.testing.assert_close(sharing.eval()(images(2)), wanted)
+    with mock.patch.object(dist, "all_reduce", lambda number, *_, **__: number.add_(1)):
+        # Another process evaluates an image more.
+        torch.testing.assert_close(sharing(images(2)), wanted)
+    assert parallel.members.images == (2, 3)

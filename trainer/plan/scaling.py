@@ -137,8 +137,8 @@ def predict(load: Load, world: int, rates: Rates) -> Prediction:
         gathers = 2 * pieces
         sent = gathers * load.frozen_bytes * others
         weights = collectives(gathers * load.modules, sent, world)
-    # Tokens travel per layer: sizes, there, results back; in backward the two once more.
-    number = 5 * load.layers if load.transport == "all_to_all" else 2
+    # Per layer tokens and gates travel there, updates back; in backward their gradients.
+    number = 6 * load.layers if load.transport == "all_to_all" else 2
     experts = collectives(number * pieces, load.expert_bytes, load.ep_size)
     compute = load.flops * load.images / rates.flops
     return Prediction(world, load.images, compute, gradients, weights, experts)

@@ -43,7 +43,7 @@ def test_zero3_gathers_the_backbone_twice() -> None:
 
 def test_tokens_travel_per_layer() -> None:
     step = predict(replace(LOAD, transport="all_to_all"), 2, RATES)
-    assert step.experts == pytest.approx(5 * 3 * 1e-3 + 4e5 / 1e9)
+    assert step.experts == pytest.approx(6 * 3 * 1e-3 + 4e5 / 1e9)
 
 
 def test_every_micro_batch_gathers_and_from_stage_2_on_reduces() -> None:
@@ -58,7 +58,7 @@ def test_every_micro_batch_gathers_and_from_stage_2_on_reduces() -> None:
         assert whole[1] == pytest.approx(2 * bucket)
         assert parts[1] == pytest.approx((2 if stage == 1 else 5) * bucket), "one for new weights"
         assert parts[2] == pytest.approx(4 * whole[2])
-    for transport, number in (("gather", 2), ("all_to_all", 15)):
+    for transport, number in (("gather", 2), ("all_to_all", 18)):
         load = replace(LOAD, accumulation=4, transport=transport)  # type: ignore[arg-type]
         step = predict(load, 4, RATES)
         # The bytes of a whole step are `moa.placement.traffic`'s; each collective waits anew.
