@@ -6,6 +6,8 @@ numbers from 0 to 255 as float32. They are what torchvision's steps give on uint
 repeated conversions, which take as long as the arithmetic.
 """
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +22,6 @@ DRAWS = 9
 _JITTER = 0.3
 _GREY = 0.1
 _TO_LEVEL = 255.999 / 255  # then cut off: torchvision's way from [0, 1] to levels
-_SECTORS = torch.tensor([5.0, 3.0, 1.0])[:, None, None]  # where R, G, B fall off in the hue circle
 
 
 def draw_colour() -> torch.Tensor:
@@ -48,21 +49,31 @@ def apply_colour(image: Pixels, draw: torch.Tensor) -> Pixels:
 def apply_colour_batch(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """Apply a draw to every image of a batch, on whatever device they are; gives levels.
 
-    `images` are uint8 [b, 3, H, W]; `draws` float32 [b, DRAWS] on the CPU, where choosing rows
-    waits for no device.
+    `images` are uint8 [b, 3, H, W]; `draws` float32 [b, DRAWS] on the CPU. There the images are
+    sorted by their first step, then by their second, and so on: each step meets a run of images
+    whose length is known, and all that the device has to know travels at once, unawaited.
     """
-    levels = images.float()
+    order, number = draws[:, :4].int(), len(draws)
+    sorted_by = [order[:, place].argsort(stable=True) for place in range(4)]
+    # From each order to the next, from the last to the images' own; and what is done, in each.
+    orders = [torch.arange(number), *sorted_by, torch.arange(number)]
+    moves = [before.argsort()[after] for before, after in itertools.pairwise(orders)]
+    amounts = [draws[rows, 4 + order[rows, place].long()] for place, rows in enumerate(sorted_by)]
+    told = torch.stack([*moves, *amounts, draws[:, -1]]).float()
+    if images.is_cuda:
+        told = told.pin_memory()
+    told = told.to(images.device, non_blocking=True)
+    indices, amounts = told[:5].int(), told[5:, :, None, None, None]
+    levels = images
     for place in range(4):
-        for number, step in enumerate(_STEPS):
-            rows = (draws[:, place] == number).nonzero()[:, 0]
-            if len(rows):
-                amount = draws[rows, 4 + number].to(levels.device)[:, None, None, None]
-                rows = rows.to(levels.device)
-                levels[rows] = step(levels[rows], amount)
-    rows = draws[:, -1].nonzero()[:, 0].to(levels.device)
-    if len(rows):
-        levels[rows] = _grey(levels[rows])
-    return levels
+        levels = levels.index_select(0, indices[place]).float()
+        lengths = order[:, place].bincount(minlength=4).tolist()
+        runs = zip(levels.split(lengths), amounts[place].split(lengths), strict=True)
+        for step, (run, amount) in zip(_STEPS, runs, strict=True):
+            if len(run) and (changed := step(run, amount)) is not run:
+                run.copy_(changed)
+    levels = levels.index_select(0, indices[4])
+    return torch.where(amounts[4] > 0, _luminance(levels), levels)
 
 
 def shift_hue(levels: torch.Tensor, shift: float | torch.Tensor) -> torch.Tensor:
@@ -79,12 +90,19 @@ def shift_hue(levels: torch.Tensor, shift: float | torch.Tensor) -> torch.Tensor
     distance /= chroma.clamp(min=1)
     # hue in sixths of a turn: 2 x the channel of the maximum + the signed distance of the others
     hue = torch.where(is_green, 2.0, 4.0).masked_fill_(is_red, 0.0).add_(distance).unsqueeze(-3)
-    sector = hue.add_(shift * 6) + _SECTORS.to(levels.device)
+    sector = hue.add_(shift * 6) + _sectors(levels.device)
     turns = sector * (1 / 6)
     sector -= turns.floor_().mul_(6)  # the remainder, several times faster
     ramp = torch.minimum(sector, torch.sub(4, sector, out=turns), out=turns).clamp_(0, 1)
     fall = ramp.mul_(chroma.unsqueeze(-3))
     return torch.sub(value.unsqueeze(-3), fall, out=fall).mul_(_TO_LEVEL).floor_()
+
+
+@functools.cache
+def _sectors(device: torch.device) -> torch.Tensor:
+    """Where R, G and B fall off in the hue circle [3, 1, 1]; brought to a device only once."""
+    with torch.inference_mode(False):  # training uses what an evaluation made
+        return torch.tensor([5.0, 3.0, 1.0], device=device)[:, None, None]
 
 
 def _brightness(levels: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:

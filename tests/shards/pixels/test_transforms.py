@@ -1,10 +1,13 @@
 import io
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
@@ -236,6 +239,34 @@ def test_a_whole_batch_is_coloured_as_its_images_one_by_one() -> None:
     difference = (alone.int() - batch.int()).abs()
     assert (difference > 0).float().mean() < 0.001, "only where a rounding falls the other way"
     assert difference.max() <= 3
+
+
+class OnTheDevice(TorchDispatchMode):
+    """Counts what is computed on the meta device, and what is copied to it or from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations, self.copies = 0, 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, result)) if isinstance(x, torch.Tensor)]
+        places = {tensor.is_meta for tensor in tensors if tensor.dim()}
+        self.copies += len(places) == 2
+        self.operations += places == {True} and not func.is_view
+        return result
+
+
+def test_a_device_is_told_once_what_to_do_with_a_batch() -> None:
+    draws = torch.stack([draw_colour() for _ in range(20)])
+    images = torch.empty(20, 3, 224, 224, dtype=torch.uint8, device="meta")
+    apply_colour_batch(images, draws)  # brings constants
+    with OnTheDevice() as seen:
+        apply_colour_batch(images, draws)
+    assert seen.copies == 1
+    assert seen.operations < 250, "for 20 images, 16 groups of which are treated alike"
 
 
 @pytest.mark.parametrize("augment", ["domainbed", "no_flip", "none"])
