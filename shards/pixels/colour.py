@@ -63,17 +63,19 @@ def apply_colour_batch(images: torch.Tensor, draws: torch.Tensor) -> torch.Tenso
     if images.is_cuda:
         told = told.pin_memory()
     told = told.to(images.device, non_blocking=True)
-    indices, amounts = told[:5].int(), told[5:, :, None, None, None]
+    indices, amount_of = told[:5].int(), told[5:, :, None, None, None]
     levels = images
     for place in range(4):
         levels = levels.index_select(0, indices[place]).float()
         lengths = order[:, place].bincount(minlength=4).tolist()
-        runs = zip(levels.split(lengths), amounts[place].split(lengths), strict=True)
+        runs = zip(
+            torch.split(levels, lengths), torch.split(amount_of[place], lengths), strict=True
+        )
         for step, (run, amount) in zip(_STEPS, runs, strict=True):
             if len(run) and (changed := step(run, amount)) is not run:
                 run.copy_(changed)
     levels = levels.index_select(0, indices[4])
-    return torch.where(amounts[4] > 0, _luminance(levels), levels)
+    return torch.where(amount_of[4] > 0, _luminance(levels), levels)
 
 
 def shift_hue(levels: torch.Tensor, shift: float | torch.Tensor) -> torch.Tensor:
