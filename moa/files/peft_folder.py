@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from moa.config import MoAConfig
 from moa.errors import AdapterError, MoAConfigError
 from moa.files import saving
+from moa.files.reading import read_files
 from moa.layers.experts import LoRAExpert
 from moa.layers.layer import MoALinear
 from moa.model.injection import IN_BLOCK, InjectReport, check_fresh, classifier, matching_layers
@@ -162,9 +163,8 @@ def import_peft(model: nn.Module, folder: str | Path) -> InjectReport:
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
-        settings = dict(json.loads((folder / saving.CONFIG_FILE).read_text(encoding="utf-8")))
-        tensors = load_file(folder / saving.WEIGHTS_FILE)
-    except (OSError, TypeError, ValueError, SafetensorError) as error:
+        settings, tensors = read_files(folder)
+    except (OSError, ValueError, SafetensorError) as error:
         raise AdapterError(
             f"{folder}: no readable adapter ({error}); give a whole folder as PEFT's "
             "save_pretrained writes it, with safe_serialization=True"
@@ -210,7 +210,13 @@ def _saved_head(model: nn.Module, settings: Mapping[str, Any]) -> str | None:
 
 def _head_path(model: nn.Module) -> str:
     head = classifier(model)
-    return str(next(path for path, module in model.named_modules() if module is head))
+    for path, module in model.named_modules():
+        if module is head:
+            return str(path)
+    raise MoAConfigError(
+        f"{type(model).__name__} has two classifiers, for which PEFT's files have no form; keep "
+        "the adapter as it is: moa.save_adapter writes a small file"
+    )
 
 
 def _adapted(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -392,7 +392,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut json": (lambda f: cut(f / CONFIG_FILE, 40), "no readable adapter"),
     "binary json": (lambda f: (f / CONFIG_FILE).write_bytes(b"\xff\xfe"), "no readable adapter"),
     "json number": (lambda f: (f / CONFIG_FILE).write_text("3"), "no readable adapter"),
-    "json list": (lambda f: (f / CONFIG_FILE).write_text("[]"), "peft_type: None"),
+    "json list": (lambda f: (f / CONFIG_FILE).write_text("[]"), "holds no JSON object"),
     "our own": (lambda f: edit_config(f, peft_type="MOA"), "'MOA'; .*moa.load_adapter reads"),
     "fan_in_fan_out": (lambda f: edit_config(f, fan_in_fan_out=True), "fan_in_fan_out: True; "),
     "from the future": (lambda f: edit_config(f, use_xyz=1), "use_xyz: 1; not part of plain LoRA"),
