@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from moa.config import MoAConfig
-from moa.errors import AdapterError, MoAConfigError
+from moa.errors import AdapterError, MoAConfigError, one_line
 from moa.files import saving
 from moa.files.reading import read_files
 from moa.layers.experts import LoRAExpert
@@ -136,6 +136,7 @@ def import_peft(model: nn.Module, folder: str | Path) -> InjectReport:
     settings, tensors = _read(folder)
     try:
         _check_settings(settings)
+        _check_expressions(settings)
         check_fresh(model)
         head = _saved_head(model, settings)
         adapted = _adapted(model, settings)
@@ -151,7 +152,7 @@ def import_peft(model: nn.Module, folder: str | Path) -> InjectReport:
             f"{folder}: reading it needs peft ({error}); pip install 'moa-trainer[peft]'"
         ) from error
     except _REFUSALS as error:
-        raise AdapterError(f"{folder}: cannot be imported: {error}") from error
+        raise AdapterError(f"{folder}: cannot be imported: {one_line(error)}") from error
     saving.check_fit(str(folder), _places(empty, adapted, head), tensors)
     report = saving.fit_and_inject(model, config, num_classes)
     scales = {_factor_names(path)[1]: layer.scaling["default"] for path, layer in adapted.items()}
@@ -166,7 +167,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         settings, tensors = read_files(folder)
     except (OSError, ValueError, SafetensorError) as error:
         raise AdapterError(
-            f"{folder}: no readable adapter ({error}); give a whole folder as PEFT's "
+            f"{folder}: no readable adapter ({one_line(error)}); give a whole folder as PEFT's "
             "save_pretrained writes it, with safe_serialization=True"
         ) from error
     for name, tensor in tensors.items():
@@ -195,6 +196,16 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
     for alpha in (settings.get("lora_alpha"), *(settings.get("alpha_pattern") or {}).values()):
         if not (isinstance(alpha, int | float) and math.isfinite(alpha)):
             raise ValueError(f"lora_alpha: {alpha!r}; legal is a finite number")
+
+
+def _check_expressions(settings: Mapping[str, Any]) -> None:
+    """Refuses regular expressions that could match for hours, as a nested repetition does."""
+    for name in _READ:
+        value = settings.get(name)
+        for text in [value] if isinstance(value, str) else value if isinstance(value, dict) else ():
+            repeated = (len(re.findall(r"[*+{]", part)) for part in text.split("|"))
+            if re.search(r"\)[*+{]", text) or max(repeated) > 5:
+                raise ValueError(f"{name}: {text!r} repeats too much; name whole paths in training")
 
 
 def _saved_head(model: nn.Module, settings: Mapping[str, Any]) -> str | None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moa.config import MoAConfig
-from moa.errors import AdapterError
+from moa.errors import AdapterError, one_line
 from moa.files.hub import CONFIG_FILE, WEIGHTS_FILE, adapter_folder
 from moa.files.origin import Origin, origin_from
 
@@ -71,7 +71,8 @@ def read_adapter(folder: str | Path) -> tuple[AdapterInfo, dict[str, Tensor]]:
         _check_format(folder, config)
         _check_hashes(folder, config)
     except (ValueError, SafetensorError) as error:
-        raise AdapterError(f"{folder}: damaged adapter ({error}); take another copy") from error
+        why = one_line(error)
+        raise AdapterError(f"{folder}: damaged adapter ({why}); take another copy") from error
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             legal = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
@@ -97,6 +98,7 @@ def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{CONFIG_FILE} has more than {MOST_CONFIG:,} bytes")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(config, ensure_ascii=False).encode()  # half a character could not be written
     except RecursionError:
         raise ValueError(f"{CONFIG_FILE} is nested too deeply") from None
     if not isinstance(config, dict):
@@ -126,15 +128,13 @@ def _check_format(folder: Path, config: dict[str, Any]) -> None:
     kind, version = config.get("peft_type"), config.get("format_version")
     if kind == "MOA" and version == FORMAT_VERSION:
         return
+    given = f"peft_type {reprlib.repr(kind)}, format_version {reprlib.repr(version)}"
     remedy = "give a folder that moa.save_adapter or a run of this release wrote"
     if kind == "LORA":
         remedy = "read it with moa.import_peft"
     elif kind == "MOA" and isinstance(version, int) and version > FORMAT_VERSION:
         remedy = "install the newer release that wrote it"
-    raise AdapterError(
-        f"{folder}: peft_type {kind!r}, format_version {version!r}; this release reads 'MOA', "
-        f"{FORMAT_VERSION}; {remedy}"
-    )
+    raise AdapterError(f"{folder}: {given}; this release reads 'MOA', {FORMAT_VERSION}; {remedy}")
 
 
 def _info(folder: Path, config: dict[str, Any]) -> AdapterInfo:
@@ -157,8 +157,7 @@ def _info(folder: Path, config: dict[str, Any]) -> AdapterInfo:
             head=config.get("head", {}),
         )
     except (KeyError, TypeError, ValueError) as error:
-        why = " ".join(str(error).split())[:500]
-        raise AdapterError(f"{folder}: {CONFIG_FILE} is not legal: {why}") from error
+        raise AdapterError(f"{folder}: {CONFIG_FILE} is not legal: {one_line(error)}") from error
 
 
 def _check_kinds(config: dict[str, Any]) -> None:

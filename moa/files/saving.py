@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from moa.config import MoAConfig
-from moa.errors import AdapterError, MoAConfigError
+from moa.errors import AdapterError, MoAConfigError, one_line
 from moa.files.atomic_folder import replaced_folder
 from moa.files.card import creation, model_card
 from moa.files.hub import (
@@ -165,8 +165,9 @@ def attach(
     empty = outline(model)
     try:
         fit_and_inject(empty, info.moa, len(info.classes))
-    except (MoAConfigError, RuntimeError, OverflowError) as error:  # the latter: sizes beyond 2^63
-        raise AdapterError(f"{name}: its moa_config does not fit the model: {error}") from error
+    except MoAConfigError as error:
+        why = one_line(error)
+        raise AdapterError(f"{name}: its moa_config does not fit the model: {why}") from error
     check_fit(name, adapter_state_dict(empty), tensors)
     fit_and_inject(model, info.moa, len(info.classes))
     for key, place in adapter_state_dict(model).items():

@@ -406,6 +406,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "pattern list": (lambda f: edit_config(f, rank_pattern=[3]), "cannot be imported"),
     "no expression": (lambda f: edit_config(f, target_modules="("), "cannot be imported"),
+    "endless expression": (
+        lambda f: edit_config(f, target_modules=r"(\w+\.?)+X"),
+        r"target_modules: .* repeats too much; name whole paths",
+    ),
+    "endless rank": (lambda f: edit_config(f, rank_pattern={".*" * 9: 2}), "rank_pattern: .*much"),
     "target number": (lambda f: edit_config(f, target_modules=3), "cannot be imported"),
     "no targets": (
         lambda f: (edit_config(f, target_modules="x"), edit_tensors(f, lambda t: t.clear())),
