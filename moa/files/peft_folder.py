@@ -191,7 +191,7 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
         why = _REMEDIES.get(name, "not part of plain LoRA, which is all that `lora` can be")
         raise ValueError(f"{name}: {settings[name]!r}; {why}")
     for rank in (settings.get("r"), *(settings.get("rank_pattern") or {}).values()):
-        if type(rank) is not int or rank < 1:
+        if type(rank) is not int or not 1 <= rank < 2**31:
             raise ValueError(f"r: {rank}; legal is a whole number >= 1")
     for alpha in (settings.get("lora_alpha"), *(settings.get("alpha_pattern") or {}).values()):
         if not (isinstance(alpha, int | float) and math.isfinite(alpha)):
