@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from moa.config import MoAConfig
 from moa.errors import AdapterError, MoAConfigError, one_line
 from moa.files.atomic_folder import replaced_folder
-from moa.files.card import creation, model_card
+from moa.files.card import creation, model_card, registration
 from moa.files.hub import (
     CARD_FILE as CARD_FILE,
     CONFIG_FILE as CONFIG_FILE,
@@ -146,7 +146,7 @@ def check_base(name: str, info: AdapterInfo, actual: str, dtype: torch.dtype) ->
     """Raises `AdapterError` unless the base weights' hash is what the adapter `name` expects."""
     if actual == info.base_sha256:
         return
-    remedy = f"create it with: {'; '.join(creation(info))}"
+    remedy = f"create it with: {'; '.join([*registration(info.base_model), *creation(info)])}"
     if dtype != torch.float32:  # whatever was rounded has another hash
         remedy = f"they are in {dtype}: load the adapter in fp32, then convert; {remedy}"
     raise AdapterError(
