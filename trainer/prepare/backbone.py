@@ -92,7 +92,9 @@ def create_backbone(config: ModelConfig, num_classes: int, seed: int) -> Backbon
     name = check_backbone(config)
     file = config.weights if config.weights not in ("pretrained", "random") else ""
     # Only some of timm's own files are in a form of their own, which is never safetensors.
-    overlay = {"file": file, "custom_load": file.endswith(".npz")} if file else {}
+    overlay: dict[str, Any] = {"file": file} if file else {}
+    if file and not file.endswith(".npz"):
+        overlay["custom_load"] = False
     own_head = config.head_init == "text"
     if not own_head:
         overlay["num_classes"] = -1  # a pretrained head is dropped, however many classes it has

@@ -26,7 +26,7 @@ LeViT) have two classifiers: both train, and timm averages their scores. Where t
 have drop path or dropout (Swin, TinyViT, relative positions), it acts in training as timm sets it,
 and is drawn by each process for itself, so that the number of processes then changes the result.
 
-| family | models | with adapters by default | the smallest of these | other targets |
+| family | models | with adapters by default | the smallest of these | other targets, not run |
 |---|---|---|---|---|
 {rows}
 
