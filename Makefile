@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test test-gpu lint bench reference embedded-table clean
+.PHONY: help setup demo test test-gpu lint bench reference backbones embedded-table clean
 
 help:
 	@echo "make setup            the environment alone (.venv)"
@@ -14,6 +14,7 @@ help:
 	@echo "make lint             ruff, mypy, codespell, shellcheck"
 	@echo "make bench            speed and memory ratios, one table"
 	@echo "make reference        the pages that are made from the code"
+	@echo "make backbones        the page on timm's models (some minutes)"
 	@echo "make embedded-table   methods x held-out domains x seeds on the embedded data (162 runs)"
 	@echo "make clean            remove the environment and what was built; outputs/ stays"
 
@@ -60,6 +61,9 @@ lint: $(VENV)/.installed-dev
 reference: $(VENV)/.installed-core
 	$(BIN)/python -m trainer.reference flags > docs/reference.md
 	$(BIN)/python -m trainer.reference modules > docs/modules.md
+
+backbones: $(VENV)/.installed-core
+	$(BIN)/python -m trainer.reference backbones > docs/backbones.md
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m trainer.bench

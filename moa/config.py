@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from math import inf
 from typing import Any, Literal, get_args, get_origin
 
 from moa.blocks import BLOCKS
@@ -38,6 +37,11 @@ _OF_MIXTURES = (
 _OF_ADAPTERS = ("ranks", "expert_dropout")
 
 _Rule = tuple[str, bool, str]  # a setting, whether it is wrong, and what is said after its value
+
+
+def _is_whole(value: object) -> bool:
+    """Whether it is a whole number, and one that a size can be."""
+    return type(value) is int and abs(value) < 2**31
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,12 +187,12 @@ class MoAConfig:
             kinds["blocks"] = (int, "block numbers")
         for name, (kind, legal) in kinds.items():
             value = getattr(self, name)
-            whole = isinstance(value, tuple) and all(type(item) is kind for item in value)
-            if value is not None and not whole:
+            fits = _is_whole if kind is int else (lambda item: isinstance(item, str))
+            if value is not None and not (isinstance(value, tuple) and all(map(fits, value))):
                 yield f"moa.{name}: {value!r}; give a list of {legal}"
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is int and type(value) is not int:
+            if field.type is int and not _is_whole(value):
                 yield f"moa.{field.name}: {value!r}; must be a whole number"
             if field.type is float and type(value) not in (int, float):
                 yield f"moa.{field.name}: {value!r}; must be a number"
@@ -213,7 +217,7 @@ class MoAConfig:
             *((name, getattr(self, name) < 1, "; must be >= 1")
               for name in ("kron_dim", "router_dim", *by_method)),
             ("expert_dropout", not 0 <= self.expert_dropout < 1, "; must be >= 0 and below 1"),
-            *((name, not 0 <= getattr(self, name) < inf, "; must be a finite number >= 0")
+            *((name, not 0 <= getattr(self, name) < 1e38, "; must be a finite number >= 0")
               for name in ("gate_noise", "aux_weight", "balance_rate")),
             ("ep_size", self.ep_size < 1 or (self.ep_size > 1 and not self.mixes),
              f" with {self.method}; must be >= 1, and above 1 only with multi_lora, moa_lora or "

@@ -15,3 +15,8 @@ class AdapterError(RuntimeError):
 
 class MissingAdapterError(AdapterError):
     """There is no adapter at the place named."""
+
+
+def one_line(error: Exception) -> str:
+    """What an error says of something that a stranger wrote, whose text may be long."""
+    return " ".join(str(error).split())[:500]

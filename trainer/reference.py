@@ -2,6 +2,7 @@
 
 `flags` is every flag of every command, from the dataclasses and parsers; `modules` is every source
 file with the first line of its docstring. A test compares the committed pages with these.
+`backbones` is what became of each model of timm, of which a test tries some.
 """
 
 import argparse
@@ -125,7 +126,14 @@ def _shown(value: Any) -> str:
     return f"`{list(value) if isinstance(value, tuple) else value}`"
 
 
-PAGES = {"flags": flags_page, "modules": modules_page}
+def backbones_page() -> str:
+    """What fits which backbone; takes minutes."""
+    from trainer.prepare import families  # with it comes torch
+
+    return families.backbones_page()
+
+
+PAGES = {"flags": flags_page, "modules": modules_page, "backbones": backbones_page}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -21,6 +21,7 @@ def model_card(info: AdapterInfo) -> str:
     may be compared with those of others; the table below has every domain.
     """
     base = "\n".join(creation(info))
+    imports = "\n".join(["import moa, timm", *registration(info.base_model)])
     return f"""---
 {_front_matter(info).to_yaml()}
 ---
@@ -30,7 +31,7 @@ def model_card(info: AdapterInfo) -> str:
 `{info.base_sha256}`.
 
 ```python
-{_imports(info.base_model)}
+{imports}
 
 {base}
 moa.load_adapter(model, "path/to/this/folder")  # or "hf-hub:organisation/name"
@@ -55,16 +56,17 @@ def creation(info: AdapterInfo) -> list[str]:
         return ["import torch", f"torch.manual_seed({info.origin.seed})", f"model = {call}"]
     arguments = [f'"{info.base_model}"', "pretrained=True"]
     if weights not in ("", "pretrained"):
-        arguments.append(f'pretrained_cfg_overlay={{"file": {json.dumps(weights)}}}')
+        own = timm.get_pretrained_cfg(info.base_model)  # whose file may be in a form of its own
+        plain = ', "custom_load": False' if own is not None and own.custom_load else ""
+        arguments.append(f'pretrained_cfg_overlay={{"file": {json.dumps(weights)}{plain}}}')
     arguments.append(f"num_classes={len(info.classes)}")
     return [f"model = timm.create_model({', '.join(arguments)})"]
 
 
-def _imports(base_model: str) -> str:
-    """What a reader must import so that timm knows the base."""
+def registration(base_model: str) -> list[str]:
+    """What a reader must import so that timm knows the base; empty where it does."""
     module = timm.model_entrypoint(base_model).__module__ if timm.is_model(base_model) else "timm"
-    registers = "" if module.partition(".")[0] == "timm" else f"\nimport {module}"
-    return f"import moa, timm{registers}"
+    return [] if module.partition(".")[0] == "timm" else [f"import {module}"]
 
 
 def hub_name(base_model: str) -> str:

@@ -66,6 +66,8 @@ def origin_from(content: Mapping[str, Any]) -> Origin:
     lists = ("domains", "averaged", "also_held_out")
     try:
         texts = {name: tuple(map(str, content[name])) for name in lists if name in content}
+        if wrong := [name for name in texts if not isinstance(content[name], list)]:
+            raise TypeError(f"{wrong[0]} is no list")
         origin = Origin(**{**content, **texts})
     except TypeError as error:
         raise ValueError(f"origin: {error}") from error
@@ -73,4 +75,6 @@ def origin_from(content: Mapping[str, Any]) -> Origin:
         value, (kind, legal) = getattr(origin, field.name), _KINDS.get(field.type, (object, ""))
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"origin: {field.name} {value!r}; must be {legal}")
+        if isinstance(value, int | float) and not 0 <= value < 2**63:
+            raise ValueError(f"origin: {field.name} {value!r}; must be from 0 to below 2^63")
     return origin

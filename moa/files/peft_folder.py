@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from moa.config import MoAConfig
-from moa.errors import AdapterError, MoAConfigError
+from moa.errors import AdapterError, MoAConfigError, one_line
 from moa.files import saving
+from moa.files.reading import read_files
 from moa.layers.experts import LoRAExpert
 from moa.layers.layer import MoALinear
 from moa.model.injection import IN_BLOCK, InjectReport, check_fresh, classifier, matching_layers
@@ -135,6 +136,7 @@ def import_peft(model: nn.Module, folder: str | Path) -> InjectReport:
     settings, tensors = _read(folder)
     try:
         _check_settings(settings)
+        _check_expressions(settings)
         check_fresh(model)
         head = _saved_head(model, settings)
         adapted = _adapted(model, settings)
@@ -150,7 +152,7 @@ def import_peft(model: nn.Module, folder: str | Path) -> InjectReport:
             f"{folder}: reading it needs peft ({error}); pip install 'moa-trainer[peft]'"
         ) from error
     except _REFUSALS as error:
-        raise AdapterError(f"{folder}: cannot be imported: {error}") from error
+        raise AdapterError(f"{folder}: cannot be imported: {one_line(error)}") from error
     saving.check_fit(str(folder), _places(empty, adapted, head), tensors)
     report = saving.fit_and_inject(model, config, num_classes)
     scales = {_factor_names(path)[1]: layer.scaling["default"] for path, layer in adapted.items()}
@@ -162,11 +164,10 @@ def import_peft(model: nn.Module, folder: str | Path) -> InjectReport:
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
-        settings = dict(json.loads((folder / saving.CONFIG_FILE).read_text(encoding="utf-8")))
-        tensors = load_file(folder / saving.WEIGHTS_FILE)
-    except (OSError, TypeError, ValueError, SafetensorError) as error:
+        settings, tensors = read_files(folder)
+    except (OSError, ValueError, SafetensorError) as error:
         raise AdapterError(
-            f"{folder}: no readable adapter ({error}); give a whole folder as PEFT's "
+            f"{folder}: no readable adapter ({one_line(error)}); give a whole folder as PEFT's "
             "save_pretrained writes it, with safe_serialization=True"
         ) from error
     for name, tensor in tensors.items():
@@ -190,11 +191,21 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
         why = _REMEDIES.get(name, "not part of plain LoRA, which is all that `lora` can be")
         raise ValueError(f"{name}: {settings[name]!r}; {why}")
     for rank in (settings.get("r"), *(settings.get("rank_pattern") or {}).values()):
-        if type(rank) is not int or rank < 1:
+        if type(rank) is not int or not 1 <= rank < 2**31:
             raise ValueError(f"r: {rank}; legal is a whole number >= 1")
     for alpha in (settings.get("lora_alpha"), *(settings.get("alpha_pattern") or {}).values()):
         if not (isinstance(alpha, int | float) and math.isfinite(alpha)):
             raise ValueError(f"lora_alpha: {alpha!r}; legal is a finite number")
+
+
+def _check_expressions(settings: Mapping[str, Any]) -> None:
+    """Refuses regular expressions that could match for hours, as a nested repetition does."""
+    for name in _READ:
+        value = settings.get(name)
+        for text in [value] if isinstance(value, str) else value if isinstance(value, dict) else ():
+            repeated = (len(re.findall(r"[*+{]", part)) for part in text.split("|"))
+            if re.search(r"\)[*+{]", text) or max(repeated) > 5:
+                raise ValueError(f"{name}: {text!r} repeats too much; name whole paths in training")
 
 
 def _saved_head(model: nn.Module, settings: Mapping[str, Any]) -> str | None:
@@ -210,7 +221,13 @@ def _saved_head(model: nn.Module, settings: Mapping[str, Any]) -> str | None:
 
 def _head_path(model: nn.Module) -> str:
     head = classifier(model)
-    return str(next(path for path, module in model.named_modules() if module is head))
+    for path, module in model.named_modules():
+        if module is head:
+            return str(path)
+    raise MoAConfigError(
+        f"{type(model).__name__} has two classifiers, for which PEFT's files have no form; keep "
+        "the adapter as it is: moa.save_adapter writes a small file"
+    )
 
 
 def _adapted(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:

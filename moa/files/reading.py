@@ -1,8 +1,12 @@
 """Reads adapter folders: all of it is checked before any of it is used."""
 
+import hashlib
 import json
-from collections.abc import Mapping
+import logging
+import reprlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moa.config import MoAConfig
-from moa.errors import AdapterError
+from moa.errors import AdapterError, one_line
 from moa.files.hub import CONFIG_FILE, WEIGHTS_FILE, adapter_folder
 from moa.files.origin import Origin, origin_from
 
+log = logging.getLogger(__name__)
+
 FORMAT_VERSION = 1
+MOST_CONFIG = 2**26
+"""Bytes that a configuration may have; that of 100,000 classes has a tenth of it."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)
 """What an adapter's tensors may be; whole numbers are counters of routers."""
 _KINDS = {str: "a text", list: "a list", dict: "a JSON object"}
@@ -56,38 +64,77 @@ def read_adapter(folder: str | Path) -> tuple[AdapterInfo, dict[str, Tensor]]:
     """
     folder = adapter_folder(folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
+        if not (folder / name).is_file():  # to open a FIFO would be to wait for ever
             raise AdapterError(f"{folder}: no {name}; give the folder of a saved adapter")
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS_FILE)
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
-        raise AdapterError(f"{folder}: damaged adapter ({error}); take another copy") from error
-    if not isinstance(config, dict):
-        raise AdapterError(f"{folder}: {CONFIG_FILE} holds no JSON object; take another copy")
-    _check_format(folder, config)
+        config, tensors = read_files(folder)
+        _check_format(folder, config)
+        _check_hashes(folder, config)
+    except (ValueError, SafetensorError) as error:
+        why = one_line(error)
+        raise AdapterError(f"{folder}: damaged adapter ({why}); take another copy") from error
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             legal = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise AdapterError(f"{folder}: {name} is {tensor.dtype}; legal are {legal}")
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"{folder}: {name} holds NaN or infinity; take another copy")
-    return _info(folder, config), tensors
+    info = _info(folder, config)
+    if len(info.moa.ranks or ()) > len(tensors):  # before as many experts are made of it
+        raise AdapterError(f"{folder}: more moa_config ranks than tensors; take another copy")
+    return info, tensors
+
+
+def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the tensors of an adapter folder, ours or PEFT's, as they stand there.
+
+    Raises `ValueError` or `SafetensorError`: damaged, or no regular files of a sensible size.
+    """
+    path = folder / CONFIG_FILE
+    for each in (path, folder / WEIGHTS_FILE):
+        if each.exists() and not each.is_file():
+            raise ValueError(f"{each.name} is no regular file")
+    if path.stat().st_size > MOST_CONFIG:
+        raise ValueError(f"{CONFIG_FILE} has more than {MOST_CONFIG:,} bytes")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(config, ensure_ascii=False).encode()  # half a character could not be written
+    except RecursionError:
+        raise ValueError(f"{CONFIG_FILE} is nested too deeply") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{CONFIG_FILE} holds no JSON object")
+    return config, load_file(folder / WEIGHTS_FILE)
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """SHA-256 of what a configuration says, however it is laid out, without its own `sha256`."""
+    rest = {name: value for name, value in config.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _check_hashes(folder: Path, config: dict[str, Any]) -> None:
+    """Raises `ValueError` if a file is not as it was written; older releases noted no hashes."""
+    if (noted := config.get("sha256")) is None:
+        log.warning("%s: of an older release, without SHA-256 to check it by", folder)
+        return
+    with (folder / WEIGHTS_FILE).open("rb") as file:
+        weights = hashlib.file_digest(file, "sha256").hexdigest()
+    for name, actual in ((WEIGHTS_FILE, weights), (CONFIG_FILE, config_hash(config))):
+        if not (isinstance(noted, dict) and noted.get(name) == actual):
+            raise ValueError(f"{name} is not as it was written: its SHA-256 is another")
 
 
 def _check_format(folder: Path, config: dict[str, Any]) -> None:
     kind, version = config.get("peft_type"), config.get("format_version")
     if kind == "MOA" and version == FORMAT_VERSION:
         return
+    given = f"peft_type {reprlib.repr(kind)}, format_version {reprlib.repr(version)}"
     remedy = "give a folder that moa.save_adapter or a run of this release wrote"
     if kind == "LORA":
         remedy = "read it with moa.import_peft"
     elif kind == "MOA" and isinstance(version, int) and version > FORMAT_VERSION:
         remedy = "install the newer release that wrote it"
-    raise AdapterError(
-        f"{folder}: peft_type {kind!r}, format_version {version!r}; this release reads 'MOA', "
-        f"{FORMAT_VERSION}; {remedy}"
-    )
+    raise AdapterError(f"{folder}: {given}; this release reads 'MOA', {FORMAT_VERSION}; {remedy}")
 
 
 def _info(folder: Path, config: dict[str, Any]) -> AdapterInfo:
@@ -110,7 +157,7 @@ def _info(folder: Path, config: dict[str, Any]) -> AdapterInfo:
             head=config.get("head", {}),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise AdapterError(f"{folder}: {CONFIG_FILE} is not legal: {error}") from error
+        raise AdapterError(f"{folder}: {CONFIG_FILE} is not legal: {one_line(error)}") from error
 
 
 def _check_kinds(config: dict[str, Any]) -> None:
@@ -118,7 +165,29 @@ def _check_kinds(config: dict[str, Any]) -> None:
     kinds: dict[str, Any] = {"base_model_name_or_path": str, "base_sha256": str, "classes": list}
     for name, kind in (kinds | dict.fromkeys(("data_config", "results", "head"), dict)).items():
         if name in config and not isinstance(config[name], kind):
-            raise ValueError(f"{name}: {config[name]!r}; must be {_KINDS[kind]}")
+            raise ValueError(f"{name}: {reprlib.repr(config[name])}; must be {_KINDS[kind]}")
     names = config["classes"]
     if {type(name) for name in names} != {str}:
-        raise ValueError(f"classes: {names!r}; must be one or more names")
+        raise ValueError(f"classes: {reprlib.repr(names)}; must be one or more names")
+    for name, value in config.get("results", {}).items():
+        if not (isinstance(value, float) or _is_finite(value)):
+            raise ValueError(f"results: {name} {reprlib.repr(value)}; must be a number")
+    for name, value in config["data_config"].items():
+        if name in _OF_IMAGES and not _OF_IMAGES[name](value):
+            raise ValueError(f"data_config: {name} {reprlib.repr(value)} fits no image")
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
+def _is_three(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 3 and all(map(fits, value))
+
+
+_OF_IMAGES: dict[str, Callable[[Any], bool]] = {
+    "input_size": partial(_is_three, fits=lambda n: type(n) is int and 0 < n <= 2**14),
+    "mean": partial(_is_three, fits=_is_finite),
+    "std": partial(_is_three, fits=lambda x: _is_finite(x) and x > 0),
+    "interpolation": lambda name: isinstance(name, str),
+}

@@ -1,6 +1,7 @@
 """Adapter folders: what was trained, and nothing else, saved and loaded strictly.
 
-A folder holds `adapter_config.json`, `adapter_model.safetensors` and a model card `README.md`.
+A folder holds `adapter_config.json`, `adapter_model.safetensors` and a model card `README.md`; the
+first has a SHA-256 of itself and of the second.
 Tensor names are the timm module path plus the names inside `MoALinear`, with global expert ids, so
 a file does not depend on the world size or the engine that trained it.
 """
@@ -19,15 +20,15 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from moa.config import MoAConfig
-from moa.errors import AdapterError, MoAConfigError
+from moa.errors import AdapterError, MoAConfigError, one_line
 from moa.files.atomic_folder import replaced_folder
-from moa.files.card import creation, model_card
+from moa.files.card import creation, model_card, registration
 from moa.files.hub import (
     CARD_FILE as CARD_FILE,
     CONFIG_FILE as CONFIG_FILE,
     WEIGHTS_FILE as WEIGHTS_FILE,
 )
-from moa.files.reading import FORMAT_VERSION, AdapterInfo, read_adapter
+from moa.files.reading import FORMAT_VERSION, AdapterInfo, config_hash, read_adapter
 from moa.model.injection import InjectReport, check_fresh, classifier, inject
 
 
@@ -56,8 +57,9 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], info: AdapterInfo
     """Writes the three files of an adapter into an existing folder."""
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     # Not save_file: it makes files that only their owner may read, whatever the umask.
-    (folder / WEIGHTS_FILE).write_bytes(save(contiguous, metadata={"format": "pt"}))
-    config = {
+    weights = save(contiguous, metadata={"format": "pt"})
+    (folder / WEIGHTS_FILE).write_bytes(weights)
+    config: dict[str, Any] = {
         "peft_type": "MOA",
         "format_version": FORMAT_VERSION,
         "base_model_name_or_path": info.base_model,
@@ -68,6 +70,10 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], info: AdapterInfo
         "results": dict(info.results),
         "origin": None if info.origin is None else info.origin.plain(),
         "head": dict(info.head),
+    }
+    config["sha256"] = {
+        WEIGHTS_FILE: hashlib.sha256(weights).hexdigest(),
+        CONFIG_FILE: config_hash(json.loads(json.dumps(config))),
     }
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / CARD_FILE).write_text(model_card(info), encoding="utf-8")
@@ -140,7 +146,7 @@ def check_base(name: str, info: AdapterInfo, actual: str, dtype: torch.dtype) ->
     """Raises `AdapterError` unless the base weights' hash is what the adapter `name` expects."""
     if actual == info.base_sha256:
         return
-    remedy = f"create it with: {'; '.join(creation(info))}"
+    remedy = f"create it with: {'; '.join([*registration(info.base_model), *creation(info)])}"
     if dtype != torch.float32:  # whatever was rounded has another hash
         remedy = f"they are in {dtype}: load the adapter in fp32, then convert; {remedy}"
     raise AdapterError(
@@ -160,7 +166,8 @@ def attach(
     try:
         fit_and_inject(empty, info.moa, len(info.classes))
     except MoAConfigError as error:
-        raise AdapterError(f"{name}: its moa_config does not fit the model: {error}") from error
+        why = one_line(error)
+        raise AdapterError(f"{name}: its moa_config does not fit the model: {why}") from error
     check_fit(name, adapter_state_dict(empty), tensors)
     fit_and_inject(model, info.moa, len(info.classes))
     for key, place in adapter_state_dict(model).items():

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -38,7 +39,8 @@ def inject(model: nn.Module, config: MoAConfig) -> InjectReport:
     """Wraps the selected linear layers of `model` and leaves only adapters and head trainable.
 
     `model` is a timm vision transformer: it has `blocks` and `get_classifier`. All checks come
-    first, so it is either changed completely or not at all.
+    first, so it is either changed completely or not at all. Running statistics (of a BatchNorm)
+    stay what they are and are used in training, too: they belong to the base and are not saved.
 
     Raises:
         MoAConfigError: an illegal setting, or one that does not fit the widths or depth.
@@ -62,12 +64,28 @@ def inject(model: nn.Module, config: MoAConfig) -> InjectReport:
         setattr(model.get_submodule(parent), name, layer)
         _call_projection(model.get_submodule(parent))
     head.requires_grad_(True)
+    for module in model.modules():
+        if any(name.startswith("running_") for name, _ in module.named_buffers(recurse=False)):
+            module.register_forward_pre_hook(_keep_statistics)
     return InjectReport(
         layers=tuple(paths or unfrozen),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         head=sum(p.numel() for p in head.parameters()),
         total=sum(p.numel() for p in model.parameters()),
     )
+
+
+def _keep_statistics(module: nn.Module, _: Any) -> None:
+    """Before every forward, whatever `model.train()` said."""
+    module.training = False
+
+
+def release_statistics(model: nn.Module) -> None:
+    """Lets running statistics follow the images again."""
+    for module in model.modules():
+        for key, hook in [*module._forward_pre_hooks.items()]:
+            if hook is _keep_statistics:
+                del module._forward_pre_hooks[key]
 
 
 def check_fresh(model: nn.Module) -> None:
@@ -166,7 +184,7 @@ def _select(
 
 
 def classifier(model: nn.Module) -> nn.Module:
-    """The model's classification head.
+    """The model's classification head; of a distilled model both, as a list.
 
     Raises `MoAConfigError`: the model has none to train.
     """
@@ -176,6 +194,8 @@ def classifier(model: nn.Module) -> nn.Module:
             "vit_base_patch16_clip_224"
         )
     head = model.get_classifier()  # type: ignore[operator]
+    if isinstance(head, tuple):
+        head = nn.ModuleList(head)
     if not isinstance(head, nn.Module) or not any(True for _ in head.parameters()):
         raise MoAConfigError(
             f"{type(model).__name__} has no classifier; create it with num_classes > 0"

@@ -13,6 +13,7 @@ from moa.errors import MoAConfigError
 from moa.layers.experts import KroneckerRule, kronecker_matrix
 from moa.layers.layer import MoALinear, moa_layers
 from moa.layers.router import UniformRouter
+from moa.model.injection import release_statistics
 
 Part = TypeVar("Part", bound=nn.Module)
 
@@ -37,6 +38,7 @@ def merge(model: nn.Module) -> None:
         setattr(model.get_submodule(parent), name, layer.base)
     if isinstance(getattr(model, "kron_rule", None), KroneckerRule):
         del model.kron_rule
+    release_statistics(model)
 
 
 def fixed_layers(model: nn.Module, done: str) -> dict[str, MoALinear]:

@@ -11,8 +11,10 @@ from dataclasses import replace
 from glob import glob
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from shards.embedded.digits import embedded_shards
 from tests.support import warm
@@ -22,6 +24,7 @@ from tests.support.shards_fixtures import few_digits
 from tests.support.trainer_fixtures import launch
 from trainer import reference
 from trainer.config.command_line import parse
+from trainer.evaluate.members import base_of, read_members
 from trainer.plan.__main__ import read_command_line
 from trainer.sweep import slurm_array
 
@@ -156,6 +159,22 @@ def test_commands_run(page: str, cache: Path, demo: Path, tmp_path: Path) -> Non
             result = run(text, tmp_path, environment)
             told = f"{where(block)}\n{text}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
             assert result.returncode == 0, told
+
+
+def test_the_loop_of_your_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs/own_loop.md").read_text(encoding="utf-8")
+    told: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, told)
+    assert (told["known"].classes, told["known"].results) == (
+        told["info"].classes,
+        told["info"].results,
+    )
+    with torch.no_grad():
+        assert torch.equal(told["served"](told["image"]), told["model"].eval()(told["image"]))
+    (member,) = read_members(["my_adapter"])
+    assert base_of(member, None).sha256 == told["base_sha256"], "as trainer.evaluate makes it"
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,15 @@
 from dataclasses import replace
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 
-from moa import MoAConfig, Origin
-from moa.files.card import model_card
+from moa import AdapterError, MoAConfig, Origin
+from moa.files.card import creation, model_card
 from moa.files.origin import origin_from
 from moa.files.reading import AdapterInfo
+from moa.files.saving import check_base
 
 ORIGIN = Origin(
     dataset="officehome", domains=("Art", "Clipart", "Product", "Real World"),
@@ -65,6 +67,16 @@ def test_embedded_base_is_not_looked_for_on_the_hub() -> None:
     card = ModelCard(model_card(replace(INFO, base_model="vit_embedded.glyphs")))
     assert card.data.base_model == "vit_embedded.glyphs"
     assert "import trainer.prepare.vit_embedded\n" in card.text
+    with pytest.raises(
+        AdapterError, match=r"with: import trainer\.prepare\.vit_embedded; model = "
+    ):
+        check_base("mine", replace(INFO, base_model="vit_embedded.glyphs"), "", torch.float32)
+
+
+def test_safetensors_for_a_base_that_timm_ships_otherwise() -> None:
+    name, origin = "vit_tiny_r_s16_p8_224.augreg_in21k", replace(ORIGIN, weights="a.safetensors")
+    (line,) = creation(replace(INFO, base_model=name, origin=origin))
+    assert 'pretrained_cfg_overlay={"file": "a.safetensors", "custom_load": False}' in line
 
 
 def test_origin_survives_its_plain_form() -> None:
@@ -81,6 +93,9 @@ def test_origin_survives_its_plain_form() -> None:
         {"colour": 1},
         {"holdout_fraction": "a"},
         {"domains": 3},
+        {"domains": "photo"},
+        {"trial_seed": -1},
+        {"processes": 2**63},
     ],
 )
 def test_origin_that_is_not_legal_is_refused(change: dict[str, object]) -> None:

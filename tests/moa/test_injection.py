@@ -1,13 +1,27 @@
 import copy
 import itertools
 from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from torch import nn
 
-from moa import MoAConfig, MoAConfigError, MoALinear, NoMatchingModuleError, inject
+from moa import (
+    AdapterInfo,
+    MoAConfig,
+    MoAConfigError,
+    MoALinear,
+    NoMatchingModuleError,
+    adapter_state_dict,
+    base_hash,
+    export_peft,
+    inject,
+    load_adapter,
+    merge,
+    save_adapter,
+)
 from moa.layers.layer import moa_layers
 from moa.layers.router import make_router
 from tests.support.moa_fixtures import (
@@ -18,6 +32,7 @@ from tests.support.moa_fixtures import (
     images,
     small_config,
     snapshot,
+    stir,
     tiny_vit,
 )
 
@@ -302,3 +317,63 @@ def test_a_probe_can_be_followed_by_adapters() -> None:
     report = inject(model, small_config("lora"))
     assert len(report.layers) == 8
     assert isinstance(model.get_submodule(report.layers[0]), MoALinear)
+
+
+def with_statistics() -> nn.Module:
+    """A transformer with BatchNorm in its stem and in its blocks."""
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 16, "num_heads": 2, "depth": 2, "img_size": 32}
+    model: nn.Module = timm.create_model("xcit_nano_12_p16_224", num_classes=3, **sizes)
+    return model
+
+
+@pytest.mark.parametrize("method", ["full", "linear", "bias", "lora"])
+def test_what_is_saved_is_what_was_trained_also_with_running_statistics(method: str) -> None:
+    model, fresh = with_statistics(), with_statistics()
+    config = MoAConfig(method=method, blocks="all")  # type: ignore[arg-type]
+    inject(model, config)
+    stir(model, scale=0.1)
+    model = copy.deepcopy(model)
+    x = 3 * torch.randn(4, 3, 32, 32) + 2
+    for _ in range(3):
+        trained = model.train()(x)
+    inject(fresh, config)
+    fresh.load_state_dict(adapter_state_dict(model), strict=False)
+    assert torch.equal(fresh.eval()(x), model.eval()(x))
+    assert torch.equal(trained, model(x)), "training sees the base that evaluation sees"
+
+
+def test_a_merged_model_has_statistics_that_follow_again() -> None:
+    model = with_statistics()
+    inject(model, MoAConfig(method="lora", blocks="all"))
+    merge(model)
+    before = copy.deepcopy(dict(model.named_buffers()))
+    model.train()(torch.randn(4, 3, 32, 32))
+    moved = [n for n, b in model.named_buffers() if "running" in n and not b.equal(before[n])]
+    assert len(moved) == len([name for name in before if "running" in name]) > 0
+
+
+def test_both_heads_of_a_distilled_model_train_and_are_saved(tmp_path: Path) -> None:
+    def distilled(classes: int) -> nn.Module:
+        torch.manual_seed(0)
+        sizes = {"embed_dim": 16, "num_heads": 2, "depth": 2, "img_size": 32}
+        model: nn.Module = timm.create_model("deit_tiny_distilled_patch16_224", **sizes)
+        model.reset_classifier(classes)  # type: ignore[operator]
+        return model.eval()
+
+    model, config = distilled(3), MoAConfig(method="lora")
+    sha256 = base_hash(model)
+    assert sha256 == base_hash(distilled(5)), "no head is part of the base"
+    report = inject(model, config)
+    assert report.head == 2 * 3 * 17
+    stir(model)
+    info = AdapterInfo("deit_tiny_distilled_patch16_224", sha256, config, ("a", "b", "c"), {})
+    save_adapter(model, tmp_path / "adapter", info)
+    loaded, x = distilled(5), torch.randn(2, 3, 32, 32)
+    load_adapter(loaded, tmp_path / "adapter")
+    assert loaded(x).shape == (2, 3)
+    assert torch.equal(loaded(x), model(x))
+    model.train()(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    with pytest.raises(MoAConfigError, match=r"two classifiers, .*keep the adapter as"):
+        export_peft(model, tmp_path / "peft", info.base_model)

@@ -342,3 +342,22 @@ def test_balance_over_ranks_is_one_sum() -> None:
     assert seen[0].sum().item() == 2 * 4 * 5
     moved = [t.tolist() for n, t in adapter_state_dict(model).items() if "balance_steps" in n]
     assert moved == [[-1, 1, 0], [0, 0, 0]]
+
+
+def test_the_key_third_of_a_trained_bias_matters_to_nothing() -> None:
+    """So its gradient is rounding, which Adam makes steps of (docs/distributed.md)."""
+    model = tiny_vit(depth=2).double().eval()
+    inject(model, small_config("moa_kron", blocks="all"))
+    stir(model)
+    x = images(4, dtype=torch.float64)
+    model(x).logsumexp(-1).sum().backward()
+    before = model(x)
+    with torch.no_grad():
+        for _, layer in moa_layers(model):
+            assert layer.bias is not None
+            assert layer.bias.grad is not None
+            query, key, value = layer.bias.grad.abs().chunk(3)
+            assert key.max() < 1e-14
+            assert min(query.max(), value.max()) > 1e-6
+            layer.bias.chunk(3)[1].add_(3)
+    assert torch.allclose(model(x), before, rtol=0, atol=1e-12)

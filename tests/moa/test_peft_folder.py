@@ -392,7 +392,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut json": (lambda f: cut(f / CONFIG_FILE, 40), "no readable adapter"),
     "binary json": (lambda f: (f / CONFIG_FILE).write_bytes(b"\xff\xfe"), "no readable adapter"),
     "json number": (lambda f: (f / CONFIG_FILE).write_text("3"), "no readable adapter"),
-    "json list": (lambda f: (f / CONFIG_FILE).write_text("[]"), "peft_type: None"),
+    "json list": (lambda f: (f / CONFIG_FILE).write_text("[]"), "holds no JSON object"),
     "our own": (lambda f: edit_config(f, peft_type="MOA"), "'MOA'; .*moa.load_adapter reads"),
     "fan_in_fan_out": (lambda f: edit_config(f, fan_in_fan_out=True), "fan_in_fan_out: True; "),
     "from the future": (lambda f: edit_config(f, use_xyz=1), "use_xyz: 1; not part of plain LoRA"),
@@ -406,6 +406,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "pattern list": (lambda f: edit_config(f, rank_pattern=[3]), "cannot be imported"),
     "no expression": (lambda f: edit_config(f, target_modules="("), "cannot be imported"),
+    "endless expression": (
+        lambda f: edit_config(f, target_modules=r"(\w+\.?)+X"),
+        r"target_modules: .* repeats too much; name whole paths",
+    ),
+    "endless rank": (lambda f: edit_config(f, rank_pattern={".*" * 9: 2}), "rank_pattern: .*much"),
     "target number": (lambda f: edit_config(f, target_modules=3), "cannot be imported"),
     "no targets": (
         lambda f: (edit_config(f, target_modules="x"), edit_tensors(f, lambda t: t.clear())),

@@ -26,6 +26,7 @@ from tests.support.moa_fixtures import (
     assert_equal_tensors,
     assert_untouched,
     images,
+    seal,
     small_config,
     snapshot,
     stir,
@@ -173,25 +174,24 @@ def test_model_keeps_dtype_and_mode(saved: Path) -> None:
 
 
 def edit_config(folder: Path, **changes: object) -> None:
-    path = folder / CONFIG_FILE
-    config = json.loads(path.read_text())
+    config = json.loads((folder / CONFIG_FILE).read_text())
     for name, value in changes.items():
         owner = config["moa_config"] if name in config["moa_config"] else config
         owner[name] = value
-    path.write_text(json.dumps(config))
+    seal(folder, config)
 
 
 def drop_key(folder: Path, name: str) -> None:
-    path = folder / CONFIG_FILE
-    config = json.loads(path.read_text())
+    config = json.loads((folder / CONFIG_FILE).read_text())
     del config[name]
-    path.write_text(json.dumps(config))
+    seal(folder, config)
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     tensors = load_file(folder / WEIGHTS_FILE)
     change(tensors)
     save_file(tensors, folder / WEIGHTS_FILE)
+    seal(folder, json.loads((folder / CONFIG_FILE).read_text()))
 
 
 def truncate(folder: Path, size: int) -> None:

@@ -1,12 +1,18 @@
 """A tiny vision transformer, one small configuration per method, and slow dense formulas."""
 
+import hashlib
+import json
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from moa import MoAConfig, RoutingPosition
+from moa.files.hub import CONFIG_FILE, WEIGHTS_FILE
+from moa.files.reading import config_hash
 from moa.layers.experts import KroneckerExpert, KroneckerRule, LoRAExpert
 
 METHODS = (
@@ -55,6 +61,13 @@ def stir(model: nn.Module, seed: int = 1, scale: float = 0.3) -> None:
             if parameter.requires_grad:
                 fresh = torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(scale * fresh)
+
+
+def seal(folder: Path, config: dict[str, Any]) -> None:
+    """Writes a configuration into an adapter's folder as a forger would, with fitting hashes."""
+    weights = hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()
+    own = {WEIGHTS_FILE: weights, CONFIG_FILE: config_hash(config)}
+    (folder / CONFIG_FILE).write_text(json.dumps({**config, "sha256": own}))
 
 
 def images(number: int, seed: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from moa.errors import AdapterError
 from moa.files.atomic_folder import holds_current, replaced_folder
 from moa.files.hub import HUB_PREFIX, adapter_folder
 from moa.files.reading import AdapterInfo, read_adapter
@@ -53,6 +54,12 @@ def read_members(sources: Sequence[str]) -> list[Member]:
         if not source.startswith(HUB_PREFIX) and (Path(source) / MANIFEST_FILE).exists():
             verify(Path(source))  # a checkpoint is an adapter's folder, too
         members.append(Member(label, source, *read_adapter(adapter_folder(source))))
+    for member in members:
+        if absent := sorted({"input_size", "mean", "std"} - set(member.info.data_config)):
+            raise AdapterError(
+                f"{member.source}: its data_config has no {absent[0]}, without which its images "
+                "cannot be made; save it with that of timm.data.resolve_model_data_config"
+            )
     if problems := [line for m in members[1:] for line in _disagreements(m, members[0])]:
         raise ConfigError("\n".join(problems))
     return members

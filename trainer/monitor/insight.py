@@ -127,7 +127,9 @@ class Insight:
         def keep(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             inputs.append(arguments[0].float().cpu())
 
-        handle = classifier(self.model).register_forward_pre_hook(keep)
+        head = classifier(self.model)
+        head = head[0] if isinstance(head, nn.ModuleList) else head  # a distilled model has two
+        handle = head.register_forward_pre_hook(keep)
         try:
             list(self._forward(forward, self.projected))
         finally:

@@ -1,6 +1,10 @@
 """The model of a run: a timm backbone with its weights, adapters injected, a fresh head."""
 
 import difflib
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -11,17 +15,28 @@ import timm
 import timm.data
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 import moa
 import trainer.prepare.vit_embedded  # noqa: F401  (registers the embedded backbone with timm)
+from moa.model.injection import classifier
 from trainer.config.run_config import ModelConfig
 from trainer.process.errors import ConfigError, did_you_mean
+from trainer.process.world import world_from_environment
+
+log = logging.getLogger(__name__)
 
 UNREADABLE = (
     OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, UnpicklingError
 )  # fmt: skip
 """What timm, the hub client and the readers of weight files raise when there is nothing to load."""
+
+HUB_FILES = [
+    f"{start}{end}"
+    for start in ("", "open_clip_")
+    for end in ("model.safetensors", "pytorch_model.bin")
+]
+"""Names under which repositories of the hub have weights."""
 
 
 @dataclass(frozen=True)
@@ -75,18 +90,30 @@ def create_backbone(config: ModelConfig, num_classes: int, seed: int) -> Backbon
     Raises `ConfigError`: the name is unknown, or the weights cannot be had.
     """
     name = check_backbone(config)
-    overlay = {} if config.weights in ("pretrained", "random") else {"file": config.weights}
+    file = config.weights if config.weights not in ("pretrained", "random") else ""
+    # Only some of timm's own files are in a form of their own, which is never safetensors.
+    overlay: dict[str, Any] = {"file": file} if file else {}
+    if file and not file.endswith(".npz"):
+        overlay["custom_load"] = False
+    own_head = config.head_init == "text"
+    if not own_head:
+        overlay["num_classes"] = -1  # a pretrained head is dropped, however many classes it has
     # The hub client reports each of its retries; the error below says it once.
     huggingface_hub.utils.logging.set_verbosity_error()
+    if config.weights == "pretrained":
+        _announce(name)
     torch.manual_seed(seed)
-    own_head = config.head_init == "text"
+    loads: list[tuple[list[str], list[str]]] = []
     try:
-        model = timm.create_model(
-            config.backbone,
-            pretrained=config.weights != "random",
-            pretrained_cfg_overlay=overlay,
-            **({} if own_head else {"num_classes": num_classes}),
-        )
+        with _loads_noted(loads):
+            model = timm.create_model(
+                config.backbone,
+                pretrained=config.weights != "random",
+                pretrained_cfg_overlay=overlay,
+                **({} if own_head else {"num_classes": num_classes}),
+            )
+        if config.weights != "random":
+            _check_weights(model, own_head, *(loads[-1] if loads else ([], [])))
     except UNREADABLE as error:
         raise ConfigError(_no_weights(config, name, short_reason(error))) from error
     projection = None
@@ -94,9 +121,74 @@ def create_backbone(config: ModelConfig, num_classes: int, seed: int) -> Backbon
         found = model.get_classifier()
         projection = found if isinstance(found, nn.Linear) else None
         model.reset_classifier(num_classes)
-    if config.grad_checkpointing:
-        model.set_grad_checkpointing(True)
+    _set_checkpointing(model, config)
     return Backbone(model, name, _data_config(model), moa.base_hash(model), projection)
+
+
+def _announce(name: str) -> None:
+    """Says on the main rank what the hub is asked for, which takes its time, if only to fail."""
+    source = timm.get_pretrained_cfg(name)
+    if source is None or not source.hf_hub_id or not world_from_environment().is_main:
+        return
+    files = [source.hf_hub_filename] if source.hf_hub_filename else HUB_FILES
+    if not any(huggingface_hub.try_to_load_from_cache(source.hf_hub_id, f) for f in files):
+        where = huggingface_hub.constants.HF_HUB_CACHE
+        log.warning("fetching the weights of %s from %s into %s", name, source.hf_hub_id, where)
+
+
+@contextmanager
+def _loads_noted(loads: list[tuple[list[str], list[str]]]) -> Iterator[None]:
+    """Within the block models are loaded with what there is.
+
+    Each load leaves the names that were missing, and those that nothing wants. timm itself would
+    pass over either, unless it keeps the classifier.
+    """
+    load = nn.Module.load_state_dict
+
+    def noting(model: nn.Module, state: Any, strict: bool = True, assign: bool = False) -> Any:
+        result = load(model, state, strict=False, assign=assign)
+        loads.append((result.missing_keys, result.unexpected_keys))
+        return result
+
+    patched: Any = nn.Module
+    patched.load_state_dict = noting
+    try:
+        yield
+    finally:
+        patched.load_state_dict = load
+
+
+def _check_weights(
+    model: nn.Module, with_head: bool, missing: list[str], unknown: list[str]
+) -> None:
+    """Raises `ValueError` if weights of the frozen backbone were not given, or are not finite."""
+    needed: dict[str, Tensor] = dict(model.named_parameters())
+    needed |= {name: b for name, b in model.named_buffers() if "running_" in name}
+    if not with_head:
+        head = {id(parameter) for parameter in classifier(model).parameters()}
+        needed = {name: tensor for name, tensor in needed.items() if id(tensor) not in head}
+    missing = [name for name in missing if name in needed]
+    if missing:
+        ends = ((name, wanted) for wanted in missing for name in unknown if name.endswith(wanted))
+        prefixes = Counter(name.removesuffix(wanted) for name, wanted in ends)
+        hint = ""
+        if prefixes and (prefix := prefixes.most_common(1)[0][0]):
+            hint = f"; without the prefix {prefix!r} the names would fit: save them so"
+        raise ValueError(
+            f"{len(missing)} of {len(needed)} tensors are missing, the first is {missing[0]}{hint}"
+        )
+    if wrong := [name for name, tensor in needed.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{wrong[0]} holds NaN or infinity, as do {len(wrong) - 1} other tensors")
+
+
+def _set_checkpointing(model: nn.Module, config: ModelConfig) -> None:
+    try:
+        if config.grad_checkpointing:
+            model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AssertionError, AttributeError, NotImplementedError) as error:
+        raise ConfigError(
+            f"model.grad_checkpointing: {config.backbone} cannot; leave it at false"
+        ) from error
 
 
 def _data_config(model: nn.Module) -> dict[str, Any]:
@@ -121,8 +213,7 @@ def outline(
     with torch.device("meta"):
         model = timm.create_model(config.backbone, pretrained=False, num_classes=num_classes)
         report = moa.inject(model, settings)
-    if config.grad_checkpointing:
-        model.set_grad_checkpointing(True)
+    _set_checkpointing(model, config)
     return Backbone(model, name, _data_config(model), ""), report
 
 

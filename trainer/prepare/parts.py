@@ -113,6 +113,7 @@ def _checked(
     """
     with noted(problems):
         check_backbone(config.model)
+        outline(config.model, config.moa, 2)  # whether adapters fit, before weights are fetched
     sharded = False
     with noted(problems):
         sharded = deepspeed_json.read(config)["zero_optimization"].get("stage") == 3
