@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from shards.config import MAX_PIXELS
 from shards.datasets import DATASETS, DatasetSpec, dataset_spec, nearest
 from shards.errors import DamagedDataError, DataConfigError, OutputError
 from shards.opening import check_dataset
@@ -111,6 +112,11 @@ def parser() -> argparse.ArgumentParser:
         "if --root is given too)",
     )  # fmt: skip
     add("--deep", action="store_true", help="with --verify: also decode every image")
+    add(
+        "--max_pixels", type=int, default=MAX_PIXELS, metavar="N",
+        help="with --deep: images with more are too large, as data.max_pixels says in training "
+        "(default: %(default)s)",
+    )  # fmt: skip
     return result
 
 
@@ -142,11 +148,11 @@ def _run(args: argparse.Namespace) -> int:
     spec = dataset_spec(args.dataset or "folder", "--dataset")
     if args.deep and not args.verify:
         raise DataConfigError("--deep: only with --verify")
-    check_at_least_one(jobs=args.jobs)
+    check_at_least_one(jobs=args.jobs, max_pixels=args.max_pixels)
     index = _open(args, spec)
     total = sum(shard.samples for shard in index.shards)
     if args.verify:
-        report = verify_shards(index, deep=args.deep, jobs=args.jobs)
+        report = verify_shards(index, deep=args.deep, jobs=args.jobs, max_pixels=args.max_pixels)
         for problem in report.problems:
             log.error("error: %s", problem)
         if report.bad_images:
