@@ -20,6 +20,7 @@ from shards.write.conversion import (
     DEFAULT_SHARD_BYTES,
     DEFAULT_SHARD_SIZE,
     check_at_least_one,
+    name_set,
     write_shards,
 )
 from shards.write.verify import verify_shards
@@ -91,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--root", type=_path, help="image folder; not needed for --dataset digits")
     add("--out", type=_path, required=True, help="folder of the shard set")
+    add("--name", help="what tables and cards shall call this set; without --root one that exists")
     add("--exclude_list", type=_path, metavar="FILE",
         help="images to leave out, one path per line")  # fmt: skip
     add(
@@ -129,18 +131,21 @@ def _open(args: argparse.Namespace, spec: DatasetSpec) -> ShardIndex:
         log.info("listing %s", args.root)
         return write_shards(
             args.root, args.out, spec, exclude=exclude, shard_size=args.shard_size,
-            shard_bytes=args.shard_bytes, jobs=args.jobs,
+            shard_bytes=args.shard_bytes, jobs=args.jobs, name=args.name,
         )  # fmt: skip
-    if args.verify:
-        index = ShardIndex.load(args.out, dataset=spec.name)
-        if args.dataset is not None:
-            check_dataset(index, spec, "--dataset")
-        return index
-    if spec.name == "digits":
+    if spec.name == "digits" and not args.verify:
         from shards.embedded.digits import write_digits
 
-        return write_digits(args.out)
-    raise DataConfigError("--root is not set: give the folder that holds the domain folders")
+        write_digits(args.out).close()
+    elif not args.verify and args.name is None:
+        raise DataConfigError("--root is not set: give the folder that holds the domain folders")
+    index = ShardIndex.load(args.out, dataset=spec.name)
+    if args.dataset is not None:
+        check_dataset(index, spec, "--dataset")
+    if args.name is None:
+        return index
+    name_set(args.out, args.name)
+    return ShardIndex.load(args.out)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -160,8 +165,9 @@ def _run(args: argparse.Namespace) -> int:
         if report.problems:
             return 65
     log.info(
-        "%s: %d images, %d domains (%s), %d classes, %d shards%s",
+        "%s%s: %d images, %d domains (%s), %d classes, %d shards%s",
         args.out,
+        "" if index.name == index.dataset else f" ({index.name})",
         total,
         len(index.domains),
         ", ".join(map(shlex.quote, index.domains)),  # as a shell takes them for data.held_out

@@ -49,7 +49,8 @@ class ShardIndex:
         root: folder of the set; of a remote set, the folder in the cache.
         domains: names in the dataset's order.
         classes: class names; a label is a place here.
-        sha256: hash of `index.json`, which contains the hashes of everything else.
+        name: the set's own name if it was given one, else that of the dataset.
+        sha256: hash of `index.json`, the name apart; it contains the hashes of everything else.
         remote: whether shards have to be fetched.
         subset: the samples that are used; None for all.
         reported: keys of the bad samples that the log has named, by whatever loader met them.
@@ -60,6 +61,7 @@ class ShardIndex:
     ) -> None:
         self.root = root
         self.dataset = str(content["dataset"])
+        self.name = str(content.get("name", self.dataset))
         self.domain_infos = tuple(layout.DomainInfo(**entry) for entry in content["domains"])
         self.domains = tuple(info.name for info in self.domain_infos)
         self.classes = tuple(str(name) for name in content["classes"])
@@ -101,6 +103,8 @@ class ShardIndex:
         except OSError as error:
             raise DataConfigError(layout.no_index(folder, error, dataset)) from error
         content = layout.parse_index(path, data)
+        if "name" in content:
+            data = layout.index_bytes(layout.named(content, None))
         try:
             index = cls(folder, content, hashlib.sha256(data).hexdigest(), config)
         except (KeyError, TypeError) as error:
@@ -142,7 +146,7 @@ class ShardIndex:
         """
         if name not in self.domains:
             raise DataConfigError(
-                f"{setting} = {name!r}: not a domain of {self.dataset}; "
+                f"{setting} = {name!r}: not a domain of {self.name}; "
                 f"legal: {', '.join(self.domains)}{nearest(name, list(self.domains))}"
             )
         return self.domains.index(name)

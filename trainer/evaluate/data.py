@@ -84,8 +84,8 @@ def _warnings(
             continue
         if origin.data_hash != images:
             yield (
-                f"{name} was trained on other images ({origin.dataset}, data hash "
-                f"{origin.data_hash}) than these ({index.dataset}, {images})"
+                f"{name} was trained on other images ({origin.shown_dataset}, data hash "
+                f"{origin.data_hash}) than these ({index.name}, {images})"
             )
         elif origin.split_hash != split:
             yield f"{name} was trained {_other_split(origin, trial_seed, fraction)}"

@@ -23,6 +23,8 @@ from moa.files.card import creation
 from moa.files.reading import read_adapter
 from moa.files.saving import WEIGHTS_FILE
 from shards import DataConfig, eval_transform, evaluation_loader, open_shards
+from shards.embedded.digits import embedded_shards
+from shards.write.conversion import name_set
 from tests.support.trainer_fixtures import ROOT, environment
 from trainer.checkpoint import checkpoint
 from trainer.config.command_line import parse
@@ -272,6 +274,23 @@ def test_output_folder_tells_everything(
     for name in ("accuracy.png", "confusion.png", "reliability.png"):
         assert (tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG"
     assert "\n| ensemble " in (tmp_path / "out" / "tables.md").read_text()
+
+
+def test_a_set_is_called_by_its_own_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = shutil.copytree(embedded_shards(), tmp_path / "set")
+    name_set(root, "my-digits")
+    folder = make(tmp_path / "adapter", 0, f"--data.root={root}", "--moa.method=bias")
+    card = (folder / "README.md").read_text()
+    assert "\nDataset `my-digits` (data hash" in card
+    assert "\ndatasets:\n- my-digits\n" in card
+    flags = ["--adapter", str(folder), "--domains", "plain", "--split", "out"]
+    assert main([*flags, "--data.root", str(root), "--output", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.startswith("my-digits: ")
+    told = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert (told["dataset"], told["dataset_name"]) == ("digits", "my-digits")
+    assert "**my-digits: " in (tmp_path / "out" / "tables.md").read_text()
 
 
 @pytest.mark.parametrize(
