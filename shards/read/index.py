@@ -65,6 +65,12 @@ class ShardIndex:
         self.domain_infos = tuple(layout.DomainInfo(**entry) for entry in content["domains"])
         self.domains = tuple(info.name for info in self.domain_infos)
         self.classes = tuple(str(name) for name in content["classes"])
+        for name in (*self.domains, *self.classes):
+            if any("\ud800" <= letter <= "\udfff" for letter in name):
+                raise DataConfigError(
+                    f"{root}: the name {name!r} of a class or domain has bytes that are no UTF-8; "
+                    "rename its folders and make the shard set again"
+                )
         self.shards = tuple(layout.ShardInfo(**entry) for entry in content["shards"])
         self.sha256 = sha256
         self._tables = tuple(layout.load_table(root, info) for info in self.domain_infos)

@@ -24,7 +24,7 @@ from shards.durable import PARTIAL, replaced_when_whole
 from shards.errors import DataConfigError, OutputError
 from shards.read import layout
 from shards.read.index import ShardIndex
-from shards.write.exclusion import check_sizes, report_exclusion
+from shards.write.exclusion import check_sizes, report_exclusion, report_leftovers
 from shards.write.image_folder import dataset_folder, list_images, report_passed_over
 from shards.write.progress import progress
 from shards.write.shard_file import PackedShard, pack_shard
@@ -73,6 +73,7 @@ def write_shards(
         raise DataConfigError(f"--out {out}: must not lie inside --root {root}")
     listing = list_images(root, spec, exclude)
     report_passed_over(listing)
+    report_leftovers(listing)
     report_exclusion(listing, exclude)
     check_sizes(listing, spec, exclude)
     plan = make_plan(listing, spec.name, shard_size, shard_bytes)

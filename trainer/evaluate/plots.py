@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from trainer.evaluate.drawing import confusion_figure, literally, png
+from trainer.evaluate.drawing import confusion_figure, literally, png, printable
 from trainer.evaluate.job import Evaluation
 from trainer.evaluate.predictions import Figures, total
 
@@ -17,6 +17,7 @@ def save_pictures(found: Evaluation, titles: Mapping[int, str], folder: Path) ->
 
     Domains are named by `titles`; the folder exists.
     """
+    titles = {env: printable(title) for env, title in titles.items()}
     label = next(reversed(found.results))
     shown = {}
     for env, title in titles.items():
