@@ -18,6 +18,7 @@ from shards.datasets import nearest
 from shards.errors import DamagedDataError, DamagedSampleError, DataConfigError
 from shards.randomness import Int64Array
 from shards.read import layout
+from shards.read.naming import check_texts, name_and_sha256
 from shards.read.remote import RemoteShards, fetch_index
 from shards.read.shard_reader import ShardReader
 
@@ -61,16 +62,9 @@ class ShardIndex:
     ) -> None:
         self.root = root
         self.dataset = str(content["dataset"])
-        self.name = str(content.get("name", self.dataset))
         self.domain_infos = tuple(layout.DomainInfo(**entry) for entry in content["domains"])
         self.domains = tuple(info.name for info in self.domain_infos)
         self.classes = tuple(str(name) for name in content["classes"])
-        for name in (*self.domains, *self.classes):
-            if any("\ud800" <= letter <= "\udfff" for letter in name):
-                raise DataConfigError(
-                    f"{root}: the name {name!r} of a class or domain has bytes that are no UTF-8; "
-                    "rename its folders and make the shard set again"
-                )
         self.shards = tuple(layout.ShardInfo(**entry) for entry in content["shards"])
         self.sha256 = sha256
         self._tables = tuple(layout.load_table(root, info) for info in self.domain_infos)
@@ -78,6 +72,7 @@ class ShardIndex:
         self.remote = False
         self.subset: Subset | None = None
         self.reported: set[str] = set()
+        self.name = self.dataset
 
     @classmethod
     def load(
@@ -109,8 +104,6 @@ class ShardIndex:
         except OSError as error:
             raise DataConfigError(layout.no_index(folder, error, dataset)) from error
         content = layout.parse_index(path, data)
-        if "name" in content:
-            data = layout.index_bytes(layout.named(content, None))
         try:
             index = cls(folder, content, hashlib.sha256(data).hexdigest(), config)
         except (KeyError, TypeError) as error:
@@ -122,6 +115,8 @@ class ShardIndex:
         else:
             index.remote = True
             index.reader.remote = RemoteShards(str(root), cache, index.shards, config)
+        check_texts(folder, (*index.domains, *index.classes))
+        index.name, index.sha256 = name_and_sha256(path, index.dataset)
         return index
 
     def num_samples(self, domain: int) -> int:

@@ -8,7 +8,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shards.datasets import DATASETS
 from shards.errors import DamagedDataError, DataConfigError, make_command
 
 FORMAT_VERSION = 1
@@ -93,14 +92,6 @@ def no_index(root: Path, error: OSError, dataset: str) -> str:
     return f"{here} {what}; make a shard set with {make_command(dataset, out=root)}"
 
 
-def name_problem(name: object, dataset: object) -> str:
-    """What is wrong with the name of a set of some dataset; empty if nothing."""
-    if not (isinstance(name, str) and re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name)):
-        return "must be up to 64 ASCII letters, digits, `.`, `_`, `-`; the first a letter or digit"
-    other = name.lower() in DATASETS and name.lower() != dataset
-    return "is the name of another dataset" if other else ""
-
-
 def parse_index(path: Path, data: bytes) -> dict[str, Any]:
     """The content of index.json, whose format version and digests must be right."""
     try:
@@ -119,23 +110,7 @@ def parse_index(path: Path, data: bytes) -> dict[str, Any]:
             raise DamagedDataError(
                 f"{path}: its {section!r} were changed after it was written; {REMEDY}"
             )
-    if "name" in content and (problem := name_problem(content["name"], content.get("dataset"))):
-        raise DamagedDataError(f"{path}: its name {content['name']!r} {problem}; {REMEDY}")
     return content
-
-
-def index_bytes(content: Mapping[str, Any]) -> bytes:
-    """What `index.json` holds."""
-    return (json.dumps(content, indent=1) + "\n").encode()
-
-
-def named(content: Mapping[str, Any], name: str | None) -> dict[str, Any]:
-    """The content of an index as that of a set with a name of its own, or without one."""
-    result = {key: value for key, value in content.items() if key != "name"}
-    digests = {k: digest for k, digest in content.get("digests", {}).items() if k != "name"}
-    if name is not None:
-        result["name"], digests["name"] = name, section_digest(name)
-    return {**result, "digests": digests} if "digests" in content else result
 
 
 def section_digest(value: object) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 from shards.datasets import DatasetSpec
 from shards.durable import PARTIAL, replaced_when_whole
 from shards.errors import DataConfigError, OutputError
-from shards.read import layout
+from shards.read import layout, naming
 from shards.read.index import ShardIndex
 from shards.write.exclusion import check_sizes, report_exclusion, report_leftovers
 from shards.write.image_folder import dataset_folder, list_images, report_passed_over
@@ -106,21 +106,20 @@ def name_set(out: Path, name: str) -> None:
 
     Raises:
         DataConfigError: the name is not legal.
-        DamagedDataError: its index is damaged.
         OutputError: it cannot be written.
     """
     path = out / layout.INDEX_NAME
-    content = layout.parse_index(path, path.read_bytes())
+    content = json.loads(path.read_bytes())
     _check_name(name, content.get("dataset", ""))
     if content.get("name") != name:
         try:
-            _write_json(path, layout.named(content, name))
+            _write_json(path, naming.named(content, name))
         except OSError as error:
             raise OutputError(f"--name: cannot write {path} ({error.strerror})") from error
 
 
 def _check_name(name: str | None, dataset: str) -> None:
-    if name is not None and (problem := layout.name_problem(name, dataset)):
+    if name is not None and (problem := naming.name_problem(name, dataset)):
         raise DataConfigError(f"--name {name}: {problem}")
 
 
@@ -250,4 +249,4 @@ def _write_table(
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     with replaced_when_whole(path) as stream:
-        stream.write(layout.index_bytes(content))
+        stream.write(naming.index_bytes(content))

@@ -12,7 +12,7 @@ from shards.config import DataConfig
 from shards.datasets import DATASETS
 from shards.errors import DamagedDataError, make_command, verify_command
 from shards.opening import open_shards
-from shards.read import layout
+from shards.read import naming
 from shards.read.index import ShardIndex
 from shards.writer import _byte_count, main, parser, write_shards
 from tests.support.shards_fixtures import (
@@ -117,8 +117,8 @@ def test_a_set_has_a_name_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFi
     (out / "index.json").write_text(altered)
     with pytest.raises(DamagedDataError, match="its 'name' were changed after it was written"):
         ShardIndex.load(out)
-    hostile = layout.named(json.loads(content), "../../x")
-    (out / "index.json").write_bytes(layout.index_bytes(hostile))
+    hostile = naming.named(json.loads(content), "../../x")
+    (out / "index.json").write_bytes(naming.index_bytes(hostile))
     with pytest.raises(DamagedDataError, match=r"its name '../../x' must be up to 64 ASCII"):
         ShardIndex.load(out)
 

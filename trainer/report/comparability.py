@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from shards.read.layout import name_problem
+from shards.read.naming import name_problem
 from trainer.config.resume_rules import FREE
 from trainer.process.errors import ConfigError
 from trainer.report.runs import Run

@@ -18,7 +18,7 @@ from tests.support.report_fixtures import evaluation, write_run
 from tests.support.shards_fixtures import FOLDER, make_folder, make_set
 from trainer.prepare.provenance import data_hash, split_hash
 from trainer.report.__main__ import main
-from trainer.report.plots import _bars
+from trainer.report.plots import _bars, save_plots
 from trainer.report.significance import holm, sign_flip_p
 from trainer.report.tables import Cell, ResultTable, average, cell_of, mean_and_error
 
@@ -398,6 +398,9 @@ def test_pictures_show_the_table(runs: Path, tmp_path: Path, capsys: Capture) ->
         assert word in text
     assert outcome(capsys, runs, "--plots", folder)[0] == 0
     assert (folder / "digits.svg").read_text() == text, "the same numbers, the same file"
+    cells = (cell_of({(0, 0): 0.4}), cell_of({(0, 0): 0.4}))
+    save_plots([ResultTable("$_$", "odd", ("cash$_$up", "mean"), {"a$^$": cells})], folder)
+    assert {"cash$_$up", "a$^$"} <= set(re.findall("[^<>]+", (folder / "odd.svg").read_text()))
     (tmp_path / "file").write_text("")
     code, _, err = outcome(capsys, runs, "--plots", tmp_path / "file")
     assert (code, "cannot write" in err) == (73, True)
