@@ -25,11 +25,12 @@ def save_pictures(found: Evaluation, titles: Mapping[int, str], folder: Path) ->
         figures = total([found.results[label][env, split] for split in splits])
         shown[f"{title}, {' + '.join(splits)}: {100 * figures.accuracy:.1f} %"] = figures
     confusions = {title: figures.confusion for title, figures in shown.items()}
-    classes, what = found.data.index.classes, f"{label}: predicted class by true class"
+    classes, called = found.data.index.classes, found.titled(label)
+    what = f"{called}: predicted class by true class"
     pictures = {
         "accuracy": _accuracies(found, titles),
         "confusion": confusion_figure(confusions, classes, what),
-        "reliability": _reliabilities(shown, f"{label}: accuracy by confidence"),
+        "reliability": _reliabilities(shown, f"{called}: accuracy by confidence"),
     }
     for name, picture in pictures.items():
         (folder / f"{name}.png").write_bytes(png(picture))
@@ -50,7 +51,7 @@ def _accuracies(found: Evaluation, titles: Mapping[int, str]) -> Figure:
     names = [title.replace(" (", "\n(", 1) for title in titles.values()]
     axes.set_xticks(range(len(names)), names)
     axes.set_ylabel("accuracy %")
-    axes.set_title(found.shown_images(), fontsize=10)
+    axes.set_title(found.titled(found.shown_images()), fontsize=10)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=min(4, len(found.results)), fontsize=8)
