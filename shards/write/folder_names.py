@@ -1,6 +1,7 @@
 """Folders that cannot be a domain or a class by their names, and what mends it."""
 
 import os
+import re
 import shlex
 import unicodedata
 from pathlib import Path
@@ -42,7 +43,8 @@ def _rename_command(root: Path, kind: str, name: str, taken: list[str]) -> str:
     new = "".join(letter if _is_text(letter) else "_" for letter in guess)
     while new in taken:
         new += "_"
-    new, old = shlex.quote(new), "".join(f"\\x{byte:02x}" for byte in data)
+    new = shlex.quote(new)
+    old = re.sub(r"[^A-Za-z0-9 ._-]", lambda odd: f"\\x{ord(odd[0]):02x}", data.decode("latin-1"))
     if kind == "domain":
         return f"mv -- {where}/$'{old}' {where}/{new}"
     return f'for d in {where}/*/; do mv -- "$d"$\'{old}\' "$d"{new}; done'

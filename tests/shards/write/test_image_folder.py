@@ -226,7 +226,12 @@ def test_a_class_renamed_in_most_domains_is_told_with_its_old_name(tmp_path: Pat
 @pytest.mark.parametrize("kind", ["class", "domain"])
 @pytest.mark.parametrize(
     ("old", "new"),
-    [(b"\xe9toile", "étoile"), (b"new\nline", "new_line"), (b"it's \x07", "it's _"), (b"\xff", "ÿ")],
+    [
+        (b"\xe9toile", "étoile"),
+        (b"new\nline", "new_line"),
+        (b"it's \x07", "it's _"),
+        (b"\xff", "ÿ"),
+    ],
 )
 def test_names_that_are_no_text_are_refused_and_the_command_mends_them(
     tmp_path: Path, kind: str, old: bytes, new: str
