@@ -15,6 +15,9 @@ Decode = Literal["auto", "pil"]
 Truncated = Literal["keep", "substitute"]
 SamplingMode = Literal["permutation", "window", "replacement"]
 
+MAX_PIXELS = 89_478_485
+"""Pixels from which Pillow warns of a decompression bomb: 256 MiB in RGB."""
+
 _CHOICES = {
     "augment": get_args(Augment),
     "augment_on": get_args(AugmentOn),
@@ -65,6 +68,8 @@ class DataConfig:
     truncated: Truncated = "keep"
     """Incomplete image files: `keep` uses what is there, as DomainBed does, `substitute` takes
     another image of the domain; both are counted."""
+    max_pixels: int = MAX_PIXELS
+    """Largest number of pixels of an image; larger ones are replaced and counted."""
     exclude_list: str | None = None
     """File of samples to leave out, one key or original path per line: not trained on, evaluated
     apart from the others."""
@@ -88,6 +93,7 @@ class DataConfig:
             ("fetch_deadline", not 0 < self.fetch_deadline < inf, "must be a finite number > 0"),
             ("fetch_retries", self.fetch_retries < 0, "must be 0 or more"),
             ("workers", self.workers < 0, "must be 0 or more"),
+            ("max_pixels", self.max_pixels < 1, "must be 1 or more"),
             ("holdout_fraction", not 0 <= self.holdout_fraction < 1,
              "must lie in [0, 1); DomainBed uses 0.2"),
             *((name, getattr(self, name) not in legal, f"must be one of {', '.join(legal)}")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from shards.config import MAX_PIXELS
 from shards.datasets import DATASETS, DatasetSpec, dataset_spec, nearest
 from shards.errors import DamagedDataError, DataConfigError, OutputError
 from shards.opening import check_dataset
@@ -19,6 +20,7 @@ from shards.write.conversion import (
     DEFAULT_SHARD_BYTES,
     DEFAULT_SHARD_SIZE,
     check_at_least_one,
+    name_set,
     write_shards,
 )
 from shards.write.verify import verify_shards
@@ -90,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--root", type=_path, help="image folder; not needed for --dataset digits")
     add("--out", type=_path, required=True, help="folder of the shard set")
+    add("--name", help="what tables and cards shall call this set; without --root one that exists")
     add("--exclude_list", type=_path, metavar="FILE",
         help="images to leave out, one path per line")  # fmt: skip
     add(
@@ -111,6 +114,11 @@ def parser() -> argparse.ArgumentParser:
         "if --root is given too)",
     )  # fmt: skip
     add("--deep", action="store_true", help="with --verify: also decode every image")
+    add(
+        "--max_pixels", type=int, default=MAX_PIXELS, metavar="N",
+        help="with --deep: images with more are too large, as data.max_pixels says in training "
+        "(default: %(default)s)",
+    )  # fmt: skip
     return result
 
 
@@ -123,18 +131,21 @@ def _open(args: argparse.Namespace, spec: DatasetSpec) -> ShardIndex:
         log.info("listing %s", args.root)
         return write_shards(
             args.root, args.out, spec, exclude=exclude, shard_size=args.shard_size,
-            shard_bytes=args.shard_bytes, jobs=args.jobs,
+            shard_bytes=args.shard_bytes, jobs=args.jobs, name=args.name,
         )  # fmt: skip
-    if args.verify:
-        index = ShardIndex.load(args.out, dataset=spec.name)
-        if args.dataset is not None:
-            check_dataset(index, spec, "--dataset")
-        return index
-    if spec.name == "digits":
+    if spec.name == "digits" and not args.verify:
         from shards.embedded.digits import write_digits
 
-        return write_digits(args.out)
-    raise DataConfigError("--root is not set: give the folder that holds the domain folders")
+        write_digits(args.out).close()
+    elif not args.verify and args.name is None:
+        raise DataConfigError("--root is not set: give the folder that holds the domain folders")
+    index = ShardIndex.load(args.out, dataset=spec.name)
+    if args.dataset is not None:
+        check_dataset(index, spec, "--dataset")
+    if args.name is None:
+        return index
+    name_set(args.out, args.name)
+    return ShardIndex.load(args.out)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -142,11 +153,11 @@ def _run(args: argparse.Namespace) -> int:
     spec = dataset_spec(args.dataset or "folder", "--dataset")
     if args.deep and not args.verify:
         raise DataConfigError("--deep: only with --verify")
-    check_at_least_one(jobs=args.jobs)
+    check_at_least_one(jobs=args.jobs, max_pixels=args.max_pixels)
     index = _open(args, spec)
     total = sum(shard.samples for shard in index.shards)
     if args.verify:
-        report = verify_shards(index, deep=args.deep, jobs=args.jobs)
+        report = verify_shards(index, deep=args.deep, jobs=args.jobs, max_pixels=args.max_pixels)
         for problem in report.problems:
             log.error("error: %s", problem)
         if report.bad_images:
@@ -154,8 +165,9 @@ def _run(args: argparse.Namespace) -> int:
         if report.problems:
             return 65
     log.info(
-        "%s: %d images, %d domains (%s), %d classes, %d shards%s",
+        "%s%s: %d images, %d domains (%s), %d classes, %d shards%s",
         args.out,
+        "" if index.name == index.dataset else f" ({index.name})",
         total,
         len(index.domains),
         ", ".join(map(shlex.quote, index.domains)),  # as a shell takes them for data.held_out

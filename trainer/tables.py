@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 WIDTH = 160
 """Columns of a table that goes into a file or a pipe."""
+MIN_PATH = 12
+"""Columns that a path is left at least on a terminal."""
 LATEX = str.maketrans(LATEX_ESCAPE_RULES | {"±": r"$\pm$"})
 Side = Literal["left", "center", "right"]
 SIDES: dict[str, Side] = {"l": "left", "c": "center", "r": "right"}
@@ -60,11 +62,15 @@ class Table:
             console.print(Text(self.title, "italic"), soft_wrap=True)
         table = RichTable(show_header=any(self.columns))
         rows = self._texts(str, lambda text: text + (self.mark if not styled else ""))
-        for number, (title, side) in enumerate(zip(self.columns, self._sides(), strict=True)):
-            words = " ".join([title, *(row[number] for row in rows)]).split()
-            longest = max(map(len, words), default=0)
+        lines = [list(self.columns), *rows]
+        widths: Sequence[int | None] = _longest(lines, str.split)
+        if styled:
+            lines, widths = _fitted(lines, console.width - 1 - 3 * len(self.columns))
+        titles, *rows = lines
+        for title, side, width in zip(titles, self._sides(), widths, strict=True):
+            most = width if styled else None
             table.add_column(
-                Text(title), justify=side, overflow="fold", min_width=None if styled else longest
+                Text(title), justify=side, overflow="fold", min_width=width, max_width=most
             )
         for place, row in enumerate(rows):
             styles = ["bold" if (place, n) in self.bold else "" for n in range(len(row))]
@@ -101,6 +107,41 @@ class Table:
     def _lines(self, form: str, rows: Sequence[Sequence[str]], escape: Callable[[str], str]) -> str:
         columns = [escape(title) for title in self.columns]
         return tabulate(rows, columns, form, colalign=self._sides(), disable_numparse=True)
+
+
+def _longest(rows: Sequence[Sequence[str]], cut: Callable[[str], list[str]]) -> list[int]:
+    """Of each column the width of its longest piece."""
+    from rich.cells import cell_len
+
+    pieces = [cut("\n".join(column)) for column in zip(*rows, strict=True)]
+    return [max(map(cell_len, column), default=0) for column in pieces]
+
+
+def _fitted(rows: list[list[str]], room: int) -> tuple[list[list[str]], Sequence[int | None]]:
+    """The rows, paths in them broken where there is no room, and the width of each column.
+
+    None if words have to be broken all the same.
+    """
+    widths = _longest(rows, str.split)
+    if (over := sum(widths) - room) > 0:
+        most = [max(MIN_PATH, width - over) for width in widths]
+        rows = [[_at_slashes(t, width) for t, width in zip(row, most, strict=True)] for row in rows]
+        widths = _longest(rows, str.split)
+    if sum(widths) > room:
+        return rows, [None] * len(widths)
+    for column, whole in enumerate(_longest(rows, str.splitlines)):
+        widths[column] += min(whole - widths[column], room - sum(widths))
+    return rows, widths
+
+
+def _at_slashes(text: str, width: int) -> str:
+    """Breaks a path after its slashes, into lines of a width where its parts allow it."""
+    lines = [""]
+    for part in re.findall("[^/]*/|[^/]+", text):
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def _markdown(text: str) -> str:

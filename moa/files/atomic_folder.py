@@ -14,6 +14,17 @@ NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
 
 
 @contextmanager
+def with_path(path: Path | str) -> Iterator[None]:
+    """Within it, an error of writing tells the path; a full disk's own knows none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """Yields an empty folder to write into, which takes the place of `folder` when all went well.
 
@@ -30,9 +41,10 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     temporary, old = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
     temporary.mkdir(parents=True)
     try:
-        yield temporary
-        for path in (*temporary.iterdir(), temporary):
-            sync(path)
+        with with_path(folder):
+            yield temporary
+            for path in (*temporary.iterdir(), temporary):
+                sync(path)
         if folder.exists():
             folder.rename(old)
         temporary.rename(folder)

@@ -80,7 +80,7 @@ def _front_matter(info: AdapterInfo) -> ModelCardData:
     return ModelCardData(
         library_name="moa-trainer",
         base_model=hub_name(info.base_model),
-        datasets=None if origin is None else [origin.dataset],
+        datasets=None if origin is None else [origin.shown_dataset],
         pipeline_tag="image-classification",
         tags=["domain-generalization", "mixture-of-adapters", info.moa.method],
         model_name=_title(info),
@@ -98,8 +98,8 @@ def _held_out_results(info: AdapterInfo, origin: Origin) -> list[EvalResult]:
         found.append(
             EvalResult(
                 task_type="image-classification", task_name="Domain generalization",
-                dataset_type=origin.dataset, dataset_config=origin.held_out,
-                dataset_name=f"{origin.dataset}, {origin.held_out} (held out)",
+                dataset_type=origin.shown_dataset, dataset_config=origin.held_out,
+                dataset_name=f"{origin.shown_dataset}, {origin.held_out} (held out)",
                 dataset_split=match[2],
                 dataset_args={name: getattr(origin, name) for name in _OF_SPLIT},
                 metric_type="accuracy", metric_name=f"accuracy % ({match[2]} split)",
@@ -146,7 +146,7 @@ def _training(origin: Origin) -> str:
     return f"""
 ## Training
 
-{mean}Dataset `{origin.dataset}` (data hash `{origin.data_hash}`), domain `{withheld}` held
+{mean}Dataset `{origin.shown_dataset}` (data hash `{origin.data_hash}`), domain `{withheld}` held
 out, seed {origin.seed}. Trial seed {origin.trial_seed} splits every domain and holds
 {origin.holdout_fraction:g} of it back as `out` (split hash `{origin.split_hash}`).
 

@@ -30,6 +30,7 @@ class Origin:
             file they were read from; empty if not on record.
         decode: what decoded the images (`data.decode`).
         truncated: what was done with incomplete ones (`data.truncated`).
+        dataset_name: the shard set's own name; empty if it has none.
     """
 
     dataset: str
@@ -47,15 +48,22 @@ class Origin:
     weights: str = ""
     decode: str = "auto"
     truncated: str = "keep"
+    dataset_name: str = ""
 
     @property
     def withheld(self) -> tuple[str, ...]:
         """All domains that were not trained on, the target first."""
         return (self.held_out, *self.also_held_out)
 
+    @property
+    def shown_dataset(self) -> str:
+        """What to call the data."""
+        return self.dataset_name or self.dataset
+
     def plain(self) -> dict[str, Any]:
         """As JSON stores it."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {k: v for k, v in plain.items() if v or k != "dataset_name"}  # as before it existed
 
 
 def origin_from(content: Mapping[str, Any]) -> Origin:

@@ -18,6 +18,7 @@ from shards.datasets import nearest
 from shards.errors import DamagedDataError, DamagedSampleError, DataConfigError
 from shards.randomness import Int64Array
 from shards.read import layout
+from shards.read.naming import check_texts, name_and_sha256
 from shards.read.remote import RemoteShards, fetch_index
 from shards.read.shard_reader import ShardReader
 
@@ -49,7 +50,8 @@ class ShardIndex:
         root: folder of the set; of a remote set, the folder in the cache.
         domains: names in the dataset's order.
         classes: class names; a label is a place here.
-        sha256: hash of `index.json`, which contains the hashes of everything else.
+        name: the set's own name if it was given one, else that of the dataset.
+        sha256: hash of `index.json`, the name apart; it contains the hashes of everything else.
         remote: whether shards have to be fetched.
         subset: the samples that are used; None for all.
         reported: keys of the bad samples that the log has named, by whatever loader met them.
@@ -70,6 +72,7 @@ class ShardIndex:
         self.remote = False
         self.subset: Subset | None = None
         self.reported: set[str] = set()
+        self.name = self.dataset
 
     @classmethod
     def load(
@@ -112,6 +115,8 @@ class ShardIndex:
         else:
             index.remote = True
             index.reader.remote = RemoteShards(str(root), cache, index.shards, config)
+        check_texts(folder, (*index.domains, *index.classes))
+        index.name, index.sha256 = name_and_sha256(path, index.dataset)
         return index
 
     def num_samples(self, domain: int) -> int:
@@ -142,7 +147,7 @@ class ShardIndex:
         """
         if name not in self.domains:
             raise DataConfigError(
-                f"{setting} = {name!r}: not a domain of {self.dataset}; "
+                f"{setting} = {name!r}: not a domain of {self.name}; "
                 f"legal: {', '.join(self.domains)}{nearest(name, list(self.domains))}"
             )
         return self.domains.index(name)

@@ -11,9 +11,10 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import filelock
 import numpy as np
@@ -21,9 +22,9 @@ import numpy as np
 from shards.datasets import DatasetSpec
 from shards.durable import PARTIAL, replaced_when_whole
 from shards.errors import DataConfigError, OutputError
-from shards.read import layout
+from shards.read import layout, naming
 from shards.read.index import ShardIndex
-from shards.write.exclusion import check_sizes, report_exclusion
+from shards.write.exclusion import check_sizes, report_exclusion, report_leftovers
 from shards.write.image_folder import dataset_folder, list_images, report_passed_over
 from shards.write.progress import progress
 from shards.write.shard_file import PackedShard, pack_shard
@@ -46,6 +47,7 @@ def write_shards(
     shard_size: int = DEFAULT_SHARD_SIZE,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     jobs: int = 1,
+    name: str | None = None,
 ) -> ShardIndex:
     """Convert an image folder to a shard set, unless that has been done already, and open it.
 
@@ -58,6 +60,7 @@ def write_shards(
         shard_size: largest number of samples of one shard.
         shard_bytes: bytes that a shard of more than one sample should not exceed.
         jobs: number of processes; changes speed, never a byte.
+        name: what tables and cards shall call the set, as of `name_set`.
 
     Raises:
         DataConfigError: the images or the settings do not fit.
@@ -65,10 +68,12 @@ def write_shards(
         OutputError: `out` cannot be written, is too small, is in use, or holds something else.
     """
     check_at_least_one(shard_size=shard_size, shard_bytes=shard_bytes, jobs=jobs)
+    _check_name(name, spec.name)
     if out.resolve().is_relative_to(dataset_folder(root, spec).resolve()):
         raise DataConfigError(f"--out {out}: must not lie inside --root {root}")
     listing = list_images(root, spec, exclude)
     report_passed_over(listing)
+    report_leftovers(listing)
     report_exclusion(listing, exclude)
     check_sizes(listing, spec, exclude)
     plan = make_plan(listing, spec.name, shard_size, shard_bytes)
@@ -84,6 +89,8 @@ def write_shards(
             else:
                 _write_set(out, plan, _prepare(out, plan), jobs)
             (out / STATE_NAME).unlink(missing_ok=True)
+            if name is not None:
+                name_set(out, name)
     except filelock.Timeout as error:
         raise OutputError(f"--out {out}: another writer is at work there") from error
     except OSError as error:
@@ -92,6 +99,28 @@ def write_shards(
             "the same command continues"
         ) from error
     return ShardIndex.load(out)
+
+
+def name_set(out: Path, name: str) -> None:
+    """Give a finished set a name; nothing but `index.json` is written.
+
+    Raises:
+        DataConfigError: the name is not legal.
+        OutputError: it cannot be written.
+    """
+    path = out / layout.INDEX_NAME
+    content = json.loads(path.read_bytes())
+    _check_name(name, content.get("dataset", ""))
+    if content.get("name") != name:
+        try:
+            _write_json(path, naming.named(content, name))
+        except OSError as error:
+            raise OutputError(f"--name: cannot write {path} ({error.strerror})") from error
+
+
+def _check_name(name: str | None, dataset: str) -> None:
+    if name is not None and (problem := naming.name_problem(name, dataset)):
+        raise DataConfigError(f"--name {name}: {problem}")
 
 
 def check_at_least_one(**settings: int) -> None:
@@ -218,6 +247,6 @@ def _write_table(
     )  # fmt: skip
 
 
-def _write_json(path: Path, content: object) -> None:
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     with replaced_when_whole(path) as stream:
-        stream.write((json.dumps(content, indent=1) + "\n").encode())
+        stream.write(naming.index_bytes(content))

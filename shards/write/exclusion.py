@@ -1,14 +1,18 @@
-"""Images to leave out of a conversion, and the documented sizes that should remain."""
+"""Images to leave out of a conversion or to look at twice, and the sizes that should remain."""
 
 import logging
+import shlex
 from collections import Counter
 from collections.abc import Collection
+from pathlib import Path
 
 from shards.datasets import DatasetSpec
 from shards.errors import DataConfigError
 from shards.write.image_folder import Listing
 
 log = logging.getLogger(__name__)
+
+_APPLE_DOUBLE = b"\x00\x05\x16\x07"  # what begins the `._x.jpg` that macOS puts beside `x.jpg`
 
 
 def report_exclusion(listing: Listing, exclude: Collection[str]) -> None:
@@ -26,6 +30,33 @@ def report_exclusion(listing: Listing, exclude: Collection[str]) -> None:
             " ..." if len(listing.unmatched) > 5 else "",
             listing.root,
         )
+
+
+def report_leftovers(listing: Listing) -> None:
+    """Log how many of the images are files that macOS left beside them."""
+    dotted = [
+        listing.root / domain.name / path
+        for domain in listing.domains
+        for path in domain.paths
+        if path.rpartition("/")[2].startswith("._")
+    ]
+    left = sum(_begins_with(path, _APPLE_DOUBLE) for path in dotted)
+    if left:
+        where = shlex.quote(str(listing.root))
+        all_of_them = f"delete them with `find {where} -name '._*' -type f -delete`, or "
+        log.warning(
+            "%d of the images were written by macOS beside others and show nothing (._*): %slist "
+            "them in --exclude_list",
+            left, all_of_them if left == len(dotted) else "",
+        )  # fmt: skip
+
+
+def _begins_with(path: Path, magic: bytes) -> bool:
+    try:
+        with path.open("rb") as stream:
+            return stream.read(len(magic)) == magic
+    except OSError:
+        return False  # whoever stores it says what is wrong
 
 
 def check_sizes(listing: Listing, spec: DatasetSpec, exclude: Collection[str]) -> None:

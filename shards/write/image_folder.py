@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from shards.datasets import DatasetSpec
 from shards.errors import DataConfigError
+from shards.write.folder_names import check_names
 
 log = logging.getLogger(__name__)
 
@@ -65,9 +66,7 @@ def list_images(root: Path, spec: DatasetSpec, exclude: Collection[str] = ()) ->
         )
     root = dataset_folder(root, spec)
     names = _domain_names(root, spec)
-    classes = _subfolders(root / names[0])
-    for name in names:
-        _check_classes(root, name, classes, names)
+    classes = _class_names(root, names)
     if spec.num_classes is not None and len(classes) != spec.num_classes:
         raise DataConfigError(
             f"--root {root}: {len(classes)} classes found, dataset {spec.name} has "
@@ -133,6 +132,7 @@ def _domain_names(root: Path, spec: DatasetSpec) -> list[str]:
         raise DataConfigError(
             f"--root {root}: holds no folder; expected <domain>/<class>/<image> below it"
         )
+    check_names(root, "domain", found)
     if spec.domains is None:
         return found
     missing = [f"{name!r} is missing" for name in spec.domains if name not in found]
@@ -145,20 +145,32 @@ def _domain_names(root: Path, spec: DatasetSpec) -> list[str]:
     return list(spec.domains)
 
 
-def _check_classes(root: Path, domain: str, classes: list[str], domains: list[str]) -> None:
-    """Raise unless a domain has exactly the class folders of the first one."""
-    found = _subfolders(root / domain)
-    if not found:
-        raise DataConfigError(_no_class_folder(root, domain, domains))
-    first = domains[0]
-    for name in sorted(set(classes) ^ set(found)):
-        kind = "lacks the class" if name in classes else "has the extra class"
-        holder = first if name in classes else domain
+def _class_names(root: Path, domains: list[str]) -> list[str]:
+    """Name the classes; raises unless every domain has the class folders of the first one."""
+    found = {domain: _subfolders(root / domain) for domain in domains}
+    for domain, names in found.items():
+        if not names:
+            raise DataConfigError(_no_class_folder(root, domain, domains))
+        check_names(root, "class", names)
+    counts = Counter(name for names in found.values() for name in names)
+    first, classes = domains[0], found[domains[0]]
+    for domain, names in found.items():
+        extra = [name for name in names if name not in classes]
+        lacking = [name for name in classes if name not in names]
+        if not (extra or lacking):
+            continue
+        parts = []
+        for kind, some in (("has the extra class", extra), ("lacks the class", lacking)):
+            if some:
+                where = f" (in {counts[some[0]]} of {len(domains)} domains)"
+                parts.append(f"{kind} {_some(list(map(repr, some)))}{where}")
+        hints = [f"{domain}/{name}" for name in extra] + [f"{first}/{name}" for name in lacking]
         raise DataConfigError(
-            f"--root {root}: domain {domain!r} {kind} {name!r} compared with domain {first!r}; "
-            "all domains need the same class folders"
-            f"{_hidden(root, domain, first, f'{holder}/{name}')}"
+            f"--root {root}: domain {domain!r} {' and '.join(parts)} compared with domain "
+            f"{first!r}; all domains need the same class folders"
+            f"{_hidden(root, domain, first, *hints)}"
         )
+    return classes
 
 
 def _no_class_folder(root: Path, domain: str, domains: list[str]) -> str:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from shards.config import MAX_PIXELS
 from shards.errors import DataConfigError
 from shards.read.index import ShardIndex
 from shards.read.layout import INFO_NAME, file_sha256, stock_info
@@ -32,7 +33,9 @@ class VerifyReport(NamedTuple):
     """Number of images that cannot be used as they are, incomplete ones included."""
 
 
-def verify_shards(index: ShardIndex, *, deep: bool, jobs: int = 1) -> VerifyReport:
+def verify_shards(
+    index: ShardIndex, *, deep: bool, jobs: int = 1, max_pixels: int = MAX_PIXELS
+) -> VerifyReport:
     """Compare everything stored with the index.
 
     Args:
@@ -40,6 +43,7 @@ def verify_shards(index: ShardIndex, *, deep: bool, jobs: int = 1) -> VerifyRepo
         deep: also decode every image with Pillow. Images that were incomplete when they were
             converted are logged, not counted as problems: they can be used.
         jobs: number of processes.
+        max_pixels: images with more cannot be decoded.
 
     Raises:
         DataConfigError: the set is remote.
@@ -51,16 +55,19 @@ def verify_shards(index: ShardIndex, *, deep: bool, jobs: int = 1) -> VerifyRepo
         )
     problems = list(_check_folder(index))
     of_shards: dict[int, list[str]] = {}
-    bad_images = 0
-    check = functools.partial(_check_shard, index=index, deep=deep)
+    bad_images = scaled = 0
+    check = functools.partial(_check_shard, index=index, deep=deep, max_pixels=max_pixels)
     with progress("verifying", sum(shard.samples for shard in index.shards)) as advance:
         numbers = range(len(index.shards))
         for number, found in run_tasks(check, numbers, min(jobs, len(numbers))):
-            of_shards[number], incomplete, bad = found
+            of_shards[number], incomplete, bad, deeper = found
             bad_images += bad
+            scaled += deeper
             for line in incomplete:
                 log.warning("%s", line)
             advance(index.shards[number].samples)
+    if scaled:
+        log.warning("16-bit grey images, scaled to 8 bits when they are read: %d", scaled)
     problems += [line for number in numbers for line in of_shards[number]]
     return VerifyReport(problems, bad_images)
 
@@ -85,9 +92,11 @@ def _check_folder(index: ShardIndex) -> Iterator[str]:
         yield f"{path}: cannot be read ({error})"
 
 
-def _check_shard(number: int, index: ShardIndex, deep: bool) -> tuple[list[str], list[str], int]:
-    """Check one shard; gives problems, incomplete images, and the number of bad ones."""
-    check, info = _ShardCheck(index, number, deep), index.shards[number]
+def _check_shard(
+    number: int, index: ShardIndex, deep: bool, max_pixels: int
+) -> tuple[list[str], list[str], int, int]:
+    """Check one shard; gives problems, incomplete images, and how many are bad, and are scaled."""
+    check, info = _ShardCheck(index, number, deep, max_pixels), index.shards[number]
     path = index.root / info.file
     try:
         if file_sha256(path) != info.sha256:
@@ -102,14 +111,16 @@ def _check_shard(number: int, index: ShardIndex, deep: bool) -> tuple[list[str],
         [f"{path}: {line}" for line in problems],
         [f"{path}: {line}" for line in check.named(check.incomplete)],
         len(check.rows) - check.sound,
+        check.scaled,
     )
 
 
 class _ShardCheck:
     """What is found in one shard; of images by key, since their paths come later in the file."""
 
-    def __init__(self, index: ShardIndex, number: int, deep: bool) -> None:
-        self.index, self.samples, self.deep = index, index.shards[number].samples, deep
+    def __init__(self, index: ShardIndex, number: int, deep: bool, max_pixels: int) -> None:
+        self.index, self.samples = index, index.shards[number].samples
+        self.deep, self.max_pixels = deep, max_pixels
         domains = range(len(index.domains))
         mine = [np.flatnonzero(index.table(domain)["shard"] == number) for domain in domains]
         self.domain = max(domains, key=lambda domain: len(mine[domain]))  # a shard belongs to one
@@ -118,7 +129,7 @@ class _ShardCheck:
         self.problems: list[str] = []  # of anything but an image
         self.unusable: list[tuple[str, str]] = []
         self.incomplete: list[tuple[str, str]] = []  # can be used as far as they go
-        self.sound = 0
+        self.sound = self.scaled = 0
         self.paths: dict[str, str] = {}  # original ones
 
     def named(self, images: list[tuple[str, str]]) -> list[str]:
@@ -190,21 +201,21 @@ class _ShardCheck:
             wrong = "crc32 differs from the index"
         if wrong:
             self.unusable.append((key, wrong))
-        error = _decode_error(data) if self.deep else None
+        error = self._decode_error(data) if self.deep else None
         if error is None:
             self.sound += not wrong  # at most once for a key: the offset was right
-        elif _decode_error(data, incomplete=True):
+        elif self._decode_error(data, incomplete=True):
             self.unusable.append((key, f"cannot be decoded ({error})"))
         else:
             self.incomplete.append((key, f"the image is incomplete ({error})"))
 
+    def _decode_error(self, data: bytes, *, incomplete: bool = False) -> str | None:
+        """Try to decode an image, or what there is of an incomplete one."""
+        from shards.pixels import image_file  # here: only the deep check needs Pillow
 
-def _decode_error(data: bytes, *, incomplete: bool = False) -> str | None:
-    """Try to decode an image, or what there is of an incomplete one."""
-    from shards.pixels.image_file import open_rgb  # here: only the deep check needs Pillow
-
-    try:
-        open_rgb(data, incomplete=incomplete)
-    except ValueError as error:
-        return str(error)
-    return None
+        try:
+            image = image_file.open_rgb(data, incomplete=incomplete, max_pixels=self.max_pixels)
+        except ValueError as error:
+            return str(error)
+        self.scaled += image_file.SCALED in image.info
+        return None

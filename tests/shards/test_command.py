@@ -1,3 +1,4 @@
+import json
 import logging
 import re
 import shlex
@@ -9,8 +10,10 @@ import pytest
 
 from shards.config import DataConfig
 from shards.datasets import DATASETS
-from shards.errors import make_command, verify_command
+from shards.errors import DamagedDataError, make_command, verify_command
 from shards.opening import open_shards
+from shards.read import naming
+from shards.read.index import ShardIndex
 from shards.writer import _byte_count, main, parser, write_shards
 from tests.support.shards_fixtures import (
     FOLDER,
@@ -86,6 +89,38 @@ def test_command_line_converts_and_verifies(
     assert "folder-photo-000000.tar: sha256 differs from the index" in caplog.text
     (tmp_path / "out" / "folder-art-000000.tar").unlink()
     assert main(["--out", out, "--verify"]) == 65
+
+
+def test_a_set_has_a_name_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root, out = str(make_folder(tmp_path / "images", per_class=2)), tmp_path / "out"
+    plain = write_shards(Path(root), tmp_path / "plain", FOLDER)
+    wrote = ["--root", root, "--out", str(out), "--jobs=1"]
+    for name in ("", "two words", "a/b", "-x", "PACS", "n" * 65):
+        assert main([*wrote, f"--name={name}"]) == 2
+        assert f"--name {name}: " in caplog.text
+    assert not out.exists()
+    with caplog.at_level(logging.INFO):
+        assert main([*wrote, "--name=birds", "--verify"]) == 0
+    assert caplog.messages[-1].startswith(f"{out} (birds): 15 images, ")
+    for name, before in folder_bytes(plain.root).items():
+        assert ((out / name).read_bytes() == before) == (name != "index.json")
+    index = open_shards(DataConfig(dataset="folder", root=str(out)))
+    assert (index.dataset, index.name, index.sha256) == ("folder", "birds", plain.sha256)
+    assert main(wrote) == 0
+    assert ShardIndex.load(out).name == "birds", "the same command without a name leaves it"
+    assert main(["--out", str(out), "--name", "other-birds"]) == 0
+    assert ShardIndex.load(out).name == "other-birds"
+    assert main(["--out", str(tmp_path / "none"), "--name", "other-birds"]) == 2
+    assert main(["--dataset", "pacs", "--out", str(out), "--name", "x"]) == 2
+    content = (out / "index.json").read_text()
+    altered = content.replace("other-birds", "other-bords")
+    (out / "index.json").write_text(altered)
+    with pytest.raises(DamagedDataError, match="its 'name' were changed after it was written"):
+        ShardIndex.load(out)
+    hostile = naming.named(json.loads(content), "../../x")
+    (out / "index.json").write_bytes(naming.index_bytes(hostile))
+    with pytest.raises(DamagedDataError, match=r"its name '../../x' must be up to 64 ASCII"):
+        ShardIndex.load(out)
 
 
 def test_the_documentation_agrees_with_the_program() -> None:

@@ -4,6 +4,7 @@ import io
 import re
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from trainer.tables import WIDTH, Table
@@ -46,6 +47,17 @@ def test_a_terminal_folds_and_shows_bold() -> None:
     assert re.search(r"\x1b\[1m *70.0 ± 0.1", text)
     assert max(len(re.sub(r"\x1b\[[\d;]*m", "", line)) for line in body) <= 60
     assert "title" not in printed(Table(["", ""], [["a", "b"]]), width=40)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_terminal_breaks_paths_at_slashes(width: int) -> None:
+    table = Table(["adapter", "acc %"], [[PATH, "70.0"], ["写真" * 9, "1.0"]], align="lr")
+    text = printed(table, width=width, force_terminal=True, color_system=None)
+    pieces = re.findall(r"\S*very_long\S*|\S*adapter/?$|/scratch/\S*", text)
+    assert "".join(pieces).replace("│", "") in PATH + "adapter"
+    assert all(piece.endswith(("/", "adapter")) for piece in pieces)
+    assert max(map(cell_len, text.splitlines())) <= width
+    assert "写真" * 9 in text
 
 
 def test_markdown_has_no_cell_too_many() -> None:

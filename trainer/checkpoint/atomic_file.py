@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moa.files.atomic_folder import sync
+from moa.files.atomic_folder import sync, with_path
 
 
 @contextmanager
@@ -19,9 +19,10 @@ def replaced_file(path: Path, contended: bool = False) -> Iterator[Path]:
     own = f".{uuid.uuid4().hex[:12]}" if contended else ""
     temporary = path.with_name(f"{path.name}{own}.tmp")
     try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
+        with with_path(path):
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

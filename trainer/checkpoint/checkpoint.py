@@ -30,7 +30,7 @@ from moa.files.reading import AdapterInfo, read_adapter
 from moa.files.saving import CONFIG_FILE, WEIGHTS_FILE, write_adapter
 from shards.errors import StorageError
 from trainer.checkpoint.atomic_file import replace_text
-from trainer.process.errors import CheckpointError, OutputError
+from trainer.process.errors import CheckpointError, OutputError, brief
 
 log = logging.getLogger(__name__)
 
@@ -225,7 +225,10 @@ def verify(folder: Path) -> None:
         for name, expected in manifest.items():
             found = _describe(folder / name)
             if found != expected:
-                raise CheckpointError(f"{folder / name}: expected {expected}, found {found}")
+                raise CheckpointError(
+                    f"{folder / name}: not as it was written ({brief(found)}, then "
+                    f"{brief(expected)})"
+                )
 
 
 def load(folder: Path) -> Checkpoint:

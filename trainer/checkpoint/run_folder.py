@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from moa.files.atomic_folder import recover_folder, sync
+from moa.files.atomic_folder import recover_folder, sync, with_path
 from trainer.checkpoint.atomic_file import replace_text
 from trainer.checkpoint.folder_lock import FolderLock
 from trainer.config.run_config import ROOT, RunConfig, as_plain
@@ -105,9 +105,10 @@ class RunFolder:
         Raises `OutputError`: the folder is no longer this run's.
         """
         self._lock.check()
-        if path not in self._rows:
-            self._rows[path] = path.open("a", buffering=1, encoding="utf-8")
-        self._rows[path].write(json.dumps(row) + "\n")
+        with with_path(path):
+            if path not in self._rows:
+                self._rows[path] = path.open("a", buffering=1, encoding="utf-8")
+            self._rows[path].write(json.dumps(row) + "\n")
 
     def sync_rows(self) -> None:
         """Waits until all rows are on the disk, before a checkpoint that comes after them."""
@@ -120,7 +121,9 @@ class RunFolder:
     def _close_rows(self) -> None:
         """The next row opens its file anew, in case somebody has replaced it meanwhile."""
         while self._rows:
-            self._rows.popitem()[1].close()
+            path, stream = self._rows.popitem()
+            with with_path(path):
+                stream.close()
 
     def cut_back(
         self, first_step: int, first_evaluation: int | None = None, keeps_results: bool = True

@@ -13,7 +13,7 @@ from trainer.process.errors import ConfigError
 
 RECORDED = ("dataset", "holdout_fraction", "decode", "truncated")
 """Data settings that an adapter has on record, and the command line may change."""
-GIVEN = (*RECORDED, "root", "cache_dir", "exclude_list", "include_list")
+GIVEN = (*RECORDED, "root", "cache_dir", "exclude_list", "include_list", "max_pixels")
 """Data settings that the command line knows."""
 
 
@@ -36,7 +36,7 @@ class AdapterData:
     @property
     def decoder(self) -> Decoder:
         """What decodes the images."""
-        return Decoder(self.config.decode, self.config.truncated)
+        return Decoder(self.config.decode, self.config.truncated, self.config.max_pixels)
 
 
 def open_data(args: argparse.Namespace, members: Sequence[Member], **more: Any) -> AdapterData:
@@ -84,8 +84,8 @@ def _warnings(
             continue
         if origin.data_hash != images:
             yield (
-                f"{name} was trained on other images ({origin.dataset}, data hash "
-                f"{origin.data_hash}) than these ({index.dataset}, {images})"
+                f"{name} was trained on other images ({origin.shown_dataset}, data hash "
+                f"{origin.data_hash}) than these ({index.name}, {images})"
             )
         elif origin.split_hash != split:
             yield f"{name} was trained {_other_split(origin, trial_seed, fraction)}"

@@ -50,9 +50,14 @@ def png(figure: Figure) -> bytes:
     return file.getvalue()
 
 
+def printable(text: str) -> str:
+    """A text in one line; what cannot be printed is escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def label(name: str) -> str:
-    """A name in one line of `LETTERS` letters at most; what cannot be printed is escaped."""
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
+    """A name in one line of `LETTERS` letters at most."""
+    line = printable(name)
     return line if len(line) <= LETTERS else f"{line[: LETTERS - 1]}…"
 
 
@@ -127,7 +132,7 @@ def confusion_figure(
     )
     for place, (name, counts) in enumerate(matrices.items()):
         left, top = place % across * wide, place // across * high + 34
-        axes.text(left, top - 8, name, size=13)
+        axes.text(left, top - 8, printable(name), size=13)
         share_table(
             axes, counts, (left, top), (cell, cell),
             names if place % across == 0 else (), names if place + across >= number else (),

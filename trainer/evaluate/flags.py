@@ -3,7 +3,7 @@
 import argparse
 from typing import get_args
 
-from shards.config import Decode, Truncated
+from shards.config import MAX_PIXELS, Decode, Truncated
 
 
 def add_shared_flags(result: argparse.ArgumentParser) -> None:
@@ -34,6 +34,10 @@ def add_shared_flags(result: argparse.ArgumentParser) -> None:
     add(
         "--data.truncated", dest="truncated", choices=get_args(Truncated),
         help="incomplete images (as the adapters say, else keep)",
+    )  # fmt: skip
+    add(
+        "--data.max_pixels", dest="max_pixels", type=int,
+        help=f"largest number of pixels of an image ({MAX_PIXELS})",
     )  # fmt: skip
 
 

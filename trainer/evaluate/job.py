@@ -58,6 +58,11 @@ class Evaluation:
     results: dict[str, dict[DomainSplit, Figures]] = field(default_factory=dict)
     cost: dict[str, float] = field(default_factory=dict)
 
+    def titled(self, text: str) -> str:
+        """A title, after the name of the shard set if it has one of its own."""
+        index = self.data.index
+        return text if index.name == index.dataset else f"{index.name}: {text}"
+
     def shown_splits(self, env: int) -> tuple[str, ...]:
         """The splits of a domain that pictures show: `out` alone where adapters saw the rest.
 

@@ -70,7 +70,7 @@ def tables(found: Evaluation) -> list[Table]:
         for label, cells in found.results.items():
             here = [cells[env, split] for env in envs]
             rows.append([label, *(_percent(f, "accuracy") for f in here), _mean_ece(here)])
-        title = f"accuracy %, {split.replace('_', ' ')} split"
+        title = found.titled(f"accuracy %, {split.replace('_', ' ')} split")
         result.append(Table(["adapter", *titles, "mean ECE %"], rows, title, align="lr"))
     label, cells = next(reversed(found.results.items()))
     shown = {"acc %": "accuracy", "class mean %": "class_mean", "ECE %": "ece"}
@@ -79,7 +79,7 @@ def tables(found: Evaluation) -> list[Table]:
         [title, *(_percent(cells[env, split], name) for split in splits for name in shown.values())]
         for env, title in zip(envs, titles, strict=True)
     ]
-    return [*result, Table(["domain", *columns], rows, label, align="lr")]
+    return [*result, Table(["domain", *columns], rows, found.titled(label), align="lr")]
 
 
 def _percent(figures: Figures, name: str) -> str:
@@ -115,7 +115,8 @@ def document(found: Evaluation) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION, "command": shown_command(sys.argv),
         "base_model": found.backbone.name, "base_sha256": found.backbone.sha256,
-        "dataset": found.data.index.dataset, "domains": domains, "classes": classes,
+        "dataset": found.data.index.dataset, "dataset_name": found.data.index.name,
+        "domains": domains, "classes": classes,
         "trial_seed": found.data.trial_seed,
         "holdout_fraction": found.data.config.holdout_fraction,
         "average": found.average, "warnings": found.warnings,

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from trainer.evaluate.drawing import confusion_figure, literally, png
+from trainer.evaluate.drawing import confusion_figure, literally, png, printable
 from trainer.evaluate.job import Evaluation
 from trainer.evaluate.predictions import Figures, total
 
@@ -17,6 +17,7 @@ def save_pictures(found: Evaluation, titles: Mapping[int, str], folder: Path) ->
 
     Domains are named by `titles`; the folder exists.
     """
+    titles = {env: printable(title) for env, title in titles.items()}
     label = next(reversed(found.results))
     shown = {}
     for env, title in titles.items():
@@ -24,11 +25,12 @@ def save_pictures(found: Evaluation, titles: Mapping[int, str], folder: Path) ->
         figures = total([found.results[label][env, split] for split in splits])
         shown[f"{title}, {' + '.join(splits)}: {100 * figures.accuracy:.1f} %"] = figures
     confusions = {title: figures.confusion for title, figures in shown.items()}
-    classes, what = found.data.index.classes, f"{label}: predicted class by true class"
+    classes, called = found.data.index.classes, found.titled(label)
+    what = f"{called}: predicted class by true class"
     pictures = {
         "accuracy": _accuracies(found, titles),
         "confusion": confusion_figure(confusions, classes, what),
-        "reliability": _reliabilities(shown, f"{label}: accuracy by confidence"),
+        "reliability": _reliabilities(shown, f"{called}: accuracy by confidence"),
     }
     for name, picture in pictures.items():
         (folder / f"{name}.png").write_bytes(png(picture))
@@ -49,7 +51,7 @@ def _accuracies(found: Evaluation, titles: Mapping[int, str]) -> Figure:
     names = [title.replace(" (", "\n(", 1) for title in titles.values()]
     axes.set_xticks(range(len(names)), names)
     axes.set_ylabel("accuracy %")
-    axes.set_title(found.shown_images(), fontsize=10)
+    axes.set_title(found.titled(found.shown_images()), fontsize=10)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=min(4, len(found.results)), fontsize=8)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from moa.files.atomic_folder import with_path
 from trainer.config.run_config import RunConfig, as_plain, flat
 from trainer.prepare.provenance import shown_command
 
@@ -57,13 +58,15 @@ class Curves:
             self._add(summary)
 
     def _add(self, summary: Any, step: int | None = None) -> None:
-        self.writer._get_file_writer().add_summary(summary, step)  # type: ignore[no-untyped-call]
+        with with_path(self.writer.log_dir):
+            self.writer._get_file_writer().add_summary(summary, step)  # type: ignore[no-untyped-call]
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """One point on each of some curves; values that are not finite leave a gap."""
-        for tag, value in values.items():
-            if math.isfinite(value):
-                self.writer.add_scalar(tag, value, step)
+        with with_path(self.writer.log_dir):
+            for tag, value in values.items():
+                if math.isfinite(value):
+                    self.writer.add_scalar(tag, value, step)
 
     def picture(self, tag: str, png: bytes, step: int) -> None:
         """An image, given as a file, of a page with a slider over steps."""
@@ -90,7 +93,8 @@ class Curves:
         """Flushes; `whole` marks the run as finished on the hparams page."""
         if whole:
             self._add(self._end)
-        self.writer.close()
+        with with_path(self.writer.log_dir):
+            self.writer.close()
 
 
 def layout(layers: Sequence[str], averages: Sequence[str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.checkpoint.atomic_file import replaced_file
-from trainer.evaluate.drawing import confusion_figure, png
+from trainer.evaluate.drawing import confusion_figure, png, printable
 from trainer.monitor.curves import Curves
 from trainer.monitor.heat_maps import expert_heat_maps, mutual_information
 from trainer.monitor.insight import Insight, Seen
@@ -119,7 +119,10 @@ class Pages:
         sprites = F.interpolate(self._unit(fixed.images), (side, side), mode="area")
         index, withheld = self.insight.evaluator.index, self.insight.withheld
         labels = [
-            [index.domains[e], "held out" if e in withheld else "source", index.classes[label]]
+            [
+                printable(index.domains[e]), "held out" if e in withheld else "source",
+                printable(index.classes[label]),
+            ]
             for e, label in zip(fixed.domains, fixed.labels, strict=True)
-        ]
+        ]  # fmt: skip
         self.curves.projector(features, labels, sprites, step)

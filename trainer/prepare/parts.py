@@ -89,7 +89,7 @@ def build(config: RunConfig, world: World, problems: Sequence[str] = ()) -> Part
         trial_seed=settings.trial_seed, holdout_fraction=config.data.holdout_fraction,
         mode=config.data.order, window=config.data.order_window,
         transform=make_transform(backbone.data_config, config.data.resolved_augment()),
-        decoder=Decoder(config.data.decode, config.data.truncated),
+        decoder=Decoder(config.data.decode, config.data.truncated, config.data.max_pixels),
     )  # fmt: skip
     stream.check_world_size(world.size, settings.accumulation)
     _check_splits(config, index, withheld)

@@ -23,6 +23,7 @@ def origin_of(
     fraction, trial_seed = config.data.holdout_fraction, config.train.trial_seed
     return Origin(
         dataset=index.dataset, domains=index.domains, held_out=index.domains[withheld[0]],
+        dataset_name="" if index.name == index.dataset else index.name,
         also_held_out=tuple(index.domains[number] for number in withheld[1:]),
         trial_seed=trial_seed, holdout_fraction=fraction, seed=config.train.seed,
         data_hash=data_hash(index), split_hash=split_hash(index, trial_seed, fraction),

@@ -19,7 +19,7 @@ import matplotlib
 import PIL
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as save_tensors
 from timm.optim import param_groups_weight_decay
 from torch import nn
 from torch.nn import functional as F
@@ -174,8 +174,7 @@ def save(config: PretrainConfig, result: PretrainResult, folder: Path) -> Path:
     tensors = {name: value.contiguous() for name, value in result.model.state_dict().items()}
     with replaced_file(weights) as temporary:
         metadata = {"format": "pt", "classes": " ".join(GLYPH_CLASSES)}
-        save_file(tensors, temporary, metadata=metadata)
-        temporary.chmod(0o644)  # safetensors makes it private to its owner
+        temporary.write_bytes(save_tensors(tensors, metadata=metadata))
     replace_text(folder / "README.md", model_card(config, result))
     return weights
 

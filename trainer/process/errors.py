@@ -1,6 +1,7 @@
 """How a run ends: exit codes, and the errors that carry them to the command line."""
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +63,11 @@ def did_you_mean(name: str, legal: Iterable[str], otherwise: str = "", cutoff: f
     """The end of a message on an unknown name: the nearest legal one, else `otherwise`."""
     close = difflib.get_close_matches(name, list(legal), 1, cutoff)
     return f"; did you mean {close[0]!r}?" if close else otherwise
+
+
+def brief(value: object) -> str:
+    """A value as a message shows it: of a hash the first 12 digits."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28,52}\b", r"\1", repr(value))
 
 
 EXIT_CODES: dict[type[Exception], int] = {

@@ -18,7 +18,7 @@ from trainer.evaluate.selection import RULES
 from trainer.process.ending import conclude
 from trainer.process.errors import CheckpointError, ConfigError
 from trainer.process.world import ALONE
-from trainer.report.comparability import check_comparable, mixed_rows
+from trainer.report.comparability import check_comparable, mixed_rows, renamed
 from trainer.report.formats import comparison_table, result_table, score_data, table_data
 from trainer.report.runs import Run, find_folders, read_run
 from trainer.report.scores import LAST, Score, scores
@@ -73,6 +73,10 @@ def parser() -> argparse.ArgumentParser:
         "--compare", metavar="ROW",
         help="test every row against this one in pairs of equal held-out domain and seeds; all: "
         "each two rows",
+    )  # fmt: skip
+    add(
+        "--name", action="append", default=[], metavar="HASH=NAME",
+        help="what to call the images with that hash, where two sets share the name of a dataset",
     )  # fmt: skip
     add("--plots", type=Path, metavar="FOLDER", help="write each table as bars, PNG and SVG")
     return result
@@ -175,7 +179,7 @@ def command(args: argparse.Namespace) -> None:
     _say(*complaints, *progress_lines(args.runs))
     if not any(run.finished for run in runs):
         raise ConfigError("there is no finished run to report")
-    report = build(runs, args)
+    report = build(renamed(runs, args.name), args)
     show(report, args.format)
     _say(*(f"note: {note}" for note in report.notes))
     if args.plots is not None:

@@ -1,8 +1,10 @@
 """Which runs may share a table: the same images, the same splits, and rows of equal settings."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
+from shards.read.naming import name_problem
 from trainer.config.resume_rules import FREE
 from trainer.process.errors import ConfigError
 from trainer.report.runs import Run
@@ -12,6 +14,22 @@ from trainer.report.runs import Run
 MAY_DIFFER = (FREE - {"train.steps"}) | {
     "data.held_out", "train.seed", "train.trial_seed", "eval.mode",
 }  # fmt: skip
+
+
+def renamed(runs: Sequence[Run], names: Iterable[str]) -> list[Run]:
+    """The runs with their datasets called as the `HASH=NAME` of `--name` say.
+
+    `ConfigError` for one of another form, or whose hash no run has.
+    """
+    called = {}
+    for text in names:
+        images, _, name = text.partition("=")
+        if problem := name_problem(name, ""):
+            raise ConfigError(f"--name {text}: must be HASH=NAME, and the name {problem}")
+        if images not in {run.data for run in runs}:
+            raise ConfigError(f"--name {text}: no run has images with the hash {images!r}")
+        called[images] = name
+    return [replace(run, dataset=called.get(run.data, run.dataset)) for run in runs]
 
 
 def check_comparable(runs: Sequence[Run]) -> list[str]:
@@ -30,10 +48,22 @@ def check_comparable(runs: Sequence[Run]) -> list[str]:
         if len(groups) > 1
     ]
     if problems:
-        raise ConfigError("\n".join([*problems, "report them apart"]))
+        raise ConfigError("\n".join([*problems, "report them apart" + _way_out(seen)]))
     if unknown := [run for run in runs if not (run.data and run.split)]:
         return [f"data and split are not recorded, so not compared, in {_named(unknown)}"]
     return []
+
+
+def _way_out(seen: Mapping[str, Mapping[str, object]]) -> str:
+    """How to name all but the first of several sets of images of one dataset."""
+    sets = [list(groups)[1:] for what, groups in seen.items() if what.endswith("images")]
+    flags = [f"--name {images}=NAME" for others in sets for images in others]
+    if not flags:
+        return ""
+    return (
+        f", or, if these are different sets, name them: {' '.join(flags)}; for runs to come, "
+        "`python -m shards.writer --out SET --name NAME` does"
+    )
 
 
 def _named(runs: Sequence[Run], most: int = 3) -> str:

@@ -8,6 +8,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from trainer.evaluate.drawing import literally
 from trainer.process.errors import cannot_write
 from trainer.report.tables import ResultTable
 
@@ -15,6 +16,7 @@ FORMATS: dict[str, dict[str, None]] = {"png": {}, "svg": {"Date": None}}
 """Kinds of files and their metadata: no date, so that the same numbers give the same file."""
 
 
+@literally
 def save_plots(tables: Iterable[ResultTable], folder: Path) -> list[Path]:
     """Writes `NAME.png` and `NAME.svg` for every table that has a number.
 

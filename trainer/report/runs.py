@@ -26,7 +26,7 @@ class Run:
     """One run folder.
 
     Attributes:
-        dataset: its name here, such as `officehome`.
+        dataset: its name here, such as `officehome`, or that of the shard set if it has one.
         method: `moa.method`, or DomainBed's algorithm.
         domains: all names in order.
         held_out: numbers of the domains left out; one, or two for cross-validation.
@@ -110,7 +110,8 @@ def read_run(folder: Path) -> Run:
         if "moa/base_hash" in rows[0]:
             settings["model.base_hash"] = str(rows[0]["moa/base_hash"])[:12]
         args = rows[0]["args"]
-        dataset = str(settings.get("data.dataset") or args["dataset"])
+        own = rows[0].get("moa/dataset")
+        dataset = str(own or settings.get("data.dataset") or args["dataset"])
         dataset = dataset.lower() if dataset.lower() in DATASETS else dataset
         held_out = tuple(sorted(int(env) for env in args["test_envs"]))
         count = len(rows[0].get("moa/domains", ())) or num_domains(rows[0])

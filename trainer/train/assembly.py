@@ -90,7 +90,7 @@ def assemble(
 
     evaluator = Evaluator(
         index=parts.index, data_config=parts.info.data_config,
-        decoder=Decoder(config.data.decode, config.data.truncated),
+        decoder=Decoder(config.data.decode, config.data.truncated, config.data.max_pixels),
         trial_seed=config.train.trial_seed, holdout_fraction=config.data.holdout_fraction,
         batch_size=config.train.eval_batch, workers=config.data.workers,
         max_bad_fraction=config.data.max_bad_fraction, losses=config.average.swad,

@@ -19,8 +19,9 @@ def result_row(
 ) -> dict[str, Any]:
     """A row that DomainBed's own `collect_results` can read, with what an evaluation found.
 
-    Beside its keys stand `moa/domains` in order, and hashes of the images, of their split and of
-    the base weights, by which a report tells whether two runs can be compared.
+    Beside its keys stand the set's name if it has one, `moa/domains` in order, and hashes of the
+    images, of their split and of the base weights, by which a report tells whether two runs can be
+    compared.
     """
     config, origin = parts.config, parts.info.origin
     assert origin is not None, "`build` gives every run one"
@@ -29,6 +30,7 @@ def result_row(
         "step": step,
         "epoch": max(parts.stream.epochs(step).values()),
         **columns,
+        **({"moa/dataset": origin.dataset_name} if origin.dataset_name else {}),
         "moa/domains": list(parts.index.domains),
         "moa/data_hash": origin.data_hash,
         "moa/split_hash": origin.split_hash,

@@ -13,7 +13,7 @@ from trainer.checkpoint.run_folder import RunFolder, read_rows
 from trainer.config.resume_rules import FIXED, FREE, LEAKING
 from trainer.config.run_config import RENAMED, RunConfig, flat
 from trainer.prepare.parts import Parts
-from trainer.process.errors import ConfigError, OutputError
+from trainer.process.errors import ConfigError, OutputError, brief
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +152,8 @@ def _follows(entry: str, changes: list[dict[str, Any]]) -> bool:
 def _refusal(change: Mapping[str, Any], folder: Path) -> str:
     name = change["setting"]
     key = "data" if name.startswith("data or") else name
-    start = f"{name}: the run in {folder} has {change['old']!r}, now {change['new']!r}; "
+    old, new = brief(change["old"]), brief(change["new"])
+    start = f"{name}: the run in {folder} has {old}, now {new}; "
     if key in LEAKING or key in FIXED:
         why = FIXED.get(key, "what this one has trained on would be tested on")
         return f"{start}keep the old value, or start another run with another --output_dir: {why}"

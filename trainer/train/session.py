@@ -75,7 +75,7 @@ def say_what(parts: "Parts", world: World) -> None:
     log.info(
         "%s on %s, %s held out of %s; processes: %d, precision: %s",
         config.moa.method, config.model.backbone, " and ".join(parts.withheld_names),
-        config.data.dataset, world.size, config.train.precision,
+        parts.index.name, world.size, config.train.precision,
     )  # fmt: skip
     for section, unused, why in (
         ("moa", config.moa.unused(), f"{config.moa.method} does not use them"),

@@ -14,7 +14,6 @@ from torchvision.transforms.v2 import functional
 from shards.errors import DataConfigError
 from shards.pixels.colour import apply_colour, apply_colour_batch, draw_colour, shift_hue
 from shards.pixels.decoding import Decoder, decode_image, undecodable_placeholder
-from shards.pixels.image_file import open_rgb
 from shards.pixels.transforms import (
     HalfDone,
     eval_transform,
@@ -60,14 +59,9 @@ def test_jpeg_agrees_with_pillow(mode: str, progressive: bool) -> None:
     assert difference.mean() < 0.05
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1", "I;16"])
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1"])
 def test_png_modes_become_rgb(mode: str) -> None:
-    grey = smooth()[:, :, 0]
-    if mode == "I;16":
-        image = Image.fromarray(grey.astype(np.uint16) * 257)
-    else:
-        image = Image.fromarray(smooth()).convert(mode)
-    pixels = decode_image(encoded(image, "PNG"))
+    pixels = decode_image(encoded(Image.fromarray(smooth()).convert(mode), "PNG"))
     assert pixels.shape == (3, 40, 56)
 
 
@@ -84,27 +78,6 @@ def test_exif_rotation_is_ignored() -> None:
 def test_unreadable_bytes_raise_one_kind_of_error(data: bytes) -> None:
     with pytest.raises(ValueError, match="not a readable image"):
         decode_image(data)
-
-
-@pytest.mark.parametrize("progressive", [False, True])
-def test_a_jpeg_too_large_for_pillow_is_refused_by_all(
-    monkeypatch: pytest.MonkeyPatch, progressive: bool
-) -> None:
-    exif = Image.Exif()
-    exif[0x010E] = "a segment before the frame header"
-    image = Image.fromarray(smooth())
-    data = encoded(image, "JPEG", progressive=progressive, exif=exif)
-    filled = data[:2] + b"\xff\xff" + data[2:]  # as the format allows
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", image.width * image.height // 2)
-    for legal in (data, filled):
-        assert decode_image(legal).shape == (3, image.height, image.width)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", image.width * image.height // 2 - 1)
-    with pytest.raises(ValueError, match="decompression bomb"):
-        open_rgb(data)
-    for decode in ("auto", "pil"):
-        for large in (data, filled):
-            with pytest.raises(ValueError, match="decompression bomb"):
-                Decoder(decode=decode)(large)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])

@@ -53,6 +53,19 @@ def test_survives_pickling(index: ShardIndex) -> None:
     assert copy.sha256 == index.sha256
 
 
+def test_names_that_are_no_text_are_refused(index: ShardIndex) -> None:
+    """As older writers stored them; nothing could draw or print them after training."""
+    content = json.loads((index.root / "index.json").read_text())
+    for section in ("classes", "domains"):
+        changed = json.loads(json.dumps(content).replace('"cat"', '"c\\udce9t"'))
+        if section == "domains":
+            changed = {**content, "domains": [{**content["domains"][0], "name": "c\udce9t"}]}
+        del changed["digests"]
+        (index.root / "index.json").write_text(json.dumps(changed))
+        with pytest.raises(DataConfigError, match=r"the name 'c\\udce9t' .* rename its folders"):
+            ShardIndex.load(index.root)
+
+
 def test_domain_number(index: ShardIndex) -> None:
     assert [index.domain_number(name) for name in index.domains] == [0, 1, 2]
     with pytest.raises(

@@ -1,6 +1,8 @@
 import logging
 import os
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,12 @@ from torchvision.datasets import ImageFolder
 from shards.datasets import DATASETS, DatasetSpec
 from shards.errors import DataConfigError
 from shards.read.subset import read_list
-from shards.write.exclusion import check_sizes, is_duplicates_list, report_exclusion
+from shards.write.exclusion import (
+    check_sizes,
+    is_duplicates_list,
+    report_exclusion,
+    report_leftovers,
+)
 from shards.write.image_folder import Listing, list_images, report_passed_over
 from tests.support.shards_fixtures import (
     FOLDER,
@@ -94,7 +101,10 @@ def test_folders_that_do_not_fit_are_named(tmp_path: Path, name: str) -> None:
     (root / "annotations").rmdir()
     (root / "Last").rename(root / last)
     (root / last / "class 001").rename(root / last / "Class 001")
-    refused(f"domain '{last}' has the extra class 'Class 001' compared with domain '{first}'")
+    refused(
+        f"domain '{last}' has the extra class 'Class 001' .in 1 of . domains. and lacks the class "
+        f"'class 001' .in . of . domains. compared with domain '{first}'"
+    )
     for domain in spec.domains[:-1]:
         (root / domain / "class 001").rename(root / domain / "Class 001")
     list_images(root, spec)
@@ -119,10 +129,14 @@ def test_what_is_no_dataset_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "empty", "holds no folder")
     extra = make_folder(tmp_path / "extra")
     (extra / "photo" / "cow").mkdir()
-    refused(extra, "'photo' has the extra class 'cow' compared with domain 'art'")
+    refused(
+        extra, "'photo' has the extra class 'cow' .in 1 of 3 domains. compared with domain 'art'"
+    )
     lacking = make_folder(tmp_path / "lacking")
     (lacking / "sketch" / "dog").rename(tmp_path / "dog")
-    refused(lacking, "'sketch' lacks the class 'dog' compared with domain 'art'")
+    refused(
+        lacking, "'sketch' lacks the class 'dog' .in 2 of 3 domains. compared with domain 'art'"
+    )
     hollow = make_folder(tmp_path / "hollow")
     for path in (hollow / "photo" / "dog").iterdir():
         path.rename(path.with_suffix(".txt"))
@@ -172,7 +186,10 @@ def test_hidden_folders_are_told(tmp_path: Path) -> None:
     shutil.rmtree(root / ".cache")
     for path in ("art/.ipynb_checkpoints", "photo/.ipynb_checkpoints"):
         told = told_of(path)
-        assert "class '.ipynb_checkpoints' compared with domain 'art'; all domains" in told
+        assert (
+            "class '.ipynb_checkpoints' (in 1 of 3 domains) compared with domain 'art'; all d"
+            in told
+        )
         assert told.endswith(f"; {path!r} is a hidden folder: move it away or delete it")
     for domain in ("photo", "sketch"):
         (root / domain / ".cache").mkdir()
@@ -188,6 +205,84 @@ def test_a_hidden_folder_with_images_is_not_to_be_deleted(tmp_path: Path) -> Non
     root = make_folder(tmp_path / "images")
     shutil.copytree(root / "art" / "cat", root / "sketch" / ".thumbnails")
     assert refusal(root).endswith("; 'sketch/.thumbnails' is a hidden folder: move it away")
+
+
+def command_in(text: str) -> str:
+    """The command in backquotes that a message gives."""
+    _, command, _ = text.split("`")
+    return command
+
+
+def test_a_class_renamed_in_most_domains_is_told_with_its_old_name(tmp_path: Path) -> None:
+    root = make_folder(tmp_path, domains=("a", "b", "c", "d"))
+    for domain in "bcd":
+        (root / domain / "dog").rename(root / domain / "hound")
+    assert (
+        "domain 'b' has the extra class 'hound' (in 3 of 4 domains) and lacks the class 'dog' "
+        "(in 1 of 4 domains) compared with domain 'a'; all domains need the same" in refusal(root)
+    )
+
+
+@pytest.mark.parametrize("kind", ["class", "domain"])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"\xe9toile", "étoile"),
+        (b"new\nline", "new_line"),
+        (b"it's \x07", "it's _"),
+        (b"\xff", "ÿ"),
+    ],
+)
+def test_names_that_are_no_text_are_refused_and_the_command_mends_them(
+    tmp_path: Path, kind: str, old: bytes, new: str
+) -> None:
+    root = make_folder(tmp_path / "my images", per_class=1)
+    top = os.fsencode(root)
+    folders = ["art/cat", "photo/cat", "sketch/cat"] if kind == "class" else ["photo"]
+    for folder in folders:
+        whole = os.path.join(top, folder.encode())
+        os.rename(whole, os.path.join(os.path.dirname(whole), old))
+    told = refusal(root)
+    assert f"{os.fsdecode(old)!r} cannot be the name of a {kind}: it has line breaks" in told
+    told.encode()
+    subprocess.run(["bash", "-c", command_in(told)], check=True)
+    listing = list_images(root, FOLDER)
+    names = listing.classes if kind == "class" else [domain.name for domain in listing.domains]
+    assert new in names
+
+
+@pytest.mark.parametrize("path", ["__MACOSX/art/cat", "@eaDir/x", "art/@eaDir"])
+def test_folders_that_others_leave_are_told_and_the_command_removes_them(
+    tmp_path: Path, path: str
+) -> None:
+    root = make_folder(tmp_path / "my images")
+    (root / path).mkdir(parents=True)
+    told = refusal(root)
+    assert re.search(
+        "'(__MACOSX|@eaDir)' is left by .* no (class|domain); move it away, or d", told
+    )
+    subprocess.run(["bash", "-c", command_in(told)], check=True)
+    assert len(list_images(root, FOLDER).domains) == 3
+
+
+def test_files_that_macos_leaves_are_told_and_the_command_removes_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = make_folder(tmp_path / "my images")
+    before = list_images(root, FOLDER)
+    report_leftovers(before)
+    assert caplog.text == ""
+    for path in sorted(root.glob("*/*/*")):
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\26\7\0\2\0\0Mac OS X        ")
+    report_leftovers(list_images(root, FOLDER))
+    assert caplog.messages[0].startswith("57 of the images were written by macOS beside others an")
+    subprocess.run(["bash", "-c", command_in(caplog.messages[0])], check=True)
+    assert list_images(root, FOLDER) == before
+    (root / "art/cat/._x.png").write_bytes(image_bytes(1))
+    (root / "art/cat/._y.png").write_bytes(b"\0\5\26\7")
+    report_leftovers(list_images(root, FOLDER))
+    assert caplog.messages[1].startswith("1 of the images were")
+    assert "delete" not in caplog.messages[1], "one of such a name is an image"
 
 
 def test_a_folder_that_cannot_be_listed_is_named(

@@ -9,8 +9,9 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
-from PIL import ImageFile
+from PIL import Image, ImageFile
 
 from shards.read.index import ShardIndex
 from shards.read.layout import file_sha256, section_digest
@@ -144,6 +145,7 @@ def test_incomplete_images_are_told_but_no_problem(
     photo = image_bytes(1, "JPEG", size=(200, 200))
     (root / "art/cat/im001.jpg").write_bytes(photo[: len(photo) // 2])
     (root / "art/dog/im001.jpg").write_bytes(photo[:100])
+    Image.fromarray(np.full((8, 8), 300, np.uint16)).save(root / "art/dog/im002.png")
     index = write_shards(root, tmp_path / "out", FOLDER)
     assert verify_shards(index, deep=False).problems == []
     assert caplog.text == ""
@@ -151,7 +153,10 @@ def test_incomplete_images_are_told_but_no_problem(
     assert "sample art-0000005 (art/dog/im001.jpg): cannot be decoded (" in problem
     told = "sample art-0000001 (art/cat/im001.jpg): the image is incomplete (image file is truncate"
     assert told in caplog.text
+    assert "16-bit grey images, scaled to 8 bits when they are read: 1" in caplog.text
     assert bad_images == 2
+    problems = verify_shards(index, deep=True, max_pixels=200 * 200 - 1).problems
+    assert any("art/cat/im001.jpg): cannot be decoded (Image size (40000 p" in p for p in problems)
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
 
 

@@ -11,16 +11,26 @@ from typing import Any
 
 import pytest
 
+from moa.files.atomic_folder import replaced_folder
+from moa.files.saving import write_adapter
 from tests.support.checkpoint_fixtures import (
+    INFO,
     SIZE,
     fresh_copy,
     in_child,
     tag_of,
+    tensors,
     two_checkpoints,
     write,
 )
+from trainer.checkpoint.atomic_file import replace_text
 from trainer.checkpoint.checkpoint import clean_up, load, load_newest
+from trainer.checkpoint.run_folder import RunFolder
+from trainer.config.command_line import parse
+from trainer.monitor.curves import Curves
+from trainer.process.ending import conclude
 from trainer.process.errors import OutputError, exit_code
+from trainer.process.world import World
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, fails_at: int) -> list[str]:
@@ -81,6 +91,42 @@ def test_full_disk_at_every_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert found is not None
         assert tag_of(found) == found.state["step"] == (3 if number >= placed else 2)
         write(root, 3, tag=3)
+
+
+def test_what_a_run_writes_is_told_with_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.claim()
+    folder.metrics.symlink_to("/dev/full")  # the device that always is
+    curves = Curves(parse([]), folder.tensorboard, 0, [])
+    text = folder.path / "config.yaml"
+
+    worker = curves.writer._get_file_writer().event_writer._async_writer._worker
+
+    def point() -> None:
+        worker.exception = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # of its thread
+        curves.scalars({"loss": 1.0}, 0)
+
+    def adapter() -> None:
+        with replaced_folder(folder.adapter) as temporary:
+            write_adapter(temporary, tensors(1), INFO)
+
+    actions: dict[Path, Callable[[], object]] = {
+        folder.tensorboard: point,
+        folder.metrics: lambda: folder.append(folder.metrics, {"step": 0}),
+        text: lambda: replace_text(text, "text"),
+        folder.adapter: adapter,
+    }
+    for path, action in actions.items():
+        with monkeypatch.context() as patch:
+            full_disk(patch, fails_at=0)
+            assert conclude(action, World(0, 1, 0, 1)) == 73
+        told = capsys.readouterr().err
+        assert "cannot write" in told
+        assert f"No space left on device: '{path}'" in told
+    worker.exception = None
+    curves.writer.close()
 
 
 def test_full_file_system(tmp_path: Path) -> None:

@@ -271,6 +271,7 @@ CHANGED = {
     "optim.weight_decay": "0.1", "train.seed": "9", "train.trial_seed": "9",
     "train.batch_per_domain": "3", "train.eval_every": "3", "train.accumulation": "2",
     "train.precision": "bf16", "data.held_out": "plain", "data.holdout_fraction": "0.3",
+    "data.max_pixels": "9",
     "model.backbone": "vit_tiny", "moa.method": "moa_lora", "moa.ranks": "[1, 2]",
     "moa.aux_weight": "0.5", "moa.gate_noise": "0.5", "moa.top_k": "2", "moa.shared_rank": "2",
     "moa.router": "linear", "moa.router_dim": "8", "moa.balance": "bias", "moa.balance_rate": "0.1",
@@ -325,11 +326,11 @@ def test_what_an_allowed_change_decides_may_change_with_it(tmp_path: Path) -> No
     assert check_agreement(state(), seed, tmp_path, ("train.seed",))
     domain = state("--data.held_out=plain", sources=[["inverted", 3]])
     assert check_agreement(state(), domain, tmp_path, ("data.held_out",))
-    other = state("--train.seed=9", seed=9, index_sha256="b")
-    with pytest.raises(ConfigError, match=r"index_sha256.*\[data\]"):
+    other = state("--train.seed=9", seed=9, index_sha256="b" * 64)
+    with pytest.raises(ConfigError, match=r"index_sha256.* 'a', now 'bbbbbbbbbbbb'; .*\[data\]"):
         check_agreement(state(), other, tmp_path, ("train.seed",))
     changes = check_agreement(state(), other, tmp_path, ("train.seed", "data"))
-    assert {"setting": "data (index_sha256)", "old": "a", "new": "b"} in changes
+    assert {"setting": "data (index_sha256)", "old": "a", "new": "b" * 64} in changes
     assert check_agreement(state(), state(), tmp_path, ("train.seed", "data")) == []
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import timm
 import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -21,13 +23,17 @@ from moa.files.card import creation
 from moa.files.reading import read_adapter
 from moa.files.saving import WEIGHTS_FILE
 from shards import DataConfig, eval_transform, evaluation_loader, open_shards
+from shards.embedded.digits import embedded_shards
+from shards.write.conversion import name_set
 from tests.support import warm
 from tests.support.trainer_fixtures import environment
 from trainer.checkpoint import checkpoint
 from trainer.config.command_line import parse
 from trainer.config.run_config import ModelConfig
+from trainer.evaluate import plots
 from trainer.evaluate.__main__ import main, parser
 from trainer.evaluate.combine import models_on
+from trainer.evaluate.drawing import png
 from trainer.evaluate.evaluator import Evaluator
 from trainer.evaluate.job import prepare
 from trainer.evaluate.members import labels, read_members
@@ -265,6 +271,27 @@ def test_output_folder_tells_everything(
     for name in ("accuracy.png", "confusion.png", "reliability.png"):
         assert (tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG"
     assert "\n| ensemble " in (tmp_path / "out" / "tables.md").read_text()
+
+
+def test_a_set_is_called_by_its_own_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(plots, "png", lambda figure: [figures.append(figure), png(figure)][1])
+    root = shutil.copytree(embedded_shards(), tmp_path / "set")
+    name_set(root, "my-digits")
+    folder = make(tmp_path / "adapter", 0, f"--data.root={root}", "--moa.method=bias")
+    card = (folder / "README.md").read_text()
+    assert "\nDataset `my-digits` (data hash" in card
+    assert "\ndatasets:\n- my-digits\n" in card
+    flags = ["--adapter", str(folder), "--domains", "plain", "--split", "out"]
+    assert main([*flags, "--data.root", str(root), "--output", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.startswith("my-digits: ")
+    drawn = [t.get_text() for figure in figures for t in figure.findobj(Text)]
+    assert sum(text.startswith("my-digits: ") for text in drawn) == 3
+    told = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert (told["dataset"], told["dataset_name"]) == ("digits", "my-digits")
+    assert "**my-digits: " in (tmp_path / "out" / "tables.md").read_text()
 
 
 @pytest.mark.parametrize(

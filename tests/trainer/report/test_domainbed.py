@@ -169,6 +169,8 @@ def test_a_sweep_is_compared_with_our_runs(
 
 def test_our_rows_have_all_that_domainbed_reads(tmp_path: Path) -> None:
     parts = build(parse(["--moa.method=linear", "--train.trial_seed=4"]), World(0, 1, 0, 1))
+    origin = parts.info.origin
+    assert origin is not None
     columns = {
         f"env{e}_{split}_acc": 0.1 * e + 0.01 * (split == "in")
         for e in range(6)
@@ -184,6 +186,9 @@ def test_our_rows_have_all_that_domainbed_reads(tmp_path: Path) -> None:
             "holdout_fraction", "output_dir"} <= set(row["args"])  # fmt: skip
     assert isinstance(row["hparams"], dict)
     assert row["moa/domains"][5] == "rotated"
+    assert "moa/dataset" not in row
+    own = replace(parts, info=replace(parts.info, origin=replace(origin, dataset_name="mine")))
+    assert result_row(own, folder, 10, columns) == {**row, "moa/dataset": "mine"}
     # DomainBed's tables skip every dataset whose name is not one of its class names.
     for ours, theirs in zip(
         ("pacs", "vlcs", "officehome", "terraincognita", "domainnet"),

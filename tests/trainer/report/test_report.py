@@ -18,7 +18,7 @@ from tests.support.report_fixtures import evaluation, write_run
 from tests.support.shards_fixtures import FOLDER, make_folder, make_set
 from trainer.prepare.provenance import data_hash, split_hash
 from trainer.report.__main__ import main
-from trainer.report.plots import _bars
+from trainer.report.plots import _bars, save_plots
 from trainer.report.significance import holm, sign_flip_p
 from trainer.report.tables import Cell, ResultTable, average, cell_of, mean_and_error
 
@@ -143,6 +143,19 @@ def test_runs_on_different_images_or_splits_are_refused_by_name(
     assert f"s1 in {first}; s2 in {second}" in err
     flat_run(tmp_path / "third", 0.5, 2, **hashes | {"moa/data_hash": "d2"})
     assert "digits: runs with different images" in outcome(capsys, tmp_path)[2]
+    told = outcome(capsys, first, tmp_path / "third")[2]
+    assert f"d1 in {first}; d2 in {tmp_path / 'third'}\n" in told
+    assert "report them apart, or, if these are different sets, name them: --name d2=NAME; " in told
+    for wrong in ("d2", "d2=a b", "d2=PACS", "d9=digits-2"):
+        code, _, err = outcome(capsys, first, tmp_path / "third", "--name", wrong)
+        assert (code, err.count(f"--name {wrong}: ")) == (2, 1)
+    code, out, _ = outcome(capsys, first, tmp_path / "third", "--name", "d2=digits-2")
+    assert code == 0
+    assert "digits: held-out accuracy" in out
+    assert "digits-2: held-out accuracy" in out
+    flat_run(tmp_path / "fourth", 0.5, **hashes | {"moa/data_hash": "d3", "moa/dataset": "own"})
+    code, out, _ = outcome(capsys, first, tmp_path / "fourth")
+    assert (code, "own: held-out accuracy" in out) == (0, True), "as the run itself tells"
     flat_run(tmp_path / "older", 0.5, 2, method="bias")
     assert outcome(capsys, first, tmp_path / "older")[0] == 0
     assert "not compared, in" in outcome(capsys, first, tmp_path / "older")[2]
@@ -385,6 +398,9 @@ def test_pictures_show_the_table(runs: Path, tmp_path: Path, capsys: Capture) ->
         assert word in text
     assert outcome(capsys, runs, "--plots", folder)[0] == 0
     assert (folder / "digits.svg").read_text() == text, "the same numbers, the same file"
+    cells = (cell_of({(0, 0): 0.4}), cell_of({(0, 0): 0.4}))
+    save_plots([ResultTable("$_$", "odd", ("cash$_$up", "mean"), {"a$^$": cells})], folder)
+    assert {"cash$_$up", "a$^$"} <= set(re.findall("[^<>]+", (folder / "odd.svg").read_text()))
     (tmp_path / "file").write_text("")
     code, _, err = outcome(capsys, runs, "--plots", tmp_path / "file")
     assert (code, "cannot write" in err) == (73, True)
