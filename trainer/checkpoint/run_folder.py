@@ -15,6 +15,7 @@ from typing import Any, TextIO
 import yaml
 
 from moa.files.atomic_folder import recover_folder, sync
+from shards.addresses import without_secrets
 from trainer.checkpoint.atomic_file import replace_text
 from trainer.checkpoint.folder_lock import FolderLock
 from trainer.config.run_config import ROOT, RunConfig, as_plain
@@ -94,7 +95,7 @@ class RunFolder:
             "packages": {name: version(name) for name in PACKAGES},
             "git_commit": git_commit(),
             "host": socket.gethostname(),
-            "command": sys.argv,
+            "command": [*map(without_secrets, sys.argv)],
             "changes_on_resume": list(changes),
         }
         replace_text(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")

@@ -1,7 +1,7 @@
 """The adapters that are evaluated together, and whether they belong together."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from moa.files.saving import check_replaceable, write_adapter
 from trainer.checkpoint.checkpoint import MANIFEST_FILE, verify
 from trainer.config.run_config import ModelConfig
 from trainer.prepare.backbone import Backbone, create_backbone
+from trainer.prepare.provenance import shareable
 from trainer.process.errors import ConfigError, OutputError, cannot_write
 
 ENSEMBLE, SOUP = "ensemble", "soup"
@@ -176,8 +177,10 @@ def write_member(flag: str, member: Member, folder: Path) -> None:
 
     `OutputError` if that cannot be, on account of `flag`.
     """
+    origin = member.info.origin
+    info = replace(member.info, origin=origin and shareable(origin))
     try:
         with replaced_folder(folder) as temporary:
-            write_adapter(temporary, member.tensors, member.info)
+            write_adapter(temporary, member.tensors, info)
     except OSError as error:
         raise cannot_write(flag, folder, error) from error

@@ -12,7 +12,7 @@ from trainer.checkpoint.atomic_file import replace_text
 from trainer.evaluate.job import Evaluation
 from trainer.evaluate.members import SOUP, held_out_by, write_member
 from trainer.evaluate.predictions import Figures
-from trainer.prepare.provenance import shown_command
+from trainer.prepare.provenance import shareable, shown_command
 from trainer.process.errors import cannot_write
 from trainer.tables import Table, output_console
 
@@ -122,7 +122,7 @@ def document(found: Evaluation) -> dict[str, Any]:
         "adapters": [
             {
                 "label": m.label, "source": m.source, "method": m.info.moa.method,
-                "origin": m.info.origin and m.info.origin.plain(),
+                "origin": m.info.origin and shareable(m.info.origin).plain(),
             }
             for m in found.members
         ],
