@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from trainer.config.repeated_keys import repeated_key
 from trainer.config.run_config import RunConfig
 from trainer.process.errors import ConfigError, did_you_mean
 
@@ -43,10 +44,11 @@ def read(config: RunConfig) -> dict[str, Any]:
     """
     path = config.ds_config_path()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"ds_config: {path} is not JSON: {error}") from error
-    if problem := _shape_problem(content):
+    if problem := _shape_problem(content) or repeated_key(text):
         raise ConfigError(f"ds_config: {problem} (in {config.ds_config})")
     return dict(content)
 
