@@ -1,6 +1,7 @@
 """The one way to show a table: in a terminal, as Markdown, as LaTeX.
 
-Cells are plain texts; what a form must have escaped is escaped here and nowhere else.
+Cells are plain texts; what a form must have escaped is escaped here and nowhere else (Markdown as
+in an adapter's card).
 """
 
 import re
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from tabulate import LATEX_ESCAPE_RULES, tabulate
+
+from moa.files.markdown import cell, escaped, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,10 +60,11 @@ class Table:
 
         styled = console.is_terminal
         if self.title:
-            console.print(Text(self.title, "italic"), soft_wrap=True)
+            console.print(Text(visible(self.title), "italic"), soft_wrap=True)
         table = RichTable(show_header=any(self.columns))
-        rows = self._texts(str, lambda text: text + (self.mark if not styled else ""))
+        rows = self._texts(visible, lambda text: text + (self.mark if not styled else ""))
         for number, (title, side) in enumerate(zip(self.columns, self._sides(), strict=True)):
+            title = visible(title)
             words = " ".join([title, *(row[number] for row in rows)]).split()
             longest = max(map(len, words), default=0)
             table.add_column(
@@ -73,17 +77,19 @@ class Table:
 
     def markdown(self) -> str:
         """A Markdown table, its title in bold above it."""
-        rows = self._texts(_markdown, "**{}**".format)
-        rows = [[f"`{t}`" if n < self.names else t for n, t in enumerate(row)] for row in rows]
-        title = f"**{self.title}**\n\n" if self.title else ""
-        return title + self._lines("pipe", rows, _markdown)
+        rows = self._texts(escaped, "**{}**".format)
+        for row, texts in zip(rows, self.rows, strict=True):
+            row[: self.names] = map(cell, texts[: self.names])
+        title = f"**{escaped(self.title)}**\n\n" if self.title else ""
+        return title + self._lines("pipe", rows, escaped)
 
     def latex(self, name: str = "") -> str:
         r"""A `table` environment, labelled if it has a name; needs `\usepackage{booktabs}`."""
         lines = self._lines("latex_raw", self._texts(_latex, r"\textbf{{{}}}".format), _latex)
         for rule in ("top", "mid", "bottom"):
             lines = lines.replace(r"\hline", rf"\{rule}rule", 1)
-        label = rf"\label{{tab:{name.replace('_', '-')}}}" + "\n" if name else ""
+        place = re.sub(r"[^\w.:]|_", "-", name)
+        label = rf"\label{{tab:{place}}}" + "\n" if name else ""
         caption = rf"\caption{{{_latex(self.title)}}}"
         return f"\\begin{{table}}\n\\centering\n{caption}\n{label}{lines}\n\\end{{table}}"
 
@@ -103,12 +109,8 @@ class Table:
         return tabulate(rows, columns, form, colalign=self._sides(), disable_numparse=True)
 
 
-def _markdown(text: str) -> str:
-    return " ".join(text.split()).replace("|", r"\|")
-
-
 def _latex(text: str) -> str:
     """Signed numbers go into math mode, which has a minus."""
     if re.fullmatch(r"[-+][\d.,]+", text):
         return f"${text}$"
-    return " ".join(text.split()).translate(LATEX)
+    return visible(" ".join(text.split())).translate(LATEX)

@@ -153,10 +153,14 @@ def _right_weights(given: str, recorded: str) -> str:
     )
 
 
-def held_out_by(members: Sequence[Member], domain: str) -> list[str]:
-    """Labels of the adapters that were not trained on a domain."""
-    origins = ((member.label, member.info.origin) for member in members)
-    return [label for label, origin in origins if origin and domain in origin.withheld]
+def not_trained_on(members: Sequence[Member], domain: str) -> list[Member]:
+    """The adapters that held a domain out, or were trained before there was one of this name."""
+    origins = ((member, member.info.origin) for member in members)
+    return [
+        member
+        for member, origin in origins
+        if origin and (domain in origin.withheld or domain not in origin.domains)
+    ]
 
 
 def check_target(flag: str, folder: Path) -> None:
