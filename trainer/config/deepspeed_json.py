@@ -21,7 +21,7 @@ _OWN_SECTIONS = {
 }
 
 # Words that DeepSpeed looks up one by one; one that it does not know it would pass over in silence.
-# For its sections it has classes (`trainer.engine.zero_check`).
+# For its sections it has classes (`trainer.prepare.zero_check`).
 _KNOWN: tuple[str, ...] = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
     "gradient_clipping", "bf16", "data_types", "zero_optimization", "steps_per_print",
