@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Literal, get_args
 
-from shards.addresses import is_remote, without_secrets
+from shards.addresses import is_remote, lacks_secrets, without_secrets
 from shards.datasets import DATASETS, dataset_spec
 from shards.errors import DataConfigError, make_command
 
@@ -82,6 +82,11 @@ class DataConfig:
     def problems(self) -> list[str]:
         """Everything that is out of range, one line per problem, each starting with the key."""
         found = self._dataset_problems() + order_problems(self.order, self.order_window)
+        if self.root is not None and lacks_secrets(self.root):
+            found.append(
+                f"data.root = {self.root!r}: ... stands for what is not written down, since it may "
+                "give access; give the whole --data.root again"
+            )
         if self.cache_dir is None and is_remote(self.root):
             found.append(cache_dir_missing(self.root))
         tensors_in_pillow = self.augment_on == "device" and self.decode == "pil"

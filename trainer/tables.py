@@ -1,6 +1,7 @@
 """The one way to show a table: in a terminal, as Markdown, as LaTeX.
 
-Cells are plain texts; what a form must have escaped is escaped here and nowhere else.
+Cells are plain texts; what a form must have escaped is escaped here and nowhere else (Markdown as
+in an adapter's card).
 """
 
 import re
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from tabulate import LATEX_ESCAPE_RULES, tabulate
+
+from moa.files.markdown import cell, escaped, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,10 +62,10 @@ class Table:
 
         styled = console.is_terminal
         if self.title:
-            console.print(Text(self.title, "italic"), soft_wrap=True)
+            console.print(Text(visible(self.title), "italic"), soft_wrap=True)
         table = RichTable(show_header=any(self.columns))
-        rows = self._texts(str, lambda text: text + (self.mark if not styled else ""))
-        lines = [list(self.columns), *rows]
+        rows = self._texts(visible, lambda text: text + (self.mark if not styled else ""))
+        lines = [list(map(visible, self.columns)), *rows]
         widths: Sequence[int | None] = _longest(lines, str.split)
         if styled:
             lines, widths = _fitted(lines, console.width - 1 - 3 * len(self.columns))
@@ -79,17 +82,19 @@ class Table:
 
     def markdown(self) -> str:
         """A Markdown table, its title in bold above it."""
-        rows = self._texts(_markdown, "**{}**".format)
-        rows = [[f"`{t}`" if n < self.names else t for n, t in enumerate(row)] for row in rows]
-        title = f"**{self.title}**\n\n" if self.title else ""
-        return title + self._lines("pipe", rows, _markdown)
+        rows = self._texts(escaped, "**{}**".format)
+        for row, texts in zip(rows, self.rows, strict=True):
+            row[: self.names] = map(cell, texts[: self.names])
+        title = f"**{escaped(self.title)}**\n\n" if self.title else ""
+        return title + self._lines("pipe", rows, escaped)
 
     def latex(self, name: str = "") -> str:
         r"""A `table` environment, labelled if it has a name; needs `\usepackage{booktabs}`."""
         lines = self._lines("latex_raw", self._texts(_latex, r"\textbf{{{}}}".format), _latex)
         for rule in ("top", "mid", "bottom"):
             lines = lines.replace(r"\hline", rf"\{rule}rule", 1)
-        label = rf"\label{{tab:{name.replace('_', '-')}}}" + "\n" if name else ""
+        place = re.sub(r"[^\w.:]|_", "-", name)
+        label = rf"\label{{tab:{place}}}" + "\n" if name else ""
         caption = rf"\caption{{{_latex(self.title)}}}"
         return f"\\begin{{table}}\n\\centering\n{caption}\n{label}{lines}\n\\end{{table}}"
 
@@ -144,12 +149,8 @@ def _at_slashes(text: str, width: int) -> str:
     return "\n".join(lines)
 
 
-def _markdown(text: str) -> str:
-    return " ".join(text.split()).replace("|", r"\|")
-
-
 def _latex(text: str) -> str:
     """Signed numbers go into math mode, which has a minus."""
     if re.fullmatch(r"[-+][\d.,]+", text):
         return f"${text}$"
-    return " ".join(text.split()).translate(LATEX)
+    return visible(" ".join(text.split())).translate(LATEX)

@@ -2,10 +2,12 @@
 
 import json
 import re
+from collections.abc import Mapping
 
 import timm
 from huggingface_hub import EvalResult, ModelCardData
 
+from moa.files.markdown import block, code, escaped
 from moa.files.origin import Origin
 from moa.files.reading import AdapterInfo
 
@@ -22,20 +24,19 @@ def model_card(info: AdapterInfo) -> str:
     """
     base = "\n".join(creation(info))
     imports = "\n".join(["import moa, timm", *registration(info.base_model)])
+    use = f"""{imports}
+
+{base}
+moa.load_adapter(model, "path/to/this/folder")  # or "hf-hub:organisation/name\""""
     return f"""---
 {_front_matter(info).to_yaml()}
 ---
-# {_title(info)}
+# {escaped(_title(info))}
 
 {len(info.classes)} classes; ranks {list(info.moa.resolved().ranks or ())}. Base weights (SHA-256)
-`{info.base_sha256}`.
+{code(info.base_sha256)}.
 
-```python
-{imports}
-
-{base}
-moa.load_adapter(model, "path/to/this/folder")  # or "hf-hub:organisation/name"
-```
+{block(use, "python")}
 
 ## Results
 
@@ -52,9 +53,9 @@ def creation(info: AdapterInfo) -> list[str]:
     """Lines of Python that make the fresh base of an adapter as `model`."""
     weights = "" if info.origin is None else info.origin.weights
     if info.origin is not None and weights == "random":
-        call = f'timm.create_model("{info.base_model}", num_classes={len(info.classes)})'
+        call = f"timm.create_model({json.dumps(info.base_model)}, num_classes={len(info.classes)})"
         return ["import torch", f"torch.manual_seed({info.origin.seed})", f"model = {call}"]
-    arguments = [f'"{info.base_model}"', "pretrained=True"]
+    arguments = [json.dumps(info.base_model), "pretrained=True"]
     if weights not in ("", "pretrained"):
         own = timm.get_pretrained_cfg(info.base_model)  # whose file may be in a form of its own
         plain = ', "custom_load": False' if own is not None and own.custom_load else ""
@@ -91,7 +92,7 @@ def _front_matter(info: AdapterInfo) -> ModelCardData:
 def _held_out_results(info: AdapterInfo, origin: Origin) -> list[EvalResult]:
     """The held-out domain's accuracies, in per cent."""
     found = []
-    for name, value in info.results.items():
+    for name, value in _numbers(info.results).items():
         match = _FIGURE.fullmatch(name)
         if match is None or _domain(origin, int(match[1])) != origin.held_out:
             continue
@@ -109,6 +110,11 @@ def _held_out_results(info: AdapterInfo, origin: Origin) -> list[EvalResult]:
     return found
 
 
+def _numbers(results: Mapping[str, object]) -> dict[str, float]:
+    """What of the results is a figure; a file from elsewhere may hold anything."""
+    return {name: value for name, value in results.items() if isinstance(value, int | float)}
+
+
 def _domain(origin: Origin, number: int) -> str:
     return origin.domains[number] if number < len(origin.domains) else f"env{number}"
 
@@ -117,10 +123,11 @@ def _results(info: AdapterInfo) -> str:
     """Tables of accuracies by domain, where the domains are known, and of all other figures."""
     rows: dict[int, dict[str, float]] = {}
     rest, tables = [], []
-    for name, value in info.results.items():
+    for name, value in _numbers(info.results).items():
         match = None if info.origin is None else _FIGURE.fullmatch(name)
         if match is None:
-            rest.append(f"| {name} | {value if isinstance(value, int) else f'{value:.4f}'} |")
+            figure = str(value) if isinstance(value, int) else f"{value:.4f}"
+            rest.append(f"| {escaped(name)} | {figure} |")
         else:
             rows.setdefault(int(match[1]), {})[match[2]] = value
     if info.origin is not None and rows:
@@ -129,7 +136,8 @@ def _results(info: AdapterInfo) -> str:
         lines.append(["---"] * len(lines[0]))
         for number, row in sorted(rows.items()):
             domain = _domain(info.origin, number)
-            name = f"**{domain}** (held out)" if domain in info.origin.withheld else domain
+            is_withheld, domain = domain in info.origin.withheld, escaped(domain)
+            name = f"**{domain}** (held out)" if is_withheld else domain
             shown = (f"{100 * row[s]:.1f}" if s in row else "-" for s in splits)
             lines.append([name, *shown])
         tables.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
@@ -140,19 +148,17 @@ def _results(info: AdapterInfo) -> str:
 
 def _training(origin: Origin) -> str:
     """How it came about."""
-    averaged = ", ".join(f"`{name}`" for name in origin.averaged)
+    averaged = ", ".join(map(code, origin.averaged))
     mean = f"The mean of these adapters, tensor by tensor: {averaged}.\n\n" if averaged else ""
-    withheld = "` and `".join(origin.withheld)
+    withheld = " and ".join(map(code, origin.withheld))
     return f"""
 ## Training
 
-{mean}Dataset `{origin.shown_dataset}` (data hash `{origin.data_hash}`), domain `{withheld}` held
+{mean}Dataset {code(origin.shown_dataset)} (data hash {code(origin.data_hash)}), domain {withheld} held
 out, seed {origin.seed}. Trial seed {origin.trial_seed} splits every domain and holds
-{origin.holdout_fraction:g} of it back as `out` (split hash `{origin.split_hash}`).
+{origin.holdout_fraction:g} of it back as `out` (split hash {code(origin.split_hash)}).
 
-```bash
-{origin.command}
-```
+{block(origin.command, "bash")}
 
 ran on {origin.processes} process{"" if origin.processes == 1 else "es"}.
 """

@@ -59,6 +59,11 @@ def _fetched(source: str) -> Path:
             "is a network and copy the folder, or copy the cache and set HF_HOME"
         )
     except (errors.HfHubHTTPError, OSError) as error:
+        if error.filename is not None:  # not the hub's: a file of its cache
+            raise MissingAdapterError(
+                f"{source}: the hub's cache cannot be written ({error}); set HF_HOME to a folder "
+                "that can"
+            ) from error
         reason = f"the hub answers with an error: {' '.join(str(error).split())[:300]}"
     else:
         return Path(found)

@@ -50,8 +50,12 @@ def write_digits(out: Path) -> ShardIndex:
 
 def default_cache() -> Path:
     """The folder for what is built on first use: `MOA_CACHE`, or `~/.cache/moa-trainer`."""
-    value = os.environ.get(_CACHE_VARIABLE)
-    return Path(value).expanduser() if value else Path.home() / ".cache" / "moa-trainer"
+    try:
+        return Path(os.environ.get(_CACHE_VARIABLE) or "~/.cache/moa-trainer").expanduser()
+    except RuntimeError as error:  # no HOME, and a user whom the system does not know
+        raise DataConfigError(
+            f"{_CACHE_VARIABLE}: {error} Set {_CACHE_VARIABLE} to a folder that can be written"
+        ) from error
 
 
 def embedded_shards(cache: Path | None = None) -> Path:

@@ -60,15 +60,21 @@ def fetch(
             break
         except (OSError, HTTPException, TimeoutExpired, DamagedDataError) as error:
             failure = error
-            log.debug("%s", without_secrets(f"{url}: attempt {attempt}: {error}"))
+            log.debug("%s: attempt %d: %s", shown, attempt, _reason(error))
     times = f"{tried} attempt{'s' if tried != 1 else ''}"
     if isinstance(failure, DamagedDataError):
         raise DamagedDataError(f"{failure} ({times}); restore the file where it is stored")
     raise StorageError(
-        without_secrets(f"{url}: cannot be had ({failure}) in {times}")
-        + f" within {config.fetch_deadline:g} s; check the storage, or raise "
-        "data.fetch_retries and data.fetch_deadline"
+        f"{shown}: cannot be had ({_reason(failure)}) in {times} within "
+        f"{config.fetch_deadline:g} s; check the storage, or raise data.fetch_retries and "
+        "data.fetch_deadline"
     ) from failure
+
+
+def _reason(failure: Exception | None) -> str:
+    if isinstance(failure, TimeoutExpired):  # its own words hold the whole command
+        return f"the command did not end within {failure.timeout:g} s"
+    return without_secrets(str(failure))
 
 
 def _copy(url: str, path: Path, stall: float, end: float) -> tuple[int, str]:

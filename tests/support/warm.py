@@ -28,7 +28,7 @@ IMPORTED = [
     "docstring_parser",
     "trainer.train.assembly",
     "trainer.train.session",
-    "trainer.engine.zero_check",
+    "trainer.prepare.zero_check",
     "tests.support.frozen",
 ]
 """Nothing that a command runs as its main module."""

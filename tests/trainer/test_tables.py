@@ -62,7 +62,7 @@ def test_a_terminal_breaks_paths_at_slashes(width: int) -> None:
 
 def test_markdown_has_no_cell_too_many() -> None:
     title, _, header, rule, *rows = re.sub(" +", " ", NAMES.markdown()).splitlines()
-    assert title == "**the_title of :smile: [red]**"
+    assert title == r"**the_title of :smile: \[red\]**"
     assert header == r"| a\|b | 50 % of x_y | note |"
     assert re.fullmatch(r"\|:-+\|-+:\|-+:\|", rule)
     assert rows[0] == "| `lora [bold]x[/bold]` | -1.50 | two lines |"

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from trainer.config.command_line import CommandParser
 from trainer.process.ending import conclude
 from trainer.process.errors import ConfigError, OutputError
 from trainer.process.world import ALONE
@@ -88,7 +89,7 @@ def _write(path: str, measured: "dict[str, Comparison] | None") -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(prog="python -m trainer.bench", description=__doc__)
+    result = CommandParser(prog="python -m trainer.bench", description=__doc__)
     result.add_argument(
         "--part", type=_part, nargs="+", metavar="PART",
         help=f"which of {', '.join(PARTS)}; default all but engine; on a GPU step engine",

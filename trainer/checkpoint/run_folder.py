@@ -15,6 +15,7 @@ from typing import Any, TextIO
 import yaml
 
 from moa.files.atomic_folder import recover_folder, sync, with_path
+from shards.addresses import without_secrets
 from trainer.checkpoint.atomic_file import replace_text
 from trainer.checkpoint.folder_lock import FolderLock
 from trainer.config.run_config import ROOT, RunConfig, as_plain
@@ -94,10 +95,22 @@ class RunFolder:
             "packages": {name: version(name) for name in PACKAGES},
             "git_commit": git_commit(),
             "host": socket.gethostname(),
-            "command": sys.argv,
+            "command": [*map(without_secrets, sys.argv)],
             "changes_on_resume": list(changes),
         }
         replace_text(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
+
+    def before(self, step: int) -> Path:
+        """Where what was evaluated and selected before a change at `step` is kept."""
+        return self.path / f"before-step-{step}"
+
+    def set_aside(self, step: int, also: Sequence[str] = ()) -> None:
+        """Moves it there, with the files named in `also`; what an earlier try moved stays."""
+        kept = self.before(step)
+        kept.mkdir(exist_ok=True)
+        for path in (self.results, self.evaluations, self.adapter, *map(self.path.joinpath, also)):
+            if path.exists() and not (kept / path.name).exists():
+                path.rename(kept / path.name)
 
     def append(self, path: Path, row: Mapping[str, Any]) -> None:
         """Adds one JSON line, with the system before this returns, so that a kill loses none.

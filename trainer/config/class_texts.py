@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from trainer.config.repeated_keys import repeated_key
 from trainer.process.errors import ConfigError
 
 FOLDER = Path(__file__).resolve().parent
@@ -57,11 +58,14 @@ def read_class_names(path: str | None) -> dict[str, str]:
     if path is None:
         return {}
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"model.class_names: {path!r} cannot be read ({error})") from error
     if not isinstance(content, dict) or not all(isinstance(v, str) for v in content.values()):
         raise ConfigError(f"model.class_names: {path!r} must hold lines of `class: words`")
+    if problem := repeated_key(text):
+        raise ConfigError(f"model.class_names: {path!r}: {problem}")
     return {str(name): words for name, words in content.items()}
 
 

@@ -1,8 +1,10 @@
 """From `argv` and a YAML recipe to a checked `RunConfig`; all problems are reported at once."""
 
 import argparse
+import os
+import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
@@ -10,6 +12,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+from trainer.config.repeated_keys import repeated_key
 from trainer.config.run_config import RENAMED, RunConfig, dotted, flat
 from trainer.process.errors import ConfigError, did_you_mean
 
@@ -18,18 +21,48 @@ DEFAULT_RECIPE = "embedded"
 ALIASES = {"deepspeed_config": "ds_config", **RENAMED}
 """Former and foreign names of settings, in flags and recipes alike -> today's."""
 
-SECTIONS = {key.partition(".")[0] for key in flat(RunConfig()) if "." in key}
 LAUNCHER_FLAGS = ("local_rank", "local-rank")
 """Appended by launchers; the rank is in the environment."""
 
 
-class OwnFlags(argparse.ArgumentParser):
-    """Flags of a command beside those of a run; a mistake is a `ConfigError`, too."""
+def setting_type(key: str) -> Any:
+    """The type of a setting by its dotted name."""
+    kind: Any = RunConfig
+    for part in key.split("."):
+        kind = next(entry.type for entry in fields(kind) if entry.name == part)
+    return kind
 
-    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
-        """Takes `--a-flag` for `--a_flag` as well, as flags were once spelt."""
-        dashes = [old for name in names if (old := name.replace("_", "-")) not in names]
-        return super().add_argument(*names, *dashes, **options)
+
+SECTIONS = {key.partition(".")[0] for key in flat(RunConfig()) if "." in key}
+TEXTS = {key for key in flat(RunConfig()) if setting_type(key) in (str, str | None)}
+"""Settings that are texts: taken as they stand, whatever a YAML reader would see in them."""
+
+
+def expanded(argv: Sequence[str]) -> Iterator[str]:
+    """A command line with the user's folder for `~`, which no shell puts after a `=`."""
+    for token in argv:
+        key, equals, value = token.partition("=") if token.startswith("--") else ("", "", token)
+        yield f"{key}{equals}{os.path.expanduser(value)}"
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Flags of a command; `--a-flag` is taken for `--a_flag`, as flags were once spelt."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Like argparse's, with `~` expanded."""
+        words = list(expanded(sys.argv[1:] if args is None else args))
+        own = words.index("--") if "--" in words else len(words)
+        for place, word in enumerate(words[:own]):
+            old, equals, value = word.partition("=")
+            if (
+                flag := old.replace("-", "_").replace("__", "--", 1)
+            ) in self._option_string_actions:
+                words[place] = f"{flag}{equals}{value}"
+        return super().parse_known_args(words, namespace)
+
+
+class OwnFlags(CommandParser):
+    """Flags of a command beside those of a run; a mistake is a `ConfigError`, too."""
 
     def error(self, message: str) -> NoReturn:
         """Raises what `trainer.process.ending.conclude` prints."""
@@ -37,11 +70,8 @@ class OwnFlags(argparse.ArgumentParser):
 
 
 def command_parser(
-    name: str,
-    about: str | None,
-    kind: type[argparse.ArgumentParser] = argparse.ArgumentParser,
-    **options: Any,
-) -> argparse.ArgumentParser:
+    name: str, about: str | None, kind: type[CommandParser] = CommandParser, **options: Any
+) -> CommandParser:
     """The parser of `python -m name`, to be filled; its help shows `about` as it stands."""
     shape = argparse.RawDescriptionHelpFormatter
     return kind(prog=f"python -m {name}", description=about, formatter_class=shape, **options)
@@ -88,12 +118,14 @@ def _read(argv: Sequence[str]) -> RunConfig:
     parser = build_parser()
     if {"-h", "--help"} & set(argv):
         parser.parse_args(["--help"])
-    given, problems = _split(argv)
+    given, problems = _split(list(expanded(argv)))
     recipe = next((value for key, value in reversed(given) if key == "recipe"), DEFAULT_RECIPE)
     from_recipe, recipe_problems = _read_recipe(recipe)
     problems += recipe_problems
     settings = [(key, value, f" (recipe {recipe})") for key, value in from_recipe]
     settings += [(key, value, "") for key, value in given if key != "recipe"]
+    texts = {key: value for key, value, _ in settings if key in TEXTS}
+    settings = [setting for setting in settings if setting[0] not in TEXTS]
     namespace = _parse_at_once(parser, [(key, value) for key, value, _ in settings])
     if namespace is None:  # jsonargparse tells the first mistake only
         problems += [line for setting in settings for line in _check(parser, *setting)]
@@ -101,6 +133,9 @@ def _read(argv: Sequence[str]) -> RunConfig:
         raise ConfigError("\n".join(problems))
     del namespace["recipe"]
     config = parser.instantiate_classes(namespace)
+    for key, value in texts.items():
+        section, _, name = key.rpartition(".")
+        config[section or key] = replace(config[section], **{name: value}) if section else value
     return RunConfig(**{entry.name: config[entry.name] for entry in fields(RunConfig)})
 
 
@@ -136,23 +171,29 @@ def _read_recipe(name: str) -> tuple[list[tuple[str, str]], list[str]]:
         known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
         return [], [f"--recipe: no file or recipe {name!r}{_nearest(name, known)}"]
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text) or {}
+        as_written = yaml.load(text, yaml.BaseLoader)  # makes nothing but texts
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         return [], [f"--recipe: {path} is not YAML: {' '.join(str(error).split())}"]
     if not isinstance(content, dict):
         return [], [f"--recipe: {path} must hold `section:` with `field: value` under it"]
-    return _texts(content), []
+    if problem := repeated_key(text, ALIASES):
+        return [], [f"--recipe: {path}: {problem}"]
+    return list(_texts(content, dict(dotted(as_written)))), []
 
 
-def _texts(content: dict[str, Any]) -> list[tuple[str, str]]:
+def _texts(content: dict[str, Any], as_written: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Settings as a command line would give them."""
-    pairs = []
-    for key, value in dotted(content):
-        if value is None and key in SECTIONS:
-            continue  # a section whose fields are all commented out
+    for name, value in dotted(content):
+        key = ALIASES.get(name, name)
+        if value is None and key in SECTIONS | TEXTS:
+            continue  # not set; so is a section whose fields are all commented out
+        if key in TEXTS and isinstance(text := as_written.get(name), str):
+            yield key, os.path.expanduser(text)  # a number, a date or `no` is a text here, too
+            continue
         text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True)
-        pairs.append((ALIASES.get(key, key), text.removesuffix("...\n").strip()))
-    return pairs
+        yield key, text.removesuffix("...\n").strip()
 
 
 def _check(parser: ArgumentParser, key: str, value: str, source: str) -> list[str]:
@@ -162,9 +203,7 @@ def _check(parser: ArgumentParser, key: str, value: str, source: str) -> list[st
     try:
         parser.parse_args([f"--{key}={value}"])
     except ArgumentError:
-        kind: Any = RunConfig
-        for part in key.split("."):
-            kind = next(entry.type for entry in fields(kind) if entry.name == part)
+        kind = setting_type(key)
         hint = did_you_mean(value, [o for o in get_args(kind) if isinstance(o, str)])
         return [f"--{key} = {value!r}{source}: legal is {describe_type(kind)}{hint}"]
     return []

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from trainer.config.repeated_keys import repeated_key
 from trainer.config.run_config import RunConfig
 from trainer.process.errors import ConfigError, did_you_mean
 
@@ -20,7 +21,7 @@ _OWN_SECTIONS = {
 }
 
 # Words that DeepSpeed looks up one by one; one that it does not know it would pass over in silence.
-# For its sections it has classes (`trainer.engine.zero_check`).
+# For its sections it has classes (`trainer.prepare.zero_check`).
 _KNOWN: tuple[str, ...] = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
     "gradient_clipping", "bf16", "data_types", "zero_optimization", "steps_per_print",
@@ -43,10 +44,11 @@ def read(config: RunConfig) -> dict[str, Any]:
     """
     path = config.ds_config_path()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"ds_config: {path} is not JSON: {error}") from error
-    if problem := _shape_problem(content):
+    if problem := _shape_problem(content) or repeated_key(text):
         raise ConfigError(f"ds_config: {problem} (in {config.ds_config})")
     return dict(content)
 

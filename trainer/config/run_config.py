@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moa.config import MoAConfig
+from shards.addresses import without_secrets
 from shards.config import DataConfig
 from trainer.config.averages import AverageConfig
 from trainer.config.class_texts import read_class_names, read_templates
@@ -225,12 +226,17 @@ def dotted(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
         if isinstance(value, Mapping):
             yield from dotted(value, f"{prefix}{key}.")
         else:
-            yield RENAMED.get(prefix + key, prefix + key), value
+            yield RENAMED.get(f"{prefix}{key}", f"{prefix}{key}"), value
 
 
 def as_plain(config: RunConfig) -> dict[str, Any]:
-    """Nested dictionary of plain types (tuples become lists), as written to `config.yaml`."""
+    """Nested dictionary of plain types (tuples become lists), as written to `config.yaml`.
+
+    What may give access is left out; it is only in `config` itself.
+    """
     plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    if config.data.root is not None:
+        plain["data"]["root"] = without_secrets(config.data.root)
     return plain
 
 

@@ -1,11 +1,13 @@
 """The processes' group: joined, left, and the sums and broadcasts over it."""
 
+import errno
 import gc
 import hashlib
 import importlib
 import logging
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch.distributed as dist
 from deepspeed.runtime import compiler
 from torch import Tensor
 
+from trainer.process.errors import OutputError
 from trainer.process.world import World, export_world
 
 log = logging.getLogger(__name__)
@@ -69,15 +72,27 @@ def prepare_operators(cpu: bool) -> None:
     silent minute, whenever the paths of its headers differ from the last time; two environments
     would undo each other's work at every start. What the user set stays. With `cpu` the processes
     communicate on CPUs, and a first compilation is announced.
+
+    Raises `OutputError`: it is due, and the folder cannot be written.
     """
     # Where an environment that was not activated has ninja, PATH does not lead there.
     programs = str(Path(sys.executable).parent)
     os.environ["PATH"] = os.pathsep.join([programs, os.environ.get("PATH", "")])
     environment = f"{sys.prefix} {sys.version} {torch.__version__}"
     name = hashlib.sha256(environment.encode()).hexdigest()[:12]
-    own = Path.home() / ".cache" / "torch_extensions" / f"moa-trainer-{name}"
-    folder = Path(os.environ.setdefault(OPERATORS, str(own)))
+    own = os.path.expanduser(f"~/.cache/torch_extensions/moa-trainer-{name}")
+    folder = Path(os.environ.setdefault(OPERATORS, own))
     if cpu and not any((folder / ON_CPU).glob("*.so")):
+        try:
+            if not folder.is_absolute():
+                raise FileNotFoundError(errno.ENOENT, "HOME names no folder")
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise OutputError(
+                f"{OPERATORS}: {folder} cannot be written ({error.strerror}), where DeepSpeed's "
+                f"operator is compiled once; set {OPERATORS} to a folder that can"
+            ) from error
         log.info("compiling DeepSpeed's operator: about a minute, once per environment")
 
 

@@ -86,6 +86,7 @@ def _warnings(
             yield (
                 f"{name} was trained on other images ({origin.shown_dataset}, data hash "
                 f"{origin.data_hash}) than these ({index.name}, {images})"
+                f"{_other_domains(origin, index.domains)}"
             )
         elif origin.split_hash != split:
             yield f"{name} was trained {_other_split(origin, trial_seed, fraction)}"
@@ -94,6 +95,17 @@ def _warnings(
                 f"{name} was trained with data.decode {origin.decode}, data.truncated "
                 f"{origin.truncated}, not {config.decode}, {config.truncated}"
             )
+
+
+def _other_domains(origin: Origin, domains: Sequence[str]) -> str:
+    """Names of the domains that an adapter does not know, and of those that are missing here."""
+    new = [name for name in domains if name not in origin.domains]
+    gone = [name for name in origin.domains if name not in domains]
+    missing = f"; {', '.join(gone)} {'is' if len(gone) == 1 else 'are'} missing" if gone else ""
+    if not new:
+        return missing
+    told = f"; it was not trained on {', '.join(new)}{missing}"
+    return f"{told}: if that is only another name, it was" if gone else told
 
 
 def _other_split(origin: Origin, trial_seed: int, fraction: float) -> str:

@@ -20,7 +20,7 @@ from trainer.evaluate.members import (
     Member,
     base_of,
     check_target,
-    held_out_by,
+    not_trained_on,
     read_members,
 )
 from trainer.evaluate.predictions import Figures, collect, figures_of
@@ -82,7 +82,7 @@ class Evaluation:
 
     def _held_out(self, env: int) -> bool:
         """Whether no adapter was trained on a domain."""
-        return len(held_out_by(self.members, self.data.index.domains[env])) == len(self.members)
+        return len(not_trained_on(self.members, self.data.index.domains[env])) == len(self.members)
 
 
 def prepare(args: argparse.Namespace) -> Evaluation:

@@ -1,7 +1,7 @@
 """The adapters that are evaluated together, and whether they belong together."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from moa.files.saving import check_replaceable, write_adapter
 from trainer.checkpoint.checkpoint import MANIFEST_FILE, verify
 from trainer.config.run_config import ModelConfig
 from trainer.prepare.backbone import Backbone, create_backbone
+from trainer.prepare.provenance import shareable
 from trainer.process.errors import ConfigError, OutputError, cannot_write
 
 ENSEMBLE, SOUP = "ensemble", "soup"
@@ -159,10 +160,14 @@ def _right_weights(given: str, recorded: str) -> str:
     )
 
 
-def held_out_by(members: Sequence[Member], domain: str) -> list[str]:
-    """Labels of the adapters that were not trained on a domain."""
-    origins = ((member.label, member.info.origin) for member in members)
-    return [label for label, origin in origins if origin and domain in origin.withheld]
+def not_trained_on(members: Sequence[Member], domain: str) -> list[Member]:
+    """The adapters that held a domain out, or were trained before there was one of this name."""
+    origins = ((member, member.info.origin) for member in members)
+    return [
+        member
+        for member, origin in origins
+        if origin and (domain in origin.withheld or domain not in origin.domains)
+    ]
 
 
 def check_target(flag: str, folder: Path) -> None:
@@ -183,8 +188,10 @@ def write_member(flag: str, member: Member, folder: Path) -> None:
 
     `OutputError` if that cannot be, on account of `flag`.
     """
+    origin = member.info.origin
+    info = replace(member.info, origin=origin and shareable(origin))
     try:
         with replaced_folder(folder) as temporary:
-            write_adapter(temporary, member.tensors, member.info)
+            write_adapter(temporary, member.tensors, info)
     except OSError as error:
         raise cannot_write(flag, folder, error) from error

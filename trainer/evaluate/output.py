@@ -10,9 +10,9 @@ from typing import Any
 
 from trainer.checkpoint.atomic_file import replace_text
 from trainer.evaluate.job import Evaluation
-from trainer.evaluate.members import SOUP, held_out_by, write_member
+from trainer.evaluate.members import SOUP, not_trained_on, write_member
 from trainer.evaluate.predictions import Figures
-from trainer.prepare.provenance import shown_command
+from trainer.prepare.provenance import shareable, shown_command
 from trainer.process.errors import cannot_write
 from trainer.tables import Table, output_console
 
@@ -52,13 +52,16 @@ def row(found: Evaluation, label: str) -> dict[str, float]:
 
 
 def domain_title(found: Evaluation, env: int) -> str:
-    """A domain's name, marked if it was held out in training."""
+    """A domain's name, marked if it was held out in training, or came later."""
     name = found.data.index.domains[env]
-    by = held_out_by(found.members, name)
+    by = not_trained_on(found.members, name)
     if not by:
         return name
-    everyone = len(by) == len(found.members)
-    return f"{name} (held out)" if everyone else f"{name} (held out by {', '.join(by)})"
+    is_held_out = all(m.info.origin and name in m.info.origin.withheld for m in by)
+    mark = "held out" if is_held_out else "not trained on"
+    if len(by) == len(found.members):
+        return f"{name} ({mark})"
+    return f"{name} ({mark} by {', '.join(member.label for member in by)})"
 
 
 def tables(found: Evaluation) -> list[Table]:
@@ -123,7 +126,7 @@ def document(found: Evaluation) -> dict[str, Any]:
         "adapters": [
             {
                 "label": m.label, "source": m.source, "method": m.info.moa.method,
-                "origin": m.info.origin and m.info.origin.plain(),
+                "origin": m.info.origin and shareable(m.info.origin).plain(),
             }
             for m in found.members
         ],

@@ -1,7 +1,7 @@
 """`python -m trainer.export --adapter A`: shares an adapter, as a folder, on a hub, or with PEFT.
 
 The card is made anew from what the adapter knows of itself. It repeats the command that trained the
-adapter, with its paths: read it before you publish it.
+adapter, with its paths but without what gives access to data: read it before you publish it.
 """
 
 import argparse
@@ -57,6 +57,7 @@ def export(args: argparse.Namespace) -> None:
             check_target(flag, folder)
     if args.push:
         _check_repository(args.push)
+        _check_command(member, args.push)
     if args.peft:
         _write_peft(member, args.peft, args.weights)
         _say(f"wrote {args.peft} for peft.PeftModel.from_pretrained")
@@ -96,6 +97,19 @@ def _check_repository(name: str) -> None:
         raise ConfigError(
             f"--push {name!r}: not of the form organisation/name ({_short(error)})"
         ) from error
+
+
+def _check_command(member: "Member", name: str) -> None:
+    """Refuses to publish a command of which something was left out: there may be more to it."""
+    from shards.addresses import lacks_secrets
+    from trainer.prepare.provenance import shareable
+
+    if (origin := member.info.origin) and lacks_secrets(command := shareable(origin).command):
+        raise ConfigError(
+            f"--push: the command that trained {member.source} may hold more that gives access "
+            f"than was left out ({command}); give --out FOLDER, read its README.md and "
+            f"adapter_config.json, and publish it with: hf upload {name} FOLDER"
+        )
 
 
 def _push(member: "Member", name: str, private: bool) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.atomic_file import replace_text
+from trainer.config.command_line import CommandParser
 from trainer.evaluate.flags import add_shared_flags
 from trainer.process.ending import conclude
 from trainer.process.errors import ConfigError, cannot_write
@@ -37,7 +38,7 @@ NUMBERS: tuple[tuple[str, float, float, str], ...] = (
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     first = (__doc__ or "").partition("\n\n")[2]
-    result = argparse.ArgumentParser(prog="python -m trainer.flatness", description=first)
+    result = CommandParser(prog="python -m trainer.flatness", description=first)
     add_shared_flags(result)
     result.add_argument("--out", type=Path, help="folder for flatness.json and flatness.png")
     result.add_argument(

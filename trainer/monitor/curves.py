@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from moa.files.atomic_folder import with_path
+from moa.files.markdown import block
 from trainer.config.run_config import RunConfig, as_plain, flat
 from trainer.prepare.provenance import shown_command
 
@@ -49,8 +50,8 @@ class Curves:
         self.writer = SummaryWriter(str(folder), purge_step=first_step)
         self.writer.add_custom_scalars(layout(layers, config.average.names))
         text = yaml.safe_dump(as_plain(config), sort_keys=False)
-        self.writer.add_text("run/config", fenced(text, "yaml"), first_step)
-        self.writer.add_text("run/command", fenced(shown_command(sys.argv), "sh"), first_step)
+        self.writer.add_text("run/config", block(text.rstrip(), "yaml"), first_step)
+        self.writer.add_text("run/command", block(shown_command(sys.argv), "sh"), first_step)
         known = flat(config)
         settings = {name: _plain(known[name]) for name in HPARAMS}
         *opening, self._end = hparams(settings, dict.fromkeys(RESULTS, 0.0))  # type: ignore[no-untyped-call]
@@ -134,11 +135,6 @@ def layout(layers: Sequence[str], averages: Sequence[str]) -> dict[str, Any]:
         "peak memory, GiB": chart("mem/peak_gib$"),
     }
     return pages
-
-
-def fenced(text: str, language: str) -> str:
-    """A Markdown code block."""
-    return f"```{language}\n{text.rstrip()}\n```"
 
 
 def _plain(value: object) -> str | float | bool:

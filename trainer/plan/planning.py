@@ -9,7 +9,7 @@ from moa import adapter_state_dict
 from moa.layers.layer import moa_layers
 from moa.parallel.placement import traffic
 from trainer.config import deepspeed_json
-from trainer.config.run_config import RunConfig
+from trainer.config.run_config import ROOT, RunConfig
 from trainer.plan.data import Request, domain_names, known_data
 from trainer.plan.memory import (
     Sharding,
@@ -26,6 +26,7 @@ from trainer.prepare.backbone import outline
 from trainer.prepare.batches import Batches, batch_arithmetic
 from trainer.prepare.footprint import Footprint, measure
 from trainer.prepare.parts import check_expert_parallel
+from trainer.process.errors import ConfigError, noted
 
 SHARING = 8
 """Processes that share the experts, for the traffic of both transports beside each other."""
@@ -109,7 +110,15 @@ def make_plan(config: RunConfig, request: Request) -> Plan:
 def _sharding(config: RunConfig, world: int, global_batch: int, trainable: int) -> Sharding:
     """What the DeepSpeed JSON makes of the run, once it has proved legal."""
     bf16 = config.train.precision != "fp32"  # "auto" is bf16 on a GPU
-    content = deepspeed_json.resolve(config, world, global_batch, bf16, trainable)
+    problems: list[str] = []
+    if config.ds_config_path().resolve().parent != ROOT / "ds_configs":  # which are right
+        from trainer.prepare.zero_check import zero_problems  # imports deepspeed: seconds
+
+        problems += zero_problems(config)
+    with noted(problems):
+        content = deepspeed_json.resolve(config, world, global_batch, bf16, trainable)
+    if problems:
+        raise ConfigError("\n".join(problems))
     sharding = read_sharding(content, world)
     check_expert_parallel(config.moa, world, sharding.stage == 3)
     return sharding

@@ -4,12 +4,14 @@ import hashlib
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from moa.files.origin import Origin
 from shards import ShardIndex
+from shards.addresses import COMMAND, without_secrets
 from shards.stream.evaluation import split_places
 from trainer.config.command_line import LAUNCHER_FLAGS
 from trainer.config.run_config import ROOT, RunConfig
@@ -33,7 +35,7 @@ def origin_of(
 
 
 def shown_command(argv: Sequence[str]) -> str:
-    """A command line as one would type it, without what launchers append to it."""
+    """A command line as one would type it, without secrets and what launchers append to it."""
     script, rest = Path(argv[0] or "python"), list(argv[1:])
     flags = {f"--{name}" for name in LAUNCHER_FLAGS}
     kept: list[str] = []
@@ -46,7 +48,17 @@ def shown_command(argv: Sequence[str]) -> str:
             rest.pop(0)
     script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script
     start = ["python", str(script)] if script.suffix == ".py" else [str(script)]
-    return shlex.join([*start, *kept])
+    return shlex.join([*start, *map(without_secrets, kept)])
+
+
+def shareable(origin: Origin) -> Origin:
+    """As this release would have written it; older ones wrote down whole commands."""
+    try:
+        words = shlex.split(origin.command)
+    except ValueError:  # written by something else
+        words = [f"{COMMAND} {origin.command}"]
+    shown = [*map(without_secrets, words)]
+    return origin if shown == words else replace(origin, command=shlex.join(shown))
 
 
 DIGITS = 16

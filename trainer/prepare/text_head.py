@@ -15,6 +15,7 @@ accuracy, and a confidence that is off by how much the image's length differs fr
 an ordinary linear layer, the head is trained, saved and loaded like any other.
 """
 
+import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,8 @@ def load_text_model(source: str) -> TextModel:
         raise ConfigError(
             "model.head_init: text needs open_clip; pip install 'moa-trainer[text]'"
         ) from error
+    kind, colon, place = source.partition(":")
+    source = f"{kind}{colon}{os.path.expanduser(place)}"
     name, weights = source, ""
     if not source.startswith(SCHEMES):
         name, _, weights = source.partition(":")

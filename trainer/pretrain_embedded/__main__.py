@@ -5,7 +5,6 @@ Images start easy and widen with the step: with random polarity, colours and sha
 step the loss of a transformer this small stays at chance for hundreds of steps.
 """
 
-import argparse
 import logging
 import math
 import os
@@ -25,6 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from trainer.checkpoint.atomic_file import replace_text, replaced_file
+from trainer.config.command_line import CommandParser
 from trainer.prepare.vit_embedded import GLYPH_CLASSES, WEIGHTS_PATH
 from trainer.pretrain_embedded.glyphs import HELD_OUT_FONTS, TRAIN_FONTS, GlyphBank, GlyphSampler
 
@@ -181,7 +181,7 @@ def save(config: PretrainConfig, result: PretrainResult, folder: Path) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: trains, then writes weights and card."""
-    parser = argparse.ArgumentParser(description="Pretrain the embedded backbone on glyphs.")
+    parser = CommandParser(description="Pretrain the embedded backbone on glyphs.")
     parser.add_argument("--out", type=Path, default=WEIGHTS_PATH.parent, help="output folder")
     parser.add_argument("--seed", type=int, default=PretrainConfig.seed)
     parser.add_argument("--steps", type=int, default=PretrainConfig.steps)

@@ -93,14 +93,13 @@ def add_grid_flags(
     }  # fmt: skip
     for name, kind in kinds.items():
         must = required and name != "seeds"
-        flags = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))  # the latter is older
-        result.add_argument(*flags, type=kind, required=must, help=meanings[name])
+        result.add_argument(f"--{name}", type=kind, required=must, help=meanings[name])
     result.add_argument(
         "--pairs", action="store_true",
         help="also hold out every two of them together, for leave-one-domain-out cross-validation",
     )  # fmt: skip
     result.add_argument(
-        "--trial_seed", "--trial-seed", type=int,
+        "--trial_seed", type=int,
         help="one trial seed, and so one split, for all runs (default: each run's seed)",
     )  # fmt: skip
 

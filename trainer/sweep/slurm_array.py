@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from shards.addresses import without_secrets
 from trainer.checkpoint.atomic_file import replace_text
 from trainer.config.command_line import OwnFlags, command_parser, parse_without_data
 from trainer.process.ending import conclude
@@ -65,6 +66,7 @@ def keep_note(root: Path, note: Note) -> Note:
     Returns what stands there now: a larger grid of before stays, with the new arguments. One in
     which an index means another run is a `ConfigError`.
     """
+    note = replace(note, arguments=tuple(map(without_secrets, note.arguments)))
     if (root / NOTE).exists():
         old = read_note(root)
         if old.grid.extends(note.grid):

@@ -8,8 +8,8 @@ from rich.console import Console
 from shards import Decoder
 from trainer.checkpoint import checkpoint
 from trainer.checkpoint.atomic_file import replace_text
-from trainer.checkpoint.run_folder import RunFolder
-from trainer.engine.averaging import Averages
+from trainer.checkpoint.run_folder import ZERO_SHOT, RunFolder
+from trainer.engine.averaging import SWAD, Averages
 from trainer.engine.collectives import sum_over_ranks
 from trainer.engine.engine import Engine, restore_weights
 from trainer.evaluate.evaluator import Evaluator
@@ -72,14 +72,21 @@ def assemble(
         # Adam has not seen the steps that were left out.
         adam_steps = int(state["step"]) - int(state.get("skipped_steps", 0))
         engine.write(resumed.masters, resumed.moments, adam_steps)
-        best = restored_best(resumed, *schedule)
-        averages = Averages(config.average, engine, resumed.averages, state.get("averages"))
+        best, facts = restored_best(resumed, *schedule), dict(state.get("averages") or {})
+        if start.changes:  # what was selected before is of another run
+            best, state["evaluation_due"] = Best(), True
+            facts.pop(SWAD, None)
+        averages = Averages(config.average, engine, resumed.averages, facts)
     if world.is_main:
         last_again = bool(state.get("evaluation_due")) or is_left_out(start.step - 1, *schedule)
         checkpoint.set_aside_newer(folder.checkpoints, start.step)
         complete = config.eval.mode == "full" or (
             start.step == config.train.steps and not last_again
         )
+        if start.changes:
+            images = ("data", "train.trial_seed")  # what decides which are evaluated
+            others = any(change["setting"].startswith(images) for change in start.changes)
+            folder.set_aside(start.step, [ZERO_SHOT] if others else ())
         folder.cut_back(start.step, start.step - last_again, keeps_results=complete)
         write_best(folder.adapter, parts.info, best)
         folder.describe(config, parts.ds_json, state.get("changes", []))

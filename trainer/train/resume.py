@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from trainer.checkpoint import checkpoint
 from trainer.checkpoint.run_folder import RunFolder, read_rows
 from trainer.config.resume_rules import FIXED, FREE, LEAKING
 from trainer.config.run_config import RENAMED, RunConfig, flat
+from trainer.evaluate.members import class_difference
 from trainer.prepare.parts import Parts
 from trainer.process.errors import ConfigError, OutputError, brief
 
@@ -85,6 +86,11 @@ def find_start(folder: RunFolder, parts: Parts) -> Start:
             log.warning(
                 "%(setting)s: %(old)r -> %(new)r, as --checkpoint.allow_changes says", change
             )
+        if changes:
+            log.warning(
+                "the best adapter is selected anew; what was before is kept in %s",
+                folder.before(step),
+            )
         rows = read_rows(folder.metrics, torn=True) if folder.metrics.exists() else []
         lost = sum(row["step"] >= step for row in rows)
         again = f"; steps to repeat: {lost}" if lost else ""
@@ -108,7 +114,8 @@ def check_agreement(
     """Refuses to go on from a state with settings or data that would change the result.
 
     `old` is the checkpoint's state, `new` is `state_of` the run that would go on from it. Settings
-    in `allowed` may differ; `data` stands for the data and the base weights.
+    in `allowed` may differ; `data` stands for the data and the base weights, but never for the
+    classes: their numbers are what the run has learnt.
 
     Returns:
         The differences let through, each with `setting`, `old` and `new`.
@@ -121,6 +128,10 @@ def check_agreement(
     settings = _differences(known, new["config"])
     changes = [change for change in settings if change["setting"] not in FREE]
     refused = [change for change in changes if change["setting"] not in allowed]
+    classes, now = (state["data"].get("classes", []) for state in (old, new))
+    if classes != now:
+        lines = [_refusal(change, folder) for change in refused]
+        raise ConfigError("\n".join([*lines, _other_classes(classes, now, folder)]))
     if not refused:  # otherwise the data differ because a setting does
         data = _differences(old["data"], new["data"])
         if "data" not in allowed:
@@ -147,6 +158,14 @@ def _follows(entry: str, changes: list[dict[str, Any]]) -> bool:
     if entry in DECIDED_BY:
         return bool(names & set(DECIDED_BY[entry]))
     return entry in {name.rpartition(".")[2] for name in names}
+
+
+def _other_classes(old: Sequence[str], new: Sequence[str], folder: Path) -> str:
+    return (
+        f"classes: the run in {folder} {class_difference(old, new)} the data now, so that its "
+        "labels would mean other things; give the data with its classes in their order, or start "
+        "another run with another --output_dir"
+    )
 
 
 def _refusal(change: Mapping[str, Any], folder: Path) -> str:

@@ -38,9 +38,9 @@ def run(config: RunConfig, world: World, stopping: Stopping) -> None:
     from rich.console import Console
 
     from trainer.checkpoint.run_folder import RunFolder
-    from trainer.engine.zero_check import zero_problems
     from trainer.monitor.console import set_up_logging
     from trainer.prepare.parts import build
+    from trainer.prepare.zero_check import zero_problems
     from trainer.train.closing import show_result
     from trainer.train.resume import Start, find_start
 

@@ -170,6 +170,15 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MOA_CACHE", "~/mine")
     assert default_cache() == tmp_path / "mine"
 
+    def unknown(_: int) -> None:
+        raise KeyError
+
+    monkeypatch.delenv("MOA_CACHE")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(DataConfigError, match=r"home directory\. Set MOA_CACHE to a folder"):
+        default_cache()
+
 
 def test_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")

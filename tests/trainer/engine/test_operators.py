@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from trainer.engine import collectives
+from trainer.process.errors import OutputError
 
 
 def prepared(monkeypatch: pytest.MonkeyPatch, cpu: bool = True) -> Path:
@@ -46,3 +47,20 @@ def test_compiling_is_announced_until_it_is_done(
     (folder / collectives.ON_CPU / "operator.so").touch()
     prepared(monkeypatch)
     assert caplog.text.count("compiling") == 1
+
+
+def test_a_home_that_cannot_be_written_is_told_with_the_variable_that_moves_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file" / "home"))
+    told = r"TORCH_EXTENSIONS_DIR: .*/file/home/.* cannot be written \(Not a dir.*set TORCH_EXT"
+    with pytest.raises(OutputError, match=told):
+        prepared(monkeypatch)
+    prepared(monkeypatch, cpu=False)  # nothing is compiled for GPUs
+    monkeypatch.setenv(collectives.OPERATORS, str(tmp_path / "operators"))
+    collectives.prepare_operators(cpu=True)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as of a user without an entry
+    with pytest.raises(OutputError, match="HOME names no folder"):
+        prepared(monkeypatch)

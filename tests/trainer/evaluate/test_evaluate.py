@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 import moa
 from moa.files.card import creation
 from moa.files.reading import read_adapter
-from moa.files.saving import WEIGHTS_FILE
+from moa.files.saving import WEIGHTS_FILE, write_adapter
 from shards import DataConfig, eval_transform, evaluation_loader, open_shards
 from shards.embedded.digits import embedded_shards
 from shards.write.conversion import name_set
@@ -37,6 +37,7 @@ from trainer.evaluate.drawing import png
 from trainer.evaluate.evaluator import Evaluator
 from trainer.evaluate.job import prepare
 from trainer.evaluate.members import labels, read_members
+from trainer.evaluate.output import domain_title
 from trainer.evaluate.predictions import collect
 from trainer.prepare.backbone import create_backbone
 from trainer.prepare.parts import build
@@ -248,6 +249,34 @@ def test_a_list_is_not_taken_for_another_split(
     for command in ([listed, flag], [adapters[0], "--data.holdout_fraction=0.2001"]):
         assert main(["--adapter", *map(str, command), "--domains", "plain", "--json"]) == 0
         assert not capsys.readouterr().err, "the very images of the training"
+
+
+@pytest.mark.parametrize(
+    ("before", "told"),
+    [
+        ((), "; it was not trained on plain"),
+        (("simple",), "; it was not trained on plain; simple is missing: if that is only another"),
+    ],
+)
+def test_a_domain_that_came_after_training_is_no_source(
+    before: tuple[str, ...], told: str, adapters: list[Path], tmp_path: Path
+) -> None:
+    info, tensors = read_adapter(adapters[0])
+    assert info.origin is not None
+    domains = (*before, *(name for name in info.origin.domains if name != "plain"))
+    origin = replace(info.origin, domains=domains, data_hash="0" * 16)
+    (tmp_path / "old").mkdir()
+    write_adapter(tmp_path / "old", tensors, replace(info, origin=origin))
+    for others in ([], adapters[1:2]):
+        found = prepare(parser().parse_args(["--adapter", *map(str, [tmp_path / "old", *others])]))
+        mark = f"not trained on by {found.members[0].label}" if others else "not trained on"
+        titles = [domain_title(found, env) for env in found.data.envs]
+        assert [title for title in titles if "(" in title] == [
+            f"plain ({mark})",
+            "rotated (held out)",
+        ]
+        assert told in found.warnings[0]
+        assert found.shown_splits(0) == (("out",) if others else ("in", "out"))
 
 
 def test_output_folder_tells_everything(

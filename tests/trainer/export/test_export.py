@@ -1,9 +1,12 @@
 """Sharing adapters: folders, PEFT, and a hub that speaks the real client's protocol."""
 
+import errno
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -14,6 +17,7 @@ from huggingface_hub import ModelCard
 
 import moa
 from moa.files.reading import read_adapter
+from moa.files.saving import write_adapter
 from tests.support.hub_server import TOKEN, running_hub
 from tests.support.trainer_fixtures import ROOT, environment
 from trainer.checkpoint import checkpoint
@@ -92,6 +96,46 @@ def test_hub_that_is_not_there_is_told_in_words(
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", unreachable)
     assert main(["--adapter", str(mixture), "--push", "lab/moa"]) == 73
     assert "cannot be reached" in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_written_is_not_the_hubs_fault(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", "/home/me/.cache")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", read_only)
+    with pytest.raises(moa.MissingAdapterError, match=r"Read-only.*/home/me.*set HF_HOME"):
+        read_adapter("hf-hub:lab/moa")
+
+
+@pytest.mark.parametrize(
+    "root", ["pipe:TOKEN=S3CRET cat /set/{}", "https://me:S3CRET@host/set?sig=S3CRET"]
+)
+def test_what_gives_access_to_the_data_is_not_shared(
+    root: str, mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not even of an adapter whose release wrote the whole command down."""
+    info, tensors = read_adapter(mixture)
+    assert info.origin is not None
+    command = shlex.join(["python", "trainer/run.py", f"--data.root={root}", "--optim.lr=0.1"])
+    old = replace(info, origin=replace(info.origin, command=command))
+    folder = tmp_path / "old"
+    folder.mkdir()
+    write_adapter(folder, tensors, old)
+    assert main(["--adapter", str(folder), "--push", "lab/moa", "--out", str(tmp_path / "x")]) == 2
+    told = capsys.readouterr().err
+    assert "--push: the command that trained" in told
+    assert not (tmp_path / "x").exists(), "found out before anything is done"
+    (flag,) = re.findall("give (--out) FOLDER", told)
+    assert main(["--adapter", str(folder), flag, str(tmp_path / "out")]) == 0
+    for file in (tmp_path / "out").iterdir():
+        assert b"S3CRET" not in file.read_bytes(), file
+    shared = read_adapter(tmp_path / "out")[0]
+    assert shared.origin is not None
+    assert shared.origin.command.endswith(" --optim.lr=0.1")
+    assert "..." in shared.origin.command
+    assert "S3CRET" not in told
 
 
 def test_out_folder_holds_the_adapter_alone(mixture: Path, tmp_path: Path) -> None:

@@ -614,6 +614,20 @@ def test_weights_need_not_be_at_hand(capsys: pytest.CaptureFixture[str]) -> None
     assert plan_json(capsys, "--model.weights=/no/such/file.safetensors")["trainable"] > 0
 
 
+def test_a_word_that_deepspeed_does_not_know_is_found_before_the_run_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "ds.json"
+    zero = {"stage": 2, "overlap_com": True}
+    file.write_text(json.dumps({"zero_optimization": zero, "train_batch_size": 7}))
+    assert main([f"--ds_config={file}"]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert [
+        line for line in told if "overlap_com is not known; did you mean 'overlap_comm'" in line
+    ]
+    assert [line for line in told if "train_batch_size is 7" in line], "all at once"
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

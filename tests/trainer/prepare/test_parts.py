@@ -149,7 +149,7 @@ def test_json_that_cannot_work(content: dict[str, Any], word: str, tmp_path: Pat
 def test_what_deepspeed_would_refuse_is_refused_before(
     content: dict[str, Any], line: str, tmp_path: Path
 ) -> None:
-    from trainer.engine.zero_check import zero_problems
+    from trainer.prepare.zero_check import zero_problems
 
     (problem,) = zero_problems(config_with(content, tmp_path))
     assert line in problem
@@ -158,7 +158,7 @@ def test_what_deepspeed_would_refuse_is_refused_before(
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("ds_configs/*.json")), ids=lambda p: p.stem)
 def test_deepspeed_knows_every_word_of_the_shipped_files(path: Path) -> None:
-    from trainer.engine.zero_check import zero_problems
+    from trainer.prepare.zero_check import zero_problems
 
     assert zero_problems(RunConfig(ds_config=str(path))) == []
 

@@ -10,7 +10,7 @@ from shards import DataConfig, DataConfigError, DomainStream, open_shards
 from shards.datasets import held_out_names
 from tests.support.trainer_fixtures import arguments, launch, rows
 from trainer.config.command_line import parse
-from trainer.evaluate.members import Member, held_out_by
+from trainer.evaluate.members import Member, not_trained_on
 from trainer.evaluate.selection import validation_accuracy
 from trainer.prepare.parts import build
 from trainer.process.errors import ConfigError
@@ -72,7 +72,7 @@ def test_a_run_trains_on_neither_and_tests_on_the_first(
     assert info.origin.withheld == ("outline", "plain")
     assert info.results["step"] == best["step"]
     member = Member("run", str(output), info, tensors)
-    assert held_out_by([member], "plain") == ["run"]
-    assert held_out_by([member], "coarse") == []
+    assert not_trained_on([member], "plain") == [member]
+    assert not_trained_on([member], "coarse") == []
     stored = json.loads((output / "adapter" / "adapter_config.json").read_text())
     assert stored["origin"]["also_held_out"] == ["plain"]

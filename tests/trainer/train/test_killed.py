@@ -9,6 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.support import warm
+from tests.support.shards_fixtures import folder_bytes
 from tests.support.trainer_fixtures import (
     ROOT,
     arguments,
@@ -18,6 +19,9 @@ from tests.support.trainer_fixtures import (
     rows,
 )
 from trainer.checkpoint.run_folder import SPEED
+from trainer.export.__main__ import main as export
+
+SECRET = "S3CRT0KEN"
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
@@ -96,10 +100,16 @@ def test_twenty_kills_at_random_moments(tmp_path: Path) -> None:
     assert {kill["background"] for kill in kills} == {False, True}
 
 
-def test_an_allowed_change_is_kept_on_record(few: dict[str, str], tmp_path: Path) -> None:
+def test_an_allowed_change_is_kept_on_record_and_no_secret(
+    few: dict[str, str], tmp_path: Path
+) -> None:
+    """What was selected before the change is set aside; the root's token stands in no file."""
     output = tmp_path / "run"
-    one = few | {"moa__method": "linear", "train__steps": "1", "optim__lr": "0.1"}
+    root = f"pipe:TOKEN={SECRET} cat {few['data__root']}/{{}} #-H 'Authorization: {SECRET}'"
+    one = {"data__root": root, "data__cache_dir": str(tmp_path / "cache")}
+    one |= {"moa__method": "linear", "train__steps": "1", "optim__lr": "0.1"}
     assert launch(*arguments(output, **one)).returncode == 0
+    selected = folder_bytes(output / "adapter")
     more = one | {"train__steps": "2", "optim__lr": "0.2"}
     result = launch(*arguments(output, **more), "--checkpoint.allow_changes=[optim.lr]")
     assert result.returncode == 0, result.stderr
@@ -110,3 +120,13 @@ def test_an_allowed_change_is_kept_on_record(few: dict[str, str], tmp_path: Path
     state = json.loads((output / "checkpoints" / "step-00000002" / "state.json").read_text())
     assert environment["changes_on_resume"] == state["changes"] == [change]
     assert state["config"]["optim.lr"] == pytest.approx(0.2)
+    before = output / "before-step-1"
+    assert f"selected anew; what was before is kept in {before}" in (output / "log.txt").read_text()
+    assert folder_bytes(before / "adapter") == selected
+    assert [row["step"] for row in rows(before / "results.jsonl")] == [0]
+    assert [row["step"] for row in rows(output / "results.jsonl")] == [0, 1], "evaluated anew"
+    files = [path for path in output.rglob("*") if path.is_file()]
+    assert any("events" in path.name for path in files)
+    assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
+    assert "pipe:TOKEN=... cat" in (output / "config.yaml").read_text()
+    assert export(["--adapter", str(output / "adapter"), "--push", "a/b"]) == 2
