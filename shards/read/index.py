@@ -18,6 +18,14 @@ from shards.datasets import nearest
 from shards.errors import DamagedDataError, DamagedSampleError, DataConfigError
 from shards.randomness import Int64Array
 from shards.read import layout
+from shards.read.checking import (
+    IndexContent,
+    load_table,
+    map_table,
+    parse_index,
+    read_index,
+    regular_file,
+)
 from shards.read.remote import RemoteShards, fetch_index
 from shards.read.shard_reader import ShardReader
 
@@ -55,17 +63,11 @@ class ShardIndex:
         reported: keys of the bad samples that the log has named, by whatever loader met them.
     """
 
-    def __init__(
-        self, root: Path, content: dict[str, Any], sha256: str, config: DataConfig
-    ) -> None:
-        self.root = root
-        self.dataset = str(content["dataset"])
-        self.domain_infos = tuple(layout.DomainInfo(**entry) for entry in content["domains"])
+    def __init__(self, root: Path, content: IndexContent, sha256: str, config: DataConfig) -> None:
+        self.root, self.sha256 = root, sha256
+        self.dataset, self.classes, self.domain_infos, self.shards = content
         self.domains = tuple(info.name for info in self.domain_infos)
-        self.classes = tuple(str(name) for name in content["classes"])
-        self.shards = tuple(layout.ShardInfo(**entry) for entry in content["shards"])
-        self.sha256 = sha256
-        self._tables = tuple(layout.load_table(root, info) for info in self.domain_infos)
+        self._tables = tuple(load_table(root, info, content) for info in self.domain_infos)
         self.reader = ShardReader(root, self.shards, config.fetch_retries)
         self.remote = False
         self.subset: Subset | None = None
@@ -88,7 +90,7 @@ class ShardIndex:
         Raises:
             DataConfigError: there is no shard set, or one of another format version, or a remote
                 set lacks a cache.
-            DamagedDataError: a file is missing, cut short or altered.
+            DamagedDataError: a file is missing, cut short, altered, or not what a set is made of.
             StorageError: a remote set cannot be reached.
             OutputError: the cache cannot be written.
         """
@@ -97,16 +99,11 @@ class ShardIndex:
         folder = Path(root).expanduser() if cache is None else cache.folder
         path = folder / layout.INDEX_NAME
         try:
-            data = path.read_bytes()
+            data = read_index(path)
         except OSError as error:
             raise DataConfigError(layout.no_index(folder, error, dataset)) from error
-        content = layout.parse_index(path, data)
-        try:
-            index = cls(folder, content, hashlib.sha256(data).hexdigest(), config)
-        except (KeyError, TypeError) as error:
-            raise DamagedDataError(
-                f"{path}: field missing or malformed ({error}); {layout.REMEDY}"
-            ) from error
+        content = parse_index(path, data)
+        index = cls(folder, content, hashlib.sha256(data).hexdigest(), config)
         if cache is None:
             index._check_sizes()
         else:
@@ -182,7 +179,7 @@ class ShardIndex:
         for shard in self.shards:
             path = self.root / shard.file
             try:
-                size = path.stat().st_size
+                size = regular_file(path).st_size
             except OSError as error:
                 raise DamagedDataError(f"{path}: {error.strerror}; {layout.REMEDY}") from error
             if size != shard.bytes:
@@ -194,4 +191,4 @@ class ShardIndex:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._tables = tuple(layout.map_table(self.root / info.table) for info in self.domain_infos)
+        self._tables = tuple(map_table(self.root / info.table) for info in self.domain_infos)
