@@ -40,7 +40,7 @@ _PATTERNS = {
     "key_prefix": r"[A-Za-z0-9_-]{1,99}",
     "name": r"(?!\.{0,2}\Z)[^/\x00]+",  # it was a folder's, and names others
 }
-_UNIQUE = ("file", "table", "name", "key_prefix")
+_UNIQUE = ("file", "name")
 
 
 class IndexContent(NamedTuple):
