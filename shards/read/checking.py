@@ -5,10 +5,10 @@ its names stay in the folder; its tables point at nothing that is not there.
 """
 
 import json
+import os
 import re
 import stat
 from collections.abc import Iterator
-from os import stat_result
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -52,7 +52,7 @@ class IndexContent(NamedTuple):
     shards: tuple[ShardInfo, ...]
 
 
-def regular_file(path: Path) -> stat_result:
+def regular_file(path: Path) -> os.stat_result:
     """The status of a file that is a regular one, or a link to one in the same folder or below.
 
     Raises:
@@ -61,7 +61,7 @@ def regular_file(path: Path) -> stat_result:
     """
     status = path.lstat()
     if stat.S_ISLNK(status.st_mode):
-        if not path.resolve().is_relative_to(path.parent.resolve()):
+        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(path.parent)):
             raise DamagedDataError(
                 f"{path}: a link that leaves its folder; replace it by the file itself, as "
                 "`cp -rL` copies a folder"

@@ -64,7 +64,8 @@ def told(batches: Callable[[], Iterator[Any]], workers: int) -> Iterator[Any]:
         yield from remaining
     except (RuntimeError, OSError, EOFError) as error:  # the latter from a process just ending
         processes = getattr(remaining, "_workers", [])
-        connection.wait([process.sentinel for process in processes], timeout=1)
+        if processes:
+            connection.wait([process.sentinel for process in processes], timeout=1)
         if gone := [_end(process) for process in processes if process.exitcode]:
             raise LoaderKilledError(
                 f"data.workers = {workers}: {', '.join(gone)}; a machine that runs out of memory "

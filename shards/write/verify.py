@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from shards.errors import DamagedDataError, DataConfigError
+from shards.read.checking import regular_file
 from shards.read.index import ShardIndex
 from shards.read.layout import INFO_NAME, file_sha256, stock_info
 from shards.read.members import plain_members
@@ -73,9 +74,10 @@ def _check_folder(index: ShardIndex) -> Iterator[str]:
             yield f"{index.root / name}: a shard that is not in the index; other readers may use it"
     path = index.root / INFO_NAME
     try:
+        regular_file(path)
         if json.loads(path.read_bytes()) != stock_info(index.domain_infos, index.shards):
             yield f"{path}: does not describe the shards of the index"
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, DamagedDataError) as error:
         yield f"{path}: cannot be read ({error})"
 
 

@@ -108,11 +108,24 @@ class Stopping:
         while number := os.read(reading, 1):
             if number[0] in SIGNALS and self.begun and not leaving:
                 leaving = True
-                threading.Thread(target=leave_if_data_hangs, daemon=True).start()
+                threading.Thread(target=self._leave_if_data_hangs, daemon=True).start()
             elif number[0] in SIGNALS and not self.begun:
                 time.sleep(BLOCKED)
                 if self._before and not self.begun:
                     os._exit(RESUBMIT if self.is_main else FAILED)
+
+    def _leave_if_data_hangs(self) -> None:
+        """Ends the process once it has waited too long for a batch."""
+        while not any(time.monotonic() - since > DATA_WAIT for since in _waiting_since[:]):
+            time.sleep(min(1.0, DATA_WAIT / 10))
+            if not self._before:
+                return  # the run is over
+        sys.stderr.write(
+            f"error: a signal came, but no batch for {DATA_WAIT:.0f} s, so nothing more is saved; "
+            "the same command resumes from the last checkpoint\n"
+        )
+        sys.stderr.flush()
+        os._exit(PEER_LOST)
 
     def release(self) -> None:
         """Gives the signals back."""
@@ -207,18 +220,6 @@ class Stopping:
 
 _waiting_since: list[float] = []
 """When the main thread began to wait for a batch; empty while it does not."""
-
-
-def leave_if_data_hangs() -> None:
-    """Ends the process once it has waited too long for a batch."""
-    while not any(time.monotonic() - since > DATA_WAIT for since in _waiting_since[:]):
-        time.sleep(min(1.0, DATA_WAIT / 10))
-    sys.stderr.write(
-        f"error: a signal came, but no batch for {DATA_WAIT:.0f} s, so nothing more is saved; "
-        "the same command resumes from the last checkpoint\n"
-    )
-    sys.stderr.flush()
-    os._exit(PEER_LOST)
 
 
 def shielded(loader: Any) -> Iterator[Any]:

@@ -175,6 +175,19 @@ def test_only_regular_files_of_the_folder_are_read(
         ShardIndex.load(folder)
 
 
+def test_what_hangs_nobody(folder: Path) -> None:
+    index = ShardIndex.load(folder)
+    for file in ("folder-art.npy", "folder-art-000000.tar"):
+        (folder / file).rename(folder / "away")
+        (folder / file).symlink_to(file)  # to itself
+        with pytest.raises(DamagedDataError, match="Too many levels of symbolic links"):
+            ShardIndex.load(folder)
+        (folder / "away").replace(folder / file)
+    a_pipe(folder / "_info.json")
+    (problem,) = verify_shards(index, deep=False).problems
+    assert "_info.json: no regular file" in problem
+
+
 def test_a_link_within_the_folder_is_none_that_leaves_it(folder: Path, tmp_path: Path) -> None:
     (folder / "store").mkdir()
     for file in ("index.json", "folder-art.npy", "folder-art-000000.tar"):
