@@ -5,6 +5,7 @@ each few batches of an evaluation make anyway, so all ranks stop at the same bou
 neither torch nor deepspeed: it has to be in place before they are.
 """
 
+import multiprocessing
 import os
 import re
 import signal
@@ -262,6 +263,8 @@ def shield_worker(_: int) -> None:
 
 
 def _obey_parent() -> None:
-    while True:
-        if signal.sigwaitinfo(SIGNALS).si_pid == os.getppid():
-            os._exit(0)
+    parent = multiprocessing.parent_process()  # the system's may be a server that forks for it
+    obeyed = os.getppid() if parent is None else parent.pid
+    while signal.sigwaitinfo(SIGNALS).si_pid != obeyed:
+        pass
+    os._exit(0)
