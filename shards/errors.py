@@ -24,6 +24,10 @@ class StorageError(OSError):
     """A disk, server or command that does not give the data, however often it is asked."""
 
 
+class LoaderKilledError(RuntimeError):
+    """A loader process was ended from outside, as a machine does that runs out of memory."""
+
+
 def make_command(dataset: str, root: Path | str = "IMAGE_FOLDER", out: Path | str = "SET") -> str:
     """The command that makes a shard set, in backquotes; words in capitals for what is unknown."""
     source = "" if dataset == "digits" else f" --root {shlex.quote(str(root))}"

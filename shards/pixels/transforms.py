@@ -53,13 +53,19 @@ def train_transform(data_config: Mapping[str, Any], augment: ResolvedAugment) ->
     return v2.Compose(steps)  # type: ignore[no-any-return]
 
 
-def loader_transform(data_config: Mapping[str, Any], augment: ResolvedAugment) -> LoaderTransform:
-    """Build the loader's part of the training transform; `finish_batch` is the rest.
+def loader_transform(
+    data_config: Mapping[str, Any], augment: ResolvedAugment, *, colours: bool = False
+) -> LoaderTransform:
+    """Build the loader's part of the training transform, to uint8; `finish_batch` is the rest.
 
-    It draws the same random numbers as `train_transform`, and takes and raises the same.
+    It draws the same random numbers as `train_transform`, and takes and raises the same. With
+    `colours` it changes these as well: then the two together give bit for bit what that does.
     """
-    shape = v2.Compose(_shape(data_config, augment))
-    return functools.partial(_half_done, shape=shape, colour=augment != "none")
+    steps = _shape(data_config, augment)
+    if colours and augment != "none":
+        steps.append(_colour)
+    shape = v2.Compose(steps)
+    return functools.partial(_half_done, shape=shape, colour=not colours and augment != "none")
 
 
 def finish_batch(
@@ -84,7 +90,7 @@ def eval_transform(data_config: Mapping[str, Any]) -> ImageTransform:
 
 def _half_done(pixels: Pixels, shape: ImageTransform, colour: bool) -> HalfDone:
     """Shape an image and draw what will happen to its colours."""
-    image = to_tensor(shape(pixels))
+    image = to_tensor(shape(pixels)).to(torch.uint8)  # after a change of colours floats, but whole
     return HalfDone(image, draw_colour() if colour else torch.empty(0))
 
 
@@ -115,12 +121,19 @@ def _colour(image: Pixels) -> Pixels:
 
 def _normalise(data_config: Mapping[str, Any]) -> ImageTransform:
     """Build the last step: levels to float32 in [0, 1], then mean and standard deviation."""
-    mean, std = (torch.tensor(list(data_config[name]))[:, None, None] for name in ("mean", "std"))
+    mean, std = (tuple(data_config[name]) for name in ("mean", "std"))
     return functools.partial(_normalised, mean=mean, std=std)
 
 
-def _normalised(image: Pixels, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+def _normalised(image: Pixels, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
     """Normalise uint8 or float32 levels [..., 3, H, W]; `image` stays as it was."""
     levels = to_tensor(image)
     unit = levels * (1 / 255)
-    return unit.sub_(mean.to(levels.device)).div_(std.to(levels.device))
+    return unit.sub_(_channels(mean, levels.device)).div_(_channels(std, levels.device))
+
+
+@functools.cache
+def _channels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """A number for each channel [3, 1, 1], brought to a device only once."""
+    with torch.inference_mode(False):  # training uses what an evaluation made
+        return torch.tensor(values, device=device)[:, None, None]

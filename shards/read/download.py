@@ -8,8 +8,8 @@ server, a refused connection and a certificate that is not trusted alike for a m
 ignores a change of `SSL_CERT_FILE`.
 """
 
+import contextlib
 import os
-import re
 import select
 import shlex
 import signal
@@ -19,13 +19,15 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, wait
-from typing import TypeVar
-from urllib.parse import urlsplit, urlunsplit
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from shards.addresses import COMMAND, without_secrets
-from shards.errors import DamagedDataError, DataConfigError
+from shards.errors import DataConfigError
+from shards.read.checking import regular_file
 
 T = TypeVar("T")
 Chunks = Generator[bytes, None, None]
@@ -34,12 +36,25 @@ _CHUNK = 1 << 20
 _BLOCK = 8 << 20  # of a file system, where each read may be a request of its own
 _SERVERS = ("http", "https", "file")  # what Python's own client speaks
 _PASSING_STATUS = {408, 425, 429}  # of the 4xx answers, those that may change by waiting
+_LAST_WORDS = 4096  # bytes of what a command complains about
 _SILENCE = "nothing came for {:.1f} s"
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}  # scheme -> extra of this package
 
 
 class FinalAnswerError(OSError):
     """An answer that asking again will not change."""
+
+
+class _WebOnly(urllib.request.HTTPRedirectHandler):
+    """Follows a server to other web servers alone: not to ftp, and to no file of this machine."""
+
+    def redirect_request(
+        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> Any:
+        scheme = urlsplit(newurl).scheme
+        if scheme not in ("http", "https"):
+            raise urllib.error.HTTPError(newurl, code, f"to {scheme}:, not followed", headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def check_remote(root: str) -> None:
@@ -102,12 +117,17 @@ def chunks(url: str, stall: float) -> Chunks:
     Gives up after `stall` seconds without a byte.
 
     Raises:
+        DamagedDataError: a file of this machine is no regular one of its folder.
         FinalAnswerError: asking again cannot help.
         OSError: any other failure.
     """
     if url.startswith(COMMAND):
         return _command_chunks(url.removeprefix(COMMAND), stall)
-    if urlsplit(url).scheme in _SERVERS:
+    parts = urlsplit(url)
+    if parts.scheme == "file":
+        with contextlib.suppress(FileNotFoundError):
+            regular_file(Path(unquote(parts.path)))
+    if parts.scheme in _SERVERS:
         return _server_chunks(url, stall)
     return _file_system_chunks(url, stall)
 
@@ -115,14 +135,15 @@ def chunks(url: str, stall: float) -> Chunks:
 def _server_chunks(url: str, stall: float) -> Chunks:
     """What a server gives; an answer cut short is an error."""
     try:
-        with urllib.request.urlopen(url, timeout=stall) as response:
+        with urllib.request.build_opener(_WebOnly).open(url, timeout=stall) as response:
             promised, size = response.headers.get("Content-Length"), 0
             while chunk := response.read1(_CHUNK):
                 size += len(chunk)
                 yield chunk
     except urllib.error.HTTPError as error:
-        final = 400 <= error.code < 500 and error.code not in _PASSING_STATUS
-        raise (FinalAnswerError if final else OSError)(f"HTTP status {error.code}") from error
+        final = 300 <= error.code < 500 and error.code not in _PASSING_STATUS
+        why = f" ({error.reason.splitlines()[0]})" if error.code < 400 else ""
+        raise (FinalAnswerError if final else OSError)(f"HTTP status {error.code}{why}") from error
     except urllib.error.URLError as error:
         if isinstance(error.reason, ssl.SSLCertVerificationError):
             raise FinalAnswerError(
@@ -159,7 +180,7 @@ def _command_chunks(command: str, stall: float) -> Chunks:
                 process.wait()
             process.stdout.close()
         if status:
-            complaints.seek(0)
+            complaints.seek(max(0, complaints.seek(0, os.SEEK_END) - _LAST_WORDS))
             last = complaints.read().decode(errors="replace").strip().rpartition("\n")[2]
             raise OSError(f"the command ended with {status}{': ' + last if last else ''}")
 
@@ -195,13 +216,3 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
     if not wait([result], seconds).done:
         raise TimeoutError(_SILENCE.format(seconds))
     return result.result()
-
-
-def check_names(names: Iterable[str]) -> None:
-    """Raises `DamagedDataError` unless all are plain file names: they come from elsewhere.
-
-    None can leave its folder, or be more than a name to a shell.
-    """
-    for name in names:
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-            raise DamagedDataError(f"index.json: {name!r} is no file name of a shard set")

@@ -4,7 +4,6 @@ The sample tables are memory-mapped, so loader processes share them; `shards.rea
 the files.
 """
 
-import hashlib
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,14 @@ from shards.datasets import nearest
 from shards.errors import DamagedDataError, DamagedSampleError, DataConfigError
 from shards.randomness import Int64Array
 from shards.read import layout
+from shards.read.checking import (
+    IndexContent,
+    load_table,
+    map_table,
+    parse_index,
+    read_index,
+    regular_file,
+)
 from shards.read.naming import check_texts, name_and_sha256
 from shards.read.remote import RemoteShards, fetch_index
 from shards.read.shard_reader import ShardReader
@@ -58,21 +65,16 @@ class ShardIndex:
     """
 
     def __init__(
-        self, root: Path, content: dict[str, Any], sha256: str, config: DataConfig
+        self, root: Path, content: IndexContent, name: str, sha256: str, config: DataConfig
     ) -> None:
-        self.root = root
-        self.dataset = str(content["dataset"])
-        self.domain_infos = tuple(layout.DomainInfo(**entry) for entry in content["domains"])
+        self.root, self.name, self.sha256 = root, name, sha256
+        self.dataset, self.classes, self.domain_infos, self.shards = content
         self.domains = tuple(info.name for info in self.domain_infos)
-        self.classes = tuple(str(name) for name in content["classes"])
-        self.shards = tuple(layout.ShardInfo(**entry) for entry in content["shards"])
-        self.sha256 = sha256
-        self._tables = tuple(layout.load_table(root, info) for info in self.domain_infos)
+        self._tables = tuple(load_table(root, info, content) for info in self.domain_infos)
         self.reader = ShardReader(root, self.shards, config.fetch_retries)
         self.remote = False
         self.subset: Subset | None = None
         self.reported: set[str] = set()
-        self.name = self.dataset
 
     @classmethod
     def load(
@@ -91,7 +93,7 @@ class ShardIndex:
         Raises:
             DataConfigError: there is no shard set, or one of another format version, or a remote
                 set lacks a cache.
-            DamagedDataError: a file is missing, cut short or altered.
+            DamagedDataError: a file is missing, cut short, altered, or not what a set is made of.
             StorageError: a remote set cannot be reached.
             OutputError: the cache cannot be written.
         """
@@ -100,23 +102,18 @@ class ShardIndex:
         folder = Path(root).expanduser() if cache is None else cache.folder
         path = folder / layout.INDEX_NAME
         try:
-            data = path.read_bytes()
+            data = read_index(path)
         except OSError as error:
             raise DataConfigError(layout.no_index(folder, error, dataset)) from error
-        content = layout.parse_index(path, data)
-        try:
-            index = cls(folder, content, hashlib.sha256(data).hexdigest(), config)
-        except (KeyError, TypeError) as error:
-            raise DamagedDataError(
-                f"{path}: field missing or malformed ({error}); {layout.REMEDY}"
-            ) from error
+        content = parse_index(path, data)
+        check_texts(folder, (*content.classes, *(domain.name for domain in content.domains)))
+        name, sha256 = name_and_sha256(path, data, content.dataset)
+        index = cls(folder, content, name, sha256, config)
         if cache is None:
             index._check_sizes()
         else:
             index.remote = True
             index.reader.remote = RemoteShards(str(root), cache, index.shards, config)
-        check_texts(folder, (*index.domains, *index.classes))
-        index.name, index.sha256 = name_and_sha256(path, index.dataset)
         return index
 
     def num_samples(self, domain: int) -> int:
@@ -187,7 +184,7 @@ class ShardIndex:
         for shard in self.shards:
             path = self.root / shard.file
             try:
-                size = path.stat().st_size
+                size = regular_file(path).st_size
             except OSError as error:
                 raise DamagedDataError(f"{path}: {error.strerror}; {layout.REMEDY}") from error
             if size != shard.bytes:
@@ -199,4 +196,4 @@ class ShardIndex:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._tables = tuple(layout.map_table(self.root / info.table) for info in self.domain_infos)
+        self._tables = tuple(map_table(self.root / info.table) for info in self.domain_infos)

@@ -1,4 +1,4 @@
-"""The files of a shard set: names, the table's row, and how `index.json` is read and checked.
+"""The files of a shard set: their names, the table's row, what `index.json` holds.
 
 `index.json` names the domains and classes in order and every shard with its size and sha256. One
 `.npy` table per domain holds a row per sample, by its place in the domain's sorted file list.
@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from shards.errors import DamagedDataError, DataConfigError, make_command
+from shards.errors import make_command
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
@@ -92,27 +91,6 @@ def no_index(root: Path, error: OSError, dataset: str) -> str:
     return f"{here} {what}; make a shard set with {make_command(dataset, out=root)}"
 
 
-def parse_index(path: Path, data: bytes) -> dict[str, Any]:
-    """The content of index.json, whose format version and digests must be right."""
-    try:
-        content = json.loads(data)
-        version = content["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedDataError(f"{path}: not a shard index ({error}); {REMEDY}") from error
-    if version != FORMAT_VERSION:
-        raise DataConfigError(
-            f"{path}: format version {version!r}, but this program reads version "
-            f"{FORMAT_VERSION}; make the shard set again, or use the version that wrote it"
-        )
-    assert isinstance(content, dict)
-    for section, expected in content.get("digests", {}).items():
-        if section_digest(content.get(section)) != expected:
-            raise DamagedDataError(
-                f"{path}: its {section!r} were changed after it was written; {REMEDY}"
-            )
-    return content
-
-
 def section_digest(value: object) -> str:
     """The sha256 of one section of index.json, so that an edit by hand is noticed and named."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
@@ -144,22 +122,3 @@ def _split_info(name: str, shards: Sequence[ShardInfo]) -> dict[str, Any]:
         "filenames": [shard.file for shard in shards],
         "shard_lengths": [shard.samples for shard in shards],
     }
-
-
-def load_table(root: Path, info: DomainInfo) -> npt.NDArray[np.void]:
-    """A domain's table, mapped into memory after a check of its hash."""
-    path = root / info.table
-    try:
-        if file_sha256(path) != info.sha256:
-            raise DamagedDataError(f"{path}: sha256 differs from {INDEX_NAME}; {REMEDY}")
-        table = map_table(path)
-    except (OSError, ValueError) as error:
-        raise DamagedDataError(f"{path}: cannot be read ({error}); {REMEDY}") from error
-    if table.dtype != TABLE_DTYPE or len(table) != info.samples:
-        raise DamagedDataError(f"{path}: not the table {INDEX_NAME} describes; {REMEDY}")
-    return table
-
-
-def map_table(path: Path) -> npt.NDArray[np.void]:
-    """A table mapped into memory, as a plain array: numpy's own kind is slow at single rows."""
-    return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))

@@ -34,12 +34,13 @@ def named(content: Mapping[str, Any], name: str | None) -> dict[str, Any]:
     return {**result, "digests": digests} if "digests" in content else result
 
 
-def name_and_sha256(path: Path, dataset: str) -> tuple[str, str]:
+def name_and_sha256(path: Path, data: bytes, dataset: str) -> tuple[str, str]:
     """Name of the set with this index, else that of its dataset; the hash of the index without it.
+
+    `data` are the bytes of the file at `path`.
 
     Raises `DamagedDataError`: the name is not legal.
     """
-    data = path.read_bytes()
     content = json.loads(data)
     if "name" not in content:
         return dataset, hashlib.sha256(data).hexdigest()

@@ -3,26 +3,31 @@
 A file gets its name only when it is whole and verified; one process at a time makes a file, and
 others wait for it or go on. When space is needed, the files that were wanted longest ago go first,
 and those of the windows being read last. What others are fetching stays, and whoever finds no room
-beside it waits until that is done.
+beside it waits until that is done. Nothing else in the folder is ever counted or deleted: a set's
+own folder bears the hash of the index inside it, and that index lists its files.
 What is open stays readable after it has gone, so no reader can be disturbed.
 Nothing waits for the disk (fsync): every read is verified, so what a loss of power damaged is
 found and fetched again.
 """
 
 import contextlib
+import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 import filelock
 
 from shards.durable import PARTIAL
-from shards.errors import DataConfigError, OutputError, StorageError
+from shards.errors import DamagedDataError, DataConfigError, OutputError, StorageError
+from shards.read.checking import parse_index, read_index
+from shards.read.layout import INDEX_NAME
 
 GIB = 2**30
 _POLL = 0.1  # seconds between looks for room
+_HASH = 32  # hexadecimal digits that name a set's folder
 _LONG_AGO = 10 * 365 * 86400  # seconds by which passing files are older than all others
 
 
@@ -31,6 +36,11 @@ def cannot_write(path: Path, error: OSError) -> OutputError:
     return OutputError(
         f"data.cache_dir: cannot write {path} ({error.strerror}); free space, or give another"
     )
+
+
+def folder_of(index: bytes) -> str:
+    """The name of a set's folder, from the bytes of its index."""
+    return hashlib.sha256(index).hexdigest()[:_HASH]
 
 
 class NodeCache:
@@ -52,6 +62,7 @@ class NodeCache:
     def __init__(self, root: Path, name: str, limit: int, patience: float = 60.0) -> None:
         self.root, self.folder, self.limit, self.patience = root, root / name, limit, patience
         self.live: frozenset[str] = frozenset()
+        self._listed: dict[Path, frozenset[str]] = {}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
@@ -160,12 +171,11 @@ class NodeCache:
         """
         with self._room():
             partial.unlink(missing_ok=True)  # left over from a process that was killed
-            unfinished = f"*/*.tar{PARTIAL}"
-            for path in self.root.glob(unfinished):
+            for path in self._written(PARTIAL):
                 lock = filelock.FileLock(path.with_suffix(".lock"), timeout=0)
                 with contextlib.suppress(filelock.Timeout), lock:  # else someone is making it
                     path.unlink(missing_ok=True)
-            in_flight = _statuses(self.root.glob(unfinished))
+            in_flight = _statuses(self._written(PARTIAL))
             room = self.limit - size - sum(status.st_size for status in in_flight.values())
             if room < 0:
                 return frozenset(path.name.removesuffix(PARTIAL) for path in in_flight)
@@ -176,7 +186,7 @@ class NodeCache:
 
     def _shrink(self, room: int) -> None:
         """Deletes finished files, the least wanted first, until the others fit into some bytes."""
-        kept = _statuses(self.root.glob("*/*.tar"))
+        kept = _statuses(self._written())
         total = sum(status.st_size for status in kept.values())
         live = {self.path(file) for file in self.live}
         for path in sorted(kept, key=lambda path: (path in live, kept[path].st_mtime)):
@@ -184,6 +194,23 @@ class NodeCache:
                 return
             path.unlink(missing_ok=True)
             total -= kept[path].st_size
+
+    def _written(self, suffix: str = "") -> Iterator[Path]:
+        """The shards of all sets that caches put here; with `PARTIAL`, the unfinished ones."""
+        for index in self.root.glob("[0-9a-f]" * _HASH + f"/{INDEX_NAME}"):
+            files = self._files(index)
+            for path in index.parent.iterdir() if files else ():
+                if path.name.endswith(suffix) and path.name.removesuffix(suffix) in files:
+                    yield path
+
+    def _files(self, index: Path) -> frozenset[str]:
+        """The shards that the index of a set names; none if its folder was not made by a cache."""
+        if index not in self._listed:
+            with contextlib.suppress(OSError, DamagedDataError, DataConfigError):
+                if folder_of(data := read_index(index)) == index.parent.name:
+                    shards = parse_index(index, data).shards
+                    self._listed[index] = frozenset(shard.file for shard in shards)
+        return self._listed.get(index, frozenset())
 
     def _room(self) -> filelock.BaseFileLock:
         """The lock under which files are counted and get their names."""

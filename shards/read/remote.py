@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import hashlib
-import json
 import logging
 import os
 import tempfile
@@ -16,9 +15,10 @@ from typing import Any, NamedTuple
 from shards.addresses import without_secrets
 from shards.config import DataConfig, cache_dir_missing
 from shards.errors import DamagedDataError, DataConfigError, OutputError, StorageError
-from shards.read.download import check_names, check_remote, file_url
+from shards.read.checking import INDEX_LIMIT, most_bytes, parse_index
+from shards.read.download import check_remote, file_url
 from shards.read.layout import INDEX_NAME, ShardInfo
-from shards.read.node_cache import GIB, NodeCache
+from shards.read.node_cache import GIB, NodeCache, folder_of
 from shards.read.retry import fetch
 
 log = logging.getLogger(__name__)
@@ -135,22 +135,18 @@ def fetch_index(root: str, config: DataConfig) -> NodeCache:
     limit = int(config.cache_gib * GIB)
     staging = NodeCache(Path(config.cache_dir).expanduser(), "index", limit)
     with tempfile.NamedTemporaryFile(dir=staging.folder) as temporary:
-        fetch(file_url(root, INDEX_NAME), Path(temporary.name), config)
+        fetch(file_url(root, INDEX_NAME), Path(temporary.name), config, most=INDEX_LIMIT)
         data = Path(temporary.name).read_bytes()
+    content = parse_index(without_secrets(file_url(root, INDEX_NAME)), data)
     digest = hashlib.sha256(data).hexdigest()
-    cache = NodeCache(staging.root, digest[:32], limit, config.fetch_deadline)
+    cache = NodeCache(staging.root, folder_of(data), limit, config.fetch_deadline)
     _place(cache, INDEX_NAME, digest, lambda path: path.write_bytes(data))
-    try:
-        content = json.loads(data)
-        check_names(entry["file"] for entry in content["shards"])
-        tables = {entry["table"]: entry["sha256"] for entry in content["domains"]}
-        check_names(tables)
-    except (ValueError, KeyError, TypeError) as error:
-        shown = without_secrets(file_url(root, INDEX_NAME))
-        raise DamagedDataError(f"{shown}: not a shard index ({error}); check data.root") from error
-    for table, sha256 in tables.items():
-        make = functools.partial(fetch, file_url(root, table), config=config, sha256=sha256)
-        _place(cache, table, sha256, make)
+    for info in content.domains:
+        make = functools.partial(
+            fetch, file_url(root, info.table), config=config, sha256=info.sha256,
+            most=min(limit, most_bytes(info)),
+        )  # fmt: skip
+        _place(cache, info.table, info.sha256, make)
     return cache
 
 

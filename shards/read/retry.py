@@ -30,9 +30,17 @@ def attempts(retries: int, longest: float = math.inf) -> Iterator[int]:
 
 
 def fetch(
-    url: str, path: Path, config: DataConfig, *, size: int | None = None, sha256: str | None = None
+    url: str,
+    path: Path,
+    config: DataConfig,
+    *,
+    size: int | None = None,
+    sha256: str | None = None,
+    most: int | None = None,
 ) -> None:
     """Copies what a URL gives into a local file, which must then have a size and hash if known.
+
+    Stops at once when more comes than `size` or, where that is not known, `most` bytes.
 
     Raises:
         StorageError: it cannot be had.
@@ -50,7 +58,7 @@ def fetch(
             break
         tried = attempt
         try:
-            found = _copy(url, path, min(stall, left), end)
+            found = _copy(url, path, min(stall, left), end, most if size is None else size)
             for what, have, want in zip(("bytes", "sha256"), found, (size, sha256), strict=True):
                 if want is not None and have != want:
                     raise DamagedDataError(f"{shown}: {what} {have}, the index promises {want}")
@@ -77,8 +85,8 @@ def _reason(failure: Exception | None) -> str:
     return without_secrets(str(failure))
 
 
-def _copy(url: str, path: Path, stall: float, end: float) -> tuple[int, str]:
-    """Writes all chunks to the file; size and sha256 of what arrived."""
+def _copy(url: str, path: Path, stall: float, end: float, most: int | None) -> tuple[int, str]:
+    """Writes all chunks to the file, `most` bytes at most; size and sha256 of what arrived."""
     digest, size = hashlib.sha256(), 0
     try:
         # Keeps the size reserved for it. Unbuffered: a full disk is noticed while writing.
@@ -89,6 +97,8 @@ def _copy(url: str, path: Path, stall: float, end: float) -> tuple[int, str]:
         for chunk in arriving:
             digest.update(chunk)
             size += len(chunk)
+            if most is not None and size > most:
+                raise DamagedDataError(f"{without_secrets(url)}: gives more than {most} bytes")
             try:
                 rest = memoryview(chunk)
                 while rest:

@@ -10,7 +10,6 @@ of DomainBed-OOP (the images that a backbone was, and was not, aligned with befo
 import hashlib
 import json
 import logging
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,12 @@ import numpy.typing as npt
 
 from shards.errors import DamagedDataError, DataConfigError, verify_command
 from shards.read.index import ShardIndex, Subset
+from shards.read.members import plain_members
 
 log = logging.getLogger(__name__)
+
+_DIGITS = 20  # and more, no place has; Python refuses to read numbers of thousands
+_ODD_CONTENT = (ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError)
 
 
 def read_subset(
@@ -47,7 +50,7 @@ def read_subset(
     if unknown:
         log.warning(
             "%s: %d of %d entries name no sample of the set (%s%s)",
-            name, len(unknown), len(entries), ", ".join(sorted(unknown)[:3]),
+            name, len(unknown), len(entries), ", ".join(f"{e!r:.80}" for e in sorted(unknown)[:3]),
             " ..." if len(unknown) > 3 else "",
         )  # fmt: skip
     kept = tuple(domain if exclude_list is None else ~domain for domain in listed)
@@ -64,7 +67,7 @@ def _mark_keys(
     for entry in entries:
         prefix, _, number = entry.rpartition("-")
         domain = prefixes.get(prefix, -1)
-        place = int(number) if number.isdecimal() else -1
+        place = int(number) if number.isdecimal() and len(number) < _DIGITS else -1
         if domain >= 0 and 0 <= place < len(listed[domain]) and index.key(domain, place) == entry:
             listed[domain][place] = True
         else:
@@ -78,23 +81,21 @@ def _mark_paths(
     """Marks the samples that are named by path, in one pass over the shards; the rest are none."""
     if index.remote:
         raise DataConfigError(
-            f"{name}: names samples by path ({min(entries)!r}), which only a local set can look "
-            f"up; name them by key, as {index.key(0, 0)!r}"
+            f"{name}: names samples by path ({min(entries)!r:.80}), which only a local set can "
+            f"look up; name them by key, as {index.key(0, 0)!r}"
         )
     log.info("%s: looking up %d paths in the shards", name, len(entries))
     rest = set(entries)
     numbers = {name: domain for domain, name in enumerate(index.domains)}
     for shard in index.shards:
         try:
-            with tarfile.open(index.root / shard.file, "r:") as archive:
-                for member in archive:
-                    if member.name.endswith(".json"):
-                        stream = archive.extractfile(member)
-                        about = json.loads(stream.read()) if stream else {}
-                        if about.get("path") in entries:
-                            listed[numbers[about["domain"]]][int(about["index"])] = True
-                            rest.discard(about["path"])
-        except (OSError, tarfile.TarError, ValueError, KeyError, IndexError) as error:
+            for member in plain_members(index.root / shard.file):
+                if member.name.endswith(".json"):
+                    about = json.loads(member.content)
+                    if about["path"] in entries:
+                        listed[numbers[about["domain"]]][int(about["index"])] = True
+                        rest.discard(about["path"])
+        except (DamagedDataError, *_ODD_CONTENT) as error:
             raise DamagedDataError(
                 f"{index.root / shard.file}: cannot be searched for the paths of {name} ({error}); "
                 f"check the set with {verify_command(index.root, deep=False)}"

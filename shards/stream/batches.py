@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from shards.errors import DamagedDataError, DataConfigError, OutputError
 from shards.pixels.decoding import Pixels
-from shards.pixels.transforms import finish_batch
+from shards.pixels.transforms import LoaderTransform, finish_batch
 from shards.stream.bad_samples import BadSample
+from shards.stream.worker_faults import share, told
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ class Batch(NamedTuple):
     """A (micro-)batch of one rank."""
 
     images: torch.Tensor
-    """float32 [b, 3, H, W], normalised; uint8 if `colour` is there."""
+    """float32 [b, 3, H, W], normalised; or uint8, and `finish_images` does what is left."""
     labels: torch.Tensor
     """int64 [b], class numbers."""
     domains: torch.Tensor
@@ -62,7 +63,7 @@ def stack(loaded: Iterable[LoadedImage], count: int, first_slot: int) -> Batch:
             images = item.image.new_empty((count, *item.image.shape))
         images[number] = item.image
         items.append(item._replace(image=images[number]))
-    colours = [item.colour for item in items if item.colour is not None]
+    colours = [item.colour for item in items if item.colour is not None and len(item.colour)]
     return Batch(
         images=images,
         labels=torch.tensor([item.label for item in items], dtype=torch.int64),
@@ -82,9 +83,10 @@ def finish_images(
     Gives normalised float32 [b, 3, H, W]; `data_config` is that of `train_transform`.
     """
     images = batch.images.to(device, non_blocking=True)
-    if batch.colour is None:
+    if images.is_floating_point():
         return images
-    return finish_batch(images, batch.colour, data_config)
+    draws = torch.empty(len(images), 0) if batch.colour is None else batch.colour
+    return finish_batch(images, draws, data_config)
 
 
 def seeded(transform: Callable[[Pixels], Made], pixels: Pixels, seed: int) -> Made:
@@ -94,6 +96,14 @@ def seeded(transform: Callable[[Pixels], Made], pixels: Pixels, seed: int) -> Ma
     """
     torch.default_generator.manual_seed(seed)  # 100 times faster than torch.manual_seed
     return transform(pixels)
+
+
+def made(
+    transform: LoaderTransform, pixels: Pixels, seed: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """An image by a `seeded` transform, and the draws for what is left to `finish_images`."""
+    result = seeded(transform, pixels, seed)
+    return (result, None) if isinstance(result, torch.Tensor) else result
 
 
 @contextlib.contextmanager
@@ -117,15 +127,18 @@ def undisturbed() -> Iterator[None]:
 class _Built:
     """The batches that `build` makes, by number."""
 
-    build: Callable[[int], Batch]
+    build: Callable[[Any], Batch]
 
-    def __getitem__(self, number: int) -> Batch | Exception:
+    def __getitem__(self, number: Any) -> Batch | Exception:
         """Build one batch, or give what went wrong, for `BatchLoader` to raise."""
         try:
             with undisturbed():
-                return self.build(number)
+                batch = self.build(number)
+            if get_worker_info() is not None:
+                share(batch)
         except (DamagedDataError, DataConfigError, OutputError, OSError) as error:
             return error
+        return batch
 
 
 class BatchLoader(DataLoader[Batch]):
@@ -135,34 +148,37 @@ class BatchLoader(DataLoader[Batch]):
     raised, not wrapped in a traceback.
 
     Args:
-        build: makes the batch of a number on its own, in any process.
-        count: how many there are.
+        build: makes the batch of a number, or of another name, on its own, in any process.
+        numbers: of the batches in order; a list may be changed between two iterations.
         reported: keys of bad samples that the log has named; shared by the loaders of a set.
         workers: loader processes; 0 loads in this one.
         pin_memory: put batches into page-locked memory.
         start_method: how loader processes are started; None for the platform's own way.
+        keep: let the loader processes stay for the next iteration.
     """
 
     def __init__(
         self,
-        build: Callable[[int], Batch],
-        count: int,
+        build: Callable[[Any], Batch],
+        numbers: Sequence[Any],
         *,
         reported: set[str],
         workers: int,
         pin_memory: bool = False,
         start_method: StartMethod | None = None,
+        keep: bool = False,
     ) -> None:
         if workers < 0:
             raise DataConfigError(f"data.workers = {workers}: must be 0 or more")
         super().__init__(
             _Built(build),  # type: ignore[arg-type]  # its errors are raised in __iter__
             batch_size=None,
-            sampler=range(count),
+            sampler=numbers,
             num_workers=workers,
             pin_memory=pin_memory,
             generator=torch.Generator(),
             multiprocessing_context=start_method if workers else None,
+            persistent_workers=keep and workers > 0,
         )
         self._reported = reported
 
@@ -174,8 +190,9 @@ class BatchLoader(DataLoader[Batch]):
             DataConfigError: a shard is larger than the cache of a remote set.
             OutputError: that cache cannot be written.
             OSError: the storage fails.
+            LoaderKilledError: a loader process is gone.
         """
-        for batch in super().__iter__():
+        for batch in told(super().__iter__, self.num_workers):
             if isinstance(batch, Exception):
                 raise batch
             for sample in batch.bad:  # once, and here: a loader process may have no log of its own

@@ -1,5 +1,6 @@
 """The evaluation stream: every sample of a split exactly once, whatever the world size."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
@@ -7,10 +8,10 @@ import numpy as np
 
 from shards.errors import DataConfigError
 from shards.pixels.decoding import Decoder, undecodable_placeholder
-from shards.pixels.transforms import ImageTransform
+from shards.pixels.transforms import LoaderTransform
 from shards.randomness import Int64Array, hash64
 from shards.read.index import ShardIndex
-from shards.stream.batches import Batch, BatchLoader, LoadedImage, rank_range, seeded, stack
+from shards.stream.batches import Batch, BatchLoader, LoadedImage, made, rank_range, stack
 from shards.stream.one_image import open_image
 from shards.stream.split import split_indices
 
@@ -46,7 +47,7 @@ def evaluation_loader(
     *,
     trial_seed: int,
     holdout_fraction: float,
-    transform: ImageTransform,
+    transform: LoaderTransform,
     rank: int = 0,
     world_size: int = 1,
     batch_size: int = 64,
@@ -60,49 +61,83 @@ def evaluation_loader(
     the ranks are exact; with more ranks than samples some ranks get no batch. An image that cannot
     be used is replaced by a grey one, so that it still counts, and reported in `bad`. The order is
     that of the split, or of the shards if these are remote. The last batch of a rank may be smaller
-    than `batch_size`. `transform` makes float32 [3, H, W] of pixels.
+    than `batch_size`. `transform` is of the kinds that `DomainStream` takes.
 
     Raises `DataConfigError`: an argument is out of range.
     """
-    if batch_size < 1:
-        raise DataConfigError(f"batch_size = {batch_size}: must be 1 or more")
-    places = split_places(
-        index, domain, split, trial_seed=trial_seed, holdout_fraction=holdout_fraction
-    )
-    if index.remote:  # as they are stored, so that a shard is needed only once
-        rows = index.table(domain)[places]
-        places = places[np.lexsort((rows["offset"], rows["shard"]))]
-    mine = rank_range(len(places), rank, world_size)
-    batches = _EvaluationBatches(
-        index, domain, places, mine, batch_size, transform, decoder or Decoder()
-    )
-    return BatchLoader(
-        batches.build, -(-len(mine) // batch_size), reported=index.reported, workers=workers,
-        pin_memory=pin_memory,
+    batches = EvaluationBatches(
+        index, trial_seed, holdout_fraction, transform, rank, world_size, batch_size,
+        decoder or Decoder(),
     )  # fmt: skip
+    names, _ = batches.names(domain, split)
+    return batches.loader(names, workers, pin_memory)
 
 
 @dataclass(eq=False)
-class _EvaluationBatches:
-    """The batches of one rank; `mine` is its range of `places`."""
+class EvaluationBatches:
+    """The batches of one rank, of every split of every domain; see `evaluation_loader`."""
 
     index: ShardIndex
-    domain: int
-    places: Int64Array
-    mine: range
+    trial_seed: int
+    holdout_fraction: float
+    transform: LoaderTransform
+    rank: int
+    world_size: int
     batch_size: int
-    transform: ImageTransform
     decoder: Decoder
+    _last: tuple[tuple[int, Split], Int64Array] | None = None
+    """The places of the split that was asked for last."""
 
-    def build(self, number: int) -> Batch:
-        slots = self.mine[number * self.batch_size : (number + 1) * self.batch_size]
-        loaded = (self._load(int(self.places[slot])) for slot in slots)
-        return stack(loaded, len(slots), slots[0])
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise DataConfigError(f"batch_size = {self.batch_size}: must be 1 or more")
 
-    def _load(self, place: int) -> LoadedImage:
-        found = open_image(self.index, self.domain, place, self.decoder)
+    def names(self, domain: int, split: Split) -> tuple[list[tuple[int, Split, int]], int]:
+        """What `build` calls this rank's batches of a split, and how many a rank has at most."""
+        count = -(-len(self._mine(domain, split)) // self.batch_size)
+        largest = -(-len(self._places(domain, split)) // self.world_size)
+        names = [(domain, split, number) for number in range(count)]
+        return names, -(-largest // self.batch_size)
+
+    def loader(
+        self, names: Sequence[object], workers: int, pin_memory: bool, keep: bool = False
+    ) -> BatchLoader:
+        """Load the batches of these names, in order; `keep` is that of `BatchLoader`."""
+        return BatchLoader(
+            self.build, names, reported=self.index.reported, workers=workers,
+            pin_memory=pin_memory, keep=keep,
+        )  # fmt: skip
+
+    def build(self, name: tuple[int, Split, int]) -> Batch:
+        """Read, decode and transform one batch."""
+        domain, split, number = name
+        slots = self._mine(domain, split)[number * self.batch_size :][: self.batch_size]
+        places = self._places(domain, split)
+        loaded = (self._load(domain, int(places[slot])) for slot in slots)
+        batch = stack(loaded, len(slots), slots[0])
+        if self.index.remote:  # a process that stays must not hold what the cache has deleted
+            self.index.close()
+        return batch
+
+    def _mine(self, domain: int, split: Split) -> range:
+        return rank_range(len(self._places(domain, split)), self.rank, self.world_size)
+
+    def _places(self, domain: int, split: Split) -> Int64Array:
+        if self._last is None or self._last[0] != (domain, split):
+            places = split_places(
+                self.index, domain, split, trial_seed=self.trial_seed,
+                holdout_fraction=self.holdout_fraction,
+            )  # fmt: skip
+            if self.index.remote:  # as they are stored, so that a shard is needed only once
+                rows = self.index.table(domain)[places]
+                places = places[np.lexsort((rows["offset"], rows["shard"]))]
+            self._last = (domain, split), places
+        return self._last[1]
+
+    def _load(self, domain: int, place: int) -> LoadedImage:
+        found = open_image(self.index, domain, place, self.decoder)
         pixels = undecodable_placeholder() if found.pixels is None else found.pixels
-        seed = hash64("evaluation", self.index.domains[self.domain], place)
-        image = seeded(self.transform, pixels, seed)
+        seed = hash64("evaluation", self.index.domains[domain], place)
+        image, draw = made(self.transform, pixels, seed)
         bad = [] if found.bad is None else [found.bad]
-        return LoadedImage(image, found.label, self.domain, found.pixels is None, bad)
+        return LoadedImage(image, found.label, domain, found.pixels is None, bad, draw)

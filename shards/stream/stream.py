@@ -6,8 +6,6 @@
 import functools
 from dataclasses import dataclass, field
 
-import torch
-
 from shards.errors import DamagedDataError, DataConfigError, verify_command
 from shards.pixels.decoding import Decoder
 from shards.pixels.transforms import LoaderTransform
@@ -74,7 +72,7 @@ class DomainStream(DomainMix):
         mine = batches.rank_range(self.global_batch, rank, world_size)
         return batches.BatchLoader(
             functools.partial(self._build, start_step, mine, accumulation),
-            (stop_step - start_step) * accumulation, reported=self.index.reported,
+            range((stop_step - start_step) * accumulation), reported=self.index.reported,
             workers=workers, pin_memory=pin_memory, start_method=start_method,
         )  # fmt: skip
 
@@ -111,8 +109,7 @@ class DomainStream(DomainMix):
                 bad.append(found.bad)
             if found.pixels is not None:
                 seed = hash64(self.seed, "aug", name, position)
-                made = batches.seeded(self.transform, found.pixels, seed)
-                image, draw = (made, None) if isinstance(made, torch.Tensor) else made
+                image, draw = batches.made(self.transform, found.pixels, seed)
                 return batches.LoadedImage(image, found.label, domain, attempt > 0, bad, draw)
         check = verify_command() if self.index.remote else verify_command(self.index.root)
         raise DamagedDataError(

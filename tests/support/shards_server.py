@@ -1,5 +1,7 @@
 """A web server on this machine that hands out a folder, and misbehaves as it is told."""
 
+import contextlib
+import json
 import ssl
 import threading
 from collections import Counter, defaultdict
@@ -8,6 +10,25 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from shards.config import DataConfig
+from shards.read.layout import FORMAT_VERSION, INDEX_NAME
+from shards.read.node_cache import NodeCache, folder_of
+
+
+def node_cache(root: Path, limit: int, **options: float) -> NodeCache:
+    """The cache of a set whose index lists `0.tar` to `9.tar`, `a.tar` to `c.tar`, `kept.tar`."""
+    shard = {"samples": 1, "bytes": 10, "sha256": "0" * 64}
+    domain = {"name": "art", "key_prefix": "art", "table": "art.npy", **shard}
+    del domain["bytes"]
+    content = {
+        "format_version": FORMAT_VERSION, "dataset": "folder", "classes": ["cat"],
+        "domains": [domain],
+        "shards": [{"file": f"{name}.tar", **shard} for name in (*"0123456789abc", "kept")],
+    }  # fmt: skip
+    data = json.dumps(content).encode()
+    cache = NodeCache(root, folder_of(data), limit, **options)
+    cache.path(INDEX_NAME).write_bytes(data)
+    return cache
+
 
 Change = Callable[[bytes], bytes]
 
@@ -17,9 +38,11 @@ class Server:
 
     Attributes:
         script: file name -> what its next requests get: a status, `cut` (closed half-way), `stall`
-            (silence half-way), `length abc` (as announced), or a function that changes the content.
+            (silence half-way), `endless`, `length abc` (as announced), `to URL` (a redirection), or
+            a function that changes the content.
             An entry is used once, unless it is the last and `forever` holds the name.
         requests: file name -> how often it was asked for.
+        sent: file name -> bytes sent of an endless one.
     """
 
     def __init__(self, folder: Path, tls: ssl.SSLContext | None = None) -> None:
@@ -27,6 +50,7 @@ class Server:
         self.script: dict[str, list[int | str | Change]] = defaultdict(list)
         self.forever: set[str] = set()
         self.requests: Counter[str] = Counter()
+        self.sent: Counter[str] = Counter()
         self.stopping = threading.Event()
         server = self
 
@@ -69,7 +93,18 @@ class Server:
         content = path.read_bytes()
         if callable(act):
             content = act(content)
+        if isinstance(act, str) and act.startswith("to "):
+            request.send_response(302)
+            request.send_header("Location", act.removeprefix("to "))
+            request.end_headers()
+            return
         request.send_response(200)
+        if act == "endless":
+            request.end_headers()
+            with contextlib.suppress(OSError):
+                while not self.stopping.is_set():
+                    self.sent[name] += request.wfile.write(bytes(1 << 16))
+            return
         odd = isinstance(act, str) and act.startswith("length ")
         length = act.removeprefix("length ") if odd else str(len(content))
         request.send_header("Content-Length", length)

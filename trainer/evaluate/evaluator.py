@@ -1,18 +1,22 @@
 """Accuracy of every domain's `in` and `out` split: integer counts, summed once, divided once."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shards import Batch, Decoder, ShardIndex, eval_transform, evaluation_loader
+from shards import Batch, Decoder, ShardIndex, finish_images, loader_transform
 from shards.randomness import Int64Array
 from shards.stream.bad_samples import check_unusable
-from shards.stream.evaluation import split_places
+from shards.stream.batches import BatchLoader
+from shards.stream.evaluation import EvaluationBatches, split_places
+from shards.stream.worker_faults import check_shared_memory
 from trainer.process.stopping import shielded
 from trainer.process.world import World
 
@@ -42,6 +46,8 @@ class Evaluator:
         losses: whether the loss is of interest beside the accuracy.
         note: is shown every batch's domain number, class numbers [b] and scores [b, C] on the
             device; by default nobody looks.
+        loaders: with processes that stay for the next evaluation, by the settings they serve;
+            shared by all that `replace` makes of this.
     """
 
     index: ShardIndex
@@ -59,6 +65,7 @@ class Evaluator:
     pause: Callable[[], None] = lambda: None
     losses: bool = False
     note: Callable[[int, Tensor, Tensor], object] | None = None
+    loaders: dict[Hashable, "Loading"] = field(default_factory=dict, repr=False)
 
     def domain_splits(self) -> list[DomainSplit]:
         """All splits of all domains."""
@@ -85,45 +92,67 @@ class Evaluator:
         """
         places = self.domain_splits() if places is None else places
         with evaluating(model):
-            local = [self._count(model, self.batches([model], *place)) for place in places]
+            local = self._count(model, places)
         counts: SplitCounts = {}
         losses: dict[DomainSplit, float] = {}
-        total = self.sum_over_ranks(torch.stack(local)).tolist()
+        total = self.sum_over_ranks(local).tolist()
         for place, (correct, number, unusable, loss) in zip(places, total, strict=True):
             self.check_usable(*place, int(unusable), int(number))
             counts[place] = (int(correct), int(number), int(unusable))
             losses[place] = loss / number if number else 0.0
         return counts, losses if self.losses else {}
 
-    def batches(self, models: Sequence[nn.Module], env: int, split: str) -> Iterator[Batch]:
-        """This rank's batches of one split, to be shown to `models`; a collective.
+    def batches(
+        self, models: Sequence[nn.Module], places: Sequence[DomainSplit]
+    ) -> Iterator[tuple[int, Batch]]:
+        """This rank's batches of some splits, to be shown to `models`; a collective.
 
+        Each comes with the number of its split among `places`; `images` brings it to the device.
         All ranks run it to its end, and each model's forward, which may be a collective of its own
         (ZeRO-3, all_to_all), equally often: a rank with a batch less shows a blank image instead.
 
         Raises `EvaluationBrokenOff`: `pause` ended it.
         """
-        loader = evaluation_loader(
-            self.index, env, split,  # type: ignore[arg-type]
-            trial_seed=self.trial_seed, holdout_fraction=self.holdout_fraction,
-            transform=eval_transform(self.data_config), rank=self.world.rank,
-            world_size=self.world.size, batch_size=self.batch_size, workers=self.workers,
-            pin_memory=self.device.type == "cuda", decoder=self.decoder,
+        loading = self._loading()
+        shares = [loading.batches.names(*place) for place in places]  # type: ignore[arg-type]
+        loading.wanted[:] = chain.from_iterable(names for names, _ in shares)
+        remaining = shielded(loading.loader)
+        for number, (names, most) in enumerate(shares):
+            for done in range(1, most + 1):
+                if done <= len(names):
+                    yield number, next(remaining)
+                else:
+                    size: Any = self.data_config["input_size"]
+                    blank = torch.zeros(1, *size, dtype=self.dtype, device=self.device)
+                    for model in models:
+                        model(blank)
+                if done % PAUSE_EVERY == 0:
+                    self.pause()
+            self.pause()
+
+    def images(self, batch: Batch) -> Tensor:
+        """The images of a batch on the device, normalised, as models take them."""
+        return finish_images(batch, self.device, self.data_config).to(self.dtype)
+
+    def _loading(self) -> "Loading":
+        settings = (
+            id(self.index), self.trial_seed, self.holdout_fraction, self.batch_size, self.workers,
+            self.world, self.decoder, repr(self.data_config),
         )  # fmt: skip
-        remaining = shielded(loader)
-        most = -(-len(self.ranks(env, split)) // self.world.size)
-        for done in range(1, -(-most // self.batch_size) + 1):
-            batch = next(remaining, None)
-            if batch is not None:
-                yield batch
-            else:
-                size: Any = self.data_config["input_size"]
-                blank = torch.zeros(1, *size, dtype=self.dtype, device=self.device)
-                for model in models:
-                    model(blank)
-            if done % PAUSE_EVERY == 0:
-                self.pause()
-        self.pause()
+        if settings not in self.loaders:
+            side: Any = self.data_config["input_size"]
+            images = self.batch_size * math.prod(side)
+            check_shared_memory(images, self.workers, self.world.local_size)
+            batches = EvaluationBatches(
+                self.index, self.trial_seed, self.holdout_fraction,
+                loader_transform(self.data_config, "none"), self.world.rank, self.world.size,
+                self.batch_size, self.decoder,
+            )  # fmt: skip
+            wanted: list[object] = []
+            pinned = self.device.type == "cuda"
+            loader = batches.loader(wanted, self.workers, pinned, keep=True)
+            self.loaders[settings] = Loading(batches, wanted, loader)
+        return self.loaders[settings]
 
     def ranks(self, env: int, split: str) -> Int64Array:
         """The samples of a split, as ImageFolder ranks."""
@@ -137,11 +166,13 @@ class Evaluator:
         where = f"{self.index.domains[env]}/{split}"
         check_unusable(where, unusable, total, self.max_bad_fraction)
 
-    def _count(self, model: nn.Module, batches: Iterable[Batch]) -> Tensor:
-        """[4] float64: correct, all, unusable and summed loss, of this rank's share."""
-        counts = torch.zeros(4, dtype=torch.float64, device=self.device)  # whole up to 2^53
-        for batch in batches:
-            scores = model(batch.images.to(self.device, self.dtype, non_blocking=True))
+    def _count(self, model: nn.Module, places: Sequence[DomainSplit]) -> Tensor:
+        """[splits, 4] float64: correct, all, unusable, summed loss of this rank's shares."""
+        # whole up to 2^53
+        total = torch.zeros(len(places), 4, dtype=torch.float64, device=self.device)
+        for number, batch in self.batches([model], places):
+            counts = total[number]
+            scores = model(self.images(batch))
             labels = batch.labels.to(self.device, non_blocking=True)
             if self.note is not None:
                 self.note(int(batch.domains[0]), labels, scores)
@@ -150,7 +181,15 @@ class Evaluator:
             counts[2] += batch.substituted
             if self.losses:
                 counts[3] += F.cross_entropy(scores.float(), labels, reduction="sum")
-        return counts
+        return total
+
+
+class Loading(NamedTuple):
+    """A loader, the names of the batches that it will load next, and what they are names of."""
+
+    batches: EvaluationBatches
+    wanted: list[object]
+    loader: BatchLoader
 
 
 @contextmanager

@@ -59,8 +59,8 @@ def collect(
     times, labels = torch.zeros(2, number, dtype=torch.int64)
     logits, unusable = torch.zeros(len(models), number, len(evaluator.index.classes)), 0
     with evaluating(*models):
-        for batch in evaluator.batches(models, env, split):
-            images = batch.images.to(evaluator.device, evaluator.dtype)
+        for _, batch in evaluator.batches(models, [(env, split)]):
+            images = evaluator.images(batch)
             own = slice(batch.first_slot, batch.first_slot + len(batch.labels))
             for model, scores in zip(models, logits, strict=True):
                 scores[own] = model(images).float().cpu()

@@ -3,9 +3,12 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from shards.stream.mixing import DomainMix
+from shards.stream.worker_faults import check_shared_memory
 from trainer.config.run_config import RunConfig
+from trainer.process.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,3 +65,16 @@ def batch_arithmetic(
         evaluations=last // train.eval_every + 1 + (last % train.eval_every > 0),
         checkpoints=math.ceil(train.steps / config.checkpoint.every),
     )
+
+
+def check_prefetching(
+    config: RunConfig, world: World, global_batch: int, data_config: Mapping[str, Any]
+) -> None:
+    """Raises `DataConfigError` unless what loaders make ahead fits into the host's shared memory.
+
+    The loader of training and that of evaluations are alive at the same time.
+    """
+    train = config.train
+    images = global_batch // (world.size * train.accumulation) + train.eval_batch
+    size = images * math.prod(data_config["input_size"])  # a byte each
+    check_shared_memory(size, config.data.workers, world.local_size)

@@ -9,13 +9,13 @@ from torch import nn
 
 import moa
 from moa.files.reading import AdapterInfo
-from shards import Decoder, DomainStream, ShardIndex, loader_transform, open_shards, train_transform
+from shards import Decoder, DomainStream, ShardIndex, loader_transform, open_shards
 from shards.datasets import held_out_names
 from shards.stream.evaluation import Split, split_places
 from trainer.config import deepspeed_json
 from trainer.config.run_config import RunConfig
 from trainer.prepare.backbone import check_backbone, create_backbone, outline
-from trainer.prepare.batches import batch_arithmetic
+from trainer.prepare.batches import batch_arithmetic, check_prefetching
 from trainer.prepare.footprint import forward_only
 from trainer.prepare.provenance import origin_of
 from trainer.prepare.text_head import use_text_head
@@ -81,17 +81,20 @@ def build(config: RunConfig, world: World, problems: Sequence[str] = ()) -> Part
         if config.model.head_init == "text" and world.is_main:  # the engine hands out its head
             head = use_text_head(config, index, withheld, backbone)
         report = moa.inject(backbone.model, config.moa)
-    on_device = config.data.augment_on == "device"
-    make_transform = loader_transform if on_device else train_transform
+    loader = loader_transform(
+        backbone.data_config, config.data.resolved_augment(),
+        colours=config.data.augment_on == "loader",
+    )  # fmt: skip
     stream = DomainStream(
         index, sources=[n for n in range(len(index.domains)) if n not in withheld],
         batch_per_domain=settings.batch_per_domain, seed=settings.seed,
         trial_seed=settings.trial_seed, holdout_fraction=config.data.holdout_fraction,
         mode=config.data.order, window=config.data.order_window,
-        transform=make_transform(backbone.data_config, config.data.resolved_augment()),
+        transform=loader,
         decoder=Decoder(config.data.decode, config.data.truncated, config.data.max_pixels),
     )  # fmt: skip
     stream.check_world_size(world.size, settings.accumulation)
+    check_prefetching(config, world, stream.global_batch, backbone.data_config)
     _check_splits(config, index, withheld)
     bf16, images = settings.precision == "bf16", stream.global_batch
     resolved = deepspeed_json.resolve(config, world.size, images, bf16, report.trainable)

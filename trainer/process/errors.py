@@ -10,6 +10,7 @@ from moa.errors import AdapterError, MissingAdapterError, MoAConfigError
 from shards.errors import (
     DamagedDataError,
     DataConfigError,
+    LoaderKilledError,
     OutputError as OutputError,
     StorageError,
 )
@@ -79,6 +80,7 @@ EXIT_CODES: dict[type[Exception], int] = {
     CheckpointError: DAMAGED_DATA,
     DamagedDataError: DAMAGED_DATA,
     StorageError: FAILED,
+    LoaderKilledError: PEER_LOST,
     TrainingInvalidError: TRAINING_INVALID,
     OutputError: CANNOT_WRITE,
 }

@@ -5,9 +5,11 @@ each few batches of an evaluation make anyway, so all ranks stop at the same bou
 neither torch nor deepspeed: it has to be in place before they are.
 """
 
+import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,10 +18,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, get_args
 
-from trainer.process.errors import FAILED, RESUBMIT
+from trainer.process.errors import FAILED, PEER_LOST, RESUBMIT
 
 BLOCKED = 2.0
 """Seconds that a main thread has to notice a signal before training begins."""
+
+DATA_WAIT = 60.0
+"""Seconds that a process which got a signal in training waits for one batch, before it leaves."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 REASONS = (*(number.name for number in SIGNALS), "the time limit")
@@ -96,12 +101,32 @@ class Stopping:
         threading.Thread(target=self._unblock, args=(reading,), daemon=True).start()
 
     def _unblock(self, reading: int) -> None:
-        """Ends a process whose main thread waits for other ranks and runs no signal handler."""
+        """Ends a process whose main thread waits for other ranks and runs no signal handler.
+
+        In training it ends one whose data does not come, so that no boundary is ever reached.
+        """
+        leaving = False
         while number := os.read(reading, 1):
-            if number[0] in SIGNALS and not self.begun:
+            if number[0] in SIGNALS and self.begun and not leaving:
+                leaving = True
+                threading.Thread(target=self._leave_if_data_hangs, daemon=True).start()
+            elif number[0] in SIGNALS and not self.begun:
                 time.sleep(BLOCKED)
                 if self._before and not self.begun:
                     os._exit(RESUBMIT if self.is_main else FAILED)
+
+    def _leave_if_data_hangs(self) -> None:
+        """Ends the process once it has waited too long for a batch."""
+        while not any(time.monotonic() - since > DATA_WAIT for since in _waiting_since[:]):
+            time.sleep(min(1.0, DATA_WAIT / 10))
+            if not self._before:
+                return  # the run is over
+        sys.stderr.write(
+            f"error: a signal came, but no batch for {DATA_WAIT:.0f} s, so nothing more is saved; "
+            "the same command resumes from the last checkpoint\n"
+        )
+        sys.stderr.flush()
+        os._exit(PEER_LOST)
 
     def release(self) -> None:
         """Gives the signals back."""
@@ -194,22 +219,41 @@ class Stopping:
             raise EvaluationBrokenOff(self.reason)
 
 
+_waiting_since: list[float] = []
+"""When the main thread began to wait for a batch; empty while it does not."""
+
+
 def shielded(loader: Any) -> Iterator[Any]:
     """The batches of a torch loader whose worker processes outlive our signals.
 
     Ctrl-C, `scancel` and launchers send a signal to every process they find. Workers that died of
     it would take down the training process before it could save. They start at the first batch.
+
+    That one has died is told where the next batch is asked for: torch's own handler would raise it
+    wherever the main thread happens to be, in a save or a collective.
     """
     loader.worker_init_fn = shield_worker
-    batches = iter(loader)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # workers inherit it from birth
+    of_children = signal.getsignal(signal.SIGCHLD)
     try:
-        first = next(batches, None)
+        batches = iter(loader)
+        batch = _next(batches)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    if first is not None:
-        yield first
-        yield from batches
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, of_children or signal.SIG_DFL)
+    while batch is not None:
+        yield batch
+        batch = _next(batches)
+
+
+def _next(batches: Iterator[Any]) -> Any:
+    """The next batch, or None; notes meanwhile since when it is waited for."""
+    _waiting_since[:] = [time.monotonic()]
+    try:
+        return next(batches, None)
+    finally:
+        _waiting_since.clear()
 
 
 def shield_worker(_: int) -> None:
@@ -219,6 +263,8 @@ def shield_worker(_: int) -> None:
 
 
 def _obey_parent() -> None:
-    while True:
-        if signal.sigwaitinfo(SIGNALS).si_pid == os.getppid():
-            os._exit(0)
+    parent = multiprocessing.parent_process()  # the system's may be a server that forks for it
+    obeyed = os.getppid() if parent is None else parent.pid
+    while signal.sigwaitinfo(SIGNALS).si_pid != obeyed:
+        pass
+    os._exit(0)

@@ -246,6 +246,7 @@ def test_a_device_is_told_once_what_to_do_with_a_batch() -> None:
 def test_finishing_on_the_device_equals_the_loader(augment: str) -> None:
     whole = train_transform(DATA_CONFIG, augment)  # type: ignore[arg-type]
     half = loader_transform(DATA_CONFIG, augment)  # type: ignore[arg-type]
+    levels = loader_transform(DATA_CONFIG, augment, colours=True)  # type: ignore[arg-type]
     alone, images, draws = [], [], []
     for seed in range(60):
         image = decode_image(image_bytes(seed, "PNG", (40, 30)))
@@ -258,6 +259,12 @@ def test_finishing_on_the_device_equals_the_loader(augment: str) -> None:
         assert torch.equal(torch.rand(1), after), "both draw equally often"
         images.append(made.image)
         draws.append(made.draw)
+        for pixels in (image, Image.fromarray(image.permute(1, 2, 0).numpy())):
+            torch.manual_seed(seed)
+            there, left = levels(pixels)
+            assert (there.dtype, len(left)) == (torch.uint8, 0)
+            torch.manual_seed(seed)
+            assert torch.equal(finish_batch(there[None], left[None], DATA_CONFIG)[0], whole(pixels))
     result = finish_batch(torch.stack(images), torch.stack(draws), DATA_CONFIG)
     assert result.dtype == torch.float32
     difference = (result - torch.stack(alone)).abs() * 255 * 0.2  # in grey levels, or less

@@ -136,7 +136,7 @@ def test_silence_ends_within_the_deadline(cloud: type[Cloud], tmp_path: Path) ->
     assert time.monotonic() - started < 20
 
 
-def test_a_file_cut_short_is_found(
+def test_a_file_of_another_length_is_found(
     local: ShardIndex, cloud: type[Cloud], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = ShardIndex.load("cloud://b/set", remote_config(tmp_path / "cache", retries=1))
@@ -144,6 +144,9 @@ def test_a_file_cut_short_is_found(
     monkeypatch.setattr(cloud, "folder", tmp_path)
     shard = [info.file for info in index.shards].index(SHARD)
     with pytest.raises(DamagedDataError, match=r"bytes 700, the index promises \d+ \(2 attempts\)"):
+        index.reader.read(shard, 0, 1)
+    (tmp_path / SHARD).write_bytes(bytes(10**6))
+    with pytest.raises(DamagedDataError, match=r"gives more than \d+ bytes \(2 attempts\)"):
         index.reader.read(shard, 0, 1)
 
 

@@ -13,7 +13,7 @@ from shards.errors import DataConfigError, StorageError
 from shards.read.index import ShardIndex
 from shards.read.node_cache import NodeCache
 from tests.support.shards_fixtures import damage, make_set
-from tests.support.shards_server import Server, remote_config
+from tests.support.shards_server import Server, node_cache, remote_config
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +40,11 @@ def test_room_that_others_are_filling_is_waited_for(tmp_path: Path) -> None:
         ten_bytes(path)
 
     def have(number: int) -> bool:
-        return NodeCache(tmp_path, "set", 45).obtain(f"{number}.tar", 10, slowly)
+        return node_cache(tmp_path, 45).obtain(f"{number}.tar", 10, slowly)
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(have, range(8))) == [True] * 8
-    assert len(list(tmp_path.glob("set/*.tar"))) == 4
+    assert len(list(tmp_path.glob("*/*.tar"))) == 4
 
 
 def test_a_cache_can_be_opened_by_many_at_the_same_time(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_a_cache_can_be_opened_by_many_at_the_same_time(tmp_path: Path) -> None:
 
 
 def test_others_that_get_nowhere_end_the_wait(tmp_path: Path) -> None:
-    cache = NodeCache(tmp_path, "set", 25, patience=0.3)
+    cache = node_cache(tmp_path, 25, patience=0.3)
     assert cache.obtain("kept.tar", 10, ten_bytes)
     ten_bytes(cache.path("a.tar.partial"))
     ten_bytes(cache.path("b.tar.partial"))
@@ -68,11 +68,35 @@ def test_others_that_get_nowhere_end_the_wait(tmp_path: Path) -> None:
 
 
 def test_a_file_larger_than_the_cache_costs_nothing(tmp_path: Path) -> None:
-    cache = NodeCache(tmp_path, "set", 25)
+    cache = node_cache(tmp_path, 25)
     assert cache.obtain("kept.tar", 10, ten_bytes)
     with pytest.raises(DataConfigError, match=r"data\.cache_gib = .* no room for a\.tar \(26 "):
         cache.obtain("a.tar", 26, ten_bytes)
     assert cache.holds("kept.tar")
+
+
+def test_only_what_a_cache_wrote_is_counted_and_deleted(
+    server: Server, local: ShardIndex, tmp_path: Path
+) -> None:
+    """In a folder with the user's own shards, and a cache of the same make beside them."""
+    other = node_cache(tmp_path, 10**9)
+    assert other.obtain("a.tar", 10, ten_bytes)
+    theirs = [
+        tmp_path / "mine/own.tar", tmp_path / "mine/own.tar.partial", tmp_path / "index/0.tar",
+        tmp_path / ("0" * 32) / "a.tar", other.path("photos.tar"), tmp_path / "top.tar",
+        tmp_path / "set/folder-art-000000.tar",
+    ]  # fmt: skip
+    for path in theirs:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes(10**6))
+    for folder in (tmp_path / "set", tmp_path / ("0" * 32)):  # a set of one's own, and one renamed
+        (folder / "index.json").write_bytes((local.root / "index.json").read_bytes())
+    largest = max(shard.bytes for shard in local.shards)
+    index = ShardIndex.load(server.url, remote_config(tmp_path, largest))
+    found = [index.read(env, place) for env in range(2) for place in range(18)]
+    assert found == [local.read(env, place) for env in range(2) for place in range(18)]
+    assert all(path.stat().st_size == 10**6 for path in theirs)
+    assert not other.holds("a.tar"), "the caches share the bound"
 
 
 def test_a_passing_file_goes_first_only_when_it_is_open(

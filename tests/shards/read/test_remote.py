@@ -1,10 +1,8 @@
 """Shard sets on a server or behind a command: the same data, through a bounded cache."""
 
 import errno
-import json
 import multiprocessing
 import os
-import shutil
 import ssl
 import time
 from collections.abc import Iterator
@@ -18,11 +16,10 @@ from shards.config import DataConfig
 from shards.errors import DamagedDataError, DataConfigError, OutputError, StorageError
 from shards.read.download import file_url
 from shards.read.index import ShardIndex
-from shards.read.node_cache import NodeCache
 from shards.read.retry import fetch
 from shards.write.verify import verify_shards
 from tests.support.shards_fixtures import assert_equal, collect, damage, make_set, stream_of
-from tests.support.shards_server import Server, remote_config
+from tests.support.shards_server import Server, node_cache, remote_config
 
 SHARD = "folder-art-000001.tar"
 WINDOW = {"mode": "window", "window": 1}
@@ -164,7 +161,7 @@ def test_the_next_window_is_fetched_before_it_is_read(
 
 
 def test_passing_files_go_first_and_live_ones_last(tmp_path: Path) -> None:
-    cache = NodeCache(tmp_path, "set", 50)
+    cache = node_cache(tmp_path, 50)
 
     def have(file: str) -> None:
         assert cache.obtain(file, 10, lambda path: path.write_bytes(bytes(10)))
@@ -186,7 +183,7 @@ def test_passing_files_go_first_and_live_ones_last(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_left_is_no_obstacle(tmp_path: Path) -> None:
-    cache = NodeCache(tmp_path, "set", 20)
+    cache = node_cache(tmp_path, 20)
     cache.path("a.tar.partial").write_bytes(bytes(15))
     assert cache.obtain("b.tar", 10, lambda path: path.write_bytes(bytes(10)))
     assert not cache.path("a.tar.partial").exists()
@@ -326,6 +323,34 @@ def test_a_stall_ends_within_the_deadline(server: Server, tmp_path: Path) -> Non
     assert time.monotonic() - started < 20, "the server would stay silent for longer"
 
 
+@pytest.mark.parametrize("name", ["index.json", "folder-art.npy", SHARD])
+def test_no_more_is_taken_than_was_promised(
+    local: ShardIndex, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("shards.read.remote.INDEX_LIMIT", 100_000)
+    most = max(100_000, (local.root / name).stat().st_size)
+    endless = f"pipe:cat {local.root}/{{}}; case {{}} in {name}) cat /dev/zero;; esac"
+    server.script[name] = ["endless"]
+    server.forever.add(name)
+    for number, root in enumerate((server.url, endless)):
+        cache = tmp_path / str(number)
+        with pytest.raises(DamagedDataError, match=r"gives more than \d+ bytes \(2 attempts\)"):
+            list(stream_of(ShardIndex.load(root, remote_config(cache, retries=1))).loader(0, 9))
+        assert all(path.stat().st_size <= most for path in cache.rglob("*"))
+    assert server.sent[name] < 2 * most + 64 * 2**20, "the connection was closed"
+
+
+@pytest.mark.parametrize(
+    "target", ["ftp://127.0.0.1/x", "file:///etc/hostname", "data:,x", "gopher:x"]
+)
+def test_web_servers_lead_to_web_servers_alone(server: Server, tmp_path: Path, target: str) -> None:
+    server.script["index.json"] = [f"to {target}"]
+    with pytest.raises(StorageError, match=r"HTTP status 302 \(.*\)\) in 1 attempt"):
+        ShardIndex.load(server.url, remote_config(tmp_path))
+    server.script["index.json"] = [f"to {server.url.replace('one', 'two')}/index.json"]
+    ShardIndex.load(server.url, remote_config(tmp_path))
+
+
 def test_nobody_listens(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"Connection refused.* in 2 attempts"):
         ShardIndex.load("http://127.0.0.1:9/x", remote_config(tmp_path, retries=1))
@@ -383,7 +408,7 @@ def test_full_disk_is_an_output_error(local: ShardIndex, name: str) -> None:
 
 
 def test_whatever_the_cache_cannot_write_is_an_output_error(tmp_path: Path) -> None:
-    cache = NodeCache(tmp_path, "set", 1000)
+    cache = node_cache(tmp_path, 1000)
 
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -391,7 +416,7 @@ def test_whatever_the_cache_cannot_write_is_an_output_error(tmp_path: Path) -> N
     def silent(path: Path) -> None:
         raise StorageError("the server is silent")
 
-    with pytest.raises(OutputError, match=r"cannot write .*/set/a.tar \(No space left on device\)"):
+    with pytest.raises(OutputError, match=r"cannot write .*/a.tar \(No space left on device\)"):
         cache.obtain("a.tar", 10, full)
     with pytest.raises(StorageError, match="the server is silent"):
         cache.obtain("a.tar", 10, silent)
@@ -452,16 +477,6 @@ def test_secrets_in_roots_are_not_told(server: Server, tmp_path: Path) -> None:
         assert "secret" not in str(caught.value)
     (problem,) = DataConfig(root="http://host/set?sig=secret").problems()
     assert "secret" not in problem
-
-
-@pytest.mark.parametrize("name", ["../../x.tar", "a b.tar", "$(x).tar", "-f.tar", ".tar", "a/b"])
-def test_file_names_that_are_more_than_names(local: ShardIndex, tmp_path: Path, name: str) -> None:
-    folder = shutil.copytree(local.root, tmp_path / "set")
-    content = json.loads((folder / "index.json").read_text())
-    content["shards"][1]["file"] = name
-    (folder / "index.json").write_text(json.dumps(content))
-    with pytest.raises(DamagedDataError, match="is no file name of a shard set"):
-        ShardIndex.load(folder.as_uri(), remote_config(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("text", ["", "<html>", "[]", '{"shards": [{}]}'])

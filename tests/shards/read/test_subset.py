@@ -149,7 +149,7 @@ def test_entries_that_name_nothing(
     subset = read_subset(index, write("art-0000002", *wrong), None)
     assert subset is not None
     assert sum(int((~kept).sum()) for kept in subset.kept) == 1
-    assert "data.exclude_list: 5 of 6 entries name no sample of the set (art-" in caplog.text
+    assert "data.exclude_list: 5 of 6 entries name no sample of the set ('art-" in caplog.text
     with pytest.raises(DataConfigError, match=r"names no sample of .*keys such as 'art-0000000'"):
         read_subset(index, None, write(*wrong))
     with pytest.raises(DataConfigError, match="names no sample"):

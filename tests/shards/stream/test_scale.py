@@ -5,6 +5,7 @@ Run as a program, it reports times and memory for any size, for example 10,000,0
 
 import hashlib
 import json
+import os
 import pickle
 import sys
 import tempfile
@@ -35,7 +36,7 @@ PER_SHARD = 1000
 
 
 def make_large(folder: Path, samples: int) -> ShardIndex:
-    """An index of that many samples, with empty files for shards."""
+    """An index of that many samples, with files full of holes for shards."""
     shards: list[ShardInfo] = []
     infos = []
     for name, share in zip(DOMAINS, SHARE, strict=True):
@@ -59,8 +60,10 @@ def make_large(folder: Path, samples: int) -> ShardIndex:
         )
         for number in range(-(-num // PER_SHARD)):
             file = f"large-{name}-{number:06d}.tar"
+            size = (PER_SHARD + 1) * 65536
             (folder / file).touch()
-            shards.append(ShardInfo(file=file, samples=PER_SHARD, bytes=0, sha256="0" * 64))
+            os.truncate(folder / file, size)  # takes no space
+            shards.append(ShardInfo(file=file, samples=PER_SHARD, bytes=size, sha256="0" * 64))
     content = {
         "format_version": FORMAT_VERSION,
         "dataset": "large",

@@ -155,6 +155,16 @@ def test_colours_on_the_device_equal_colours_in_the_loader(index: ShardIndex, wo
     assert (difference > 0.01).float().mean() < 0.001, "only where a rounding falls the other way"
 
 
+def test_batches_travel_as_bytes_in_shared_memory(index: ShardIndex) -> None:
+    levels = stream_of(index, transform=loader_transform(DATA_CONFIG, "domainbed", colours=True))
+    whole = collect(stream_of(index), 0, 3)
+    for expected, batch in zip(whole, levels.loader(0, 3, workers=1), strict=True):
+        assert batch.images.nbytes == len(batch.labels) * 3 * 24 * 24
+        assert batch.images.is_shared()
+        images = finish_images(batch, torch.device("cpu"), DATA_CONFIG)
+        assert torch.equal(images, expected[0]), "bit for bit"
+
+
 def test_batches_of_the_loader_are_finished(index: ShardIndex) -> None:
     (batch,) = stream_of(index).loader(0, 1)
     assert finish_images(batch, torch.device("cpu"), DATA_CONFIG) is batch.images

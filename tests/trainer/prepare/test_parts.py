@@ -285,12 +285,12 @@ def test_batches_for_a_gpu_are_pinned(
     trainer.stream = SimpleNamespace(loader=asked)  # type: ignore[assignment]
     with pytest.raises(Asked, match=str(pinned)):
         trainer.train(None)
-    monkeypatch.setattr("trainer.evaluate.evaluator.evaluation_loader", asked)
-    monkeypatch.setattr("trainer.evaluate.evaluator.eval_transform", dict)
-    index: Any = None
+    monkeypatch.setattr("shards.stream.evaluation.BatchLoader", asked)
+    index: Any = SimpleNamespace(reported=set())
+    size: dict[str, Any] = {"input_size": (3, 8, 8), "mean": (0, 0, 0), "std": (1, 1, 1)}
     evaluator = Evaluator(
-        index=index, data_config={}, trial_seed=0, holdout_fraction=0.2, batch_size=1, workers=0,
+        index=index, data_config=size, trial_seed=0, holdout_fraction=0.2, batch_size=1, workers=0,
         world=ALONE, device=torch.device(device), dtype=torch.float32, sum_over_ranks=torch.clone,
     )  # fmt: skip
     with pytest.raises(Asked, match=str(pinned)):
-        next(evaluator.batches([], 0, "in"))
+        next(evaluator.batches([], [(0, "in")]))

@@ -7,13 +7,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
 from shards import DataConfig, DomainStream, open_shards
@@ -314,6 +316,60 @@ def test_loader_workers_survive_signals_but_not_their_parent() -> None:
             subprocess.run(["kill", f"-{number.value}", str(worker.pid)], check=True)
     seen += [int(batch) for batch in batches]
     assert seen == list(range(64))
+
+
+def test_a_signal_ends_a_process_whose_data_does_not_come(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codes, left = [], threading.Event()
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        left.set()
+
+    class Stuck:
+        def __iter__(self) -> Iterator[int]:
+            yield 1
+            assert left.wait(PATIENCE)
+
+    monkeypatch.setattr("trainer.process.stopping.DATA_WAIT", 0.2)
+    monkeypatch.setattr(os, "_exit", leave)
+    stopping = Stopping(is_main=True)
+    stopping.listen()
+    try:
+        stopping.begin(list)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert list(shielded(Stuck())) == [1]
+    finally:
+        stopping.release()
+    assert codes == [PEER_LOST]
+    assert "error: a signal came, but no batch for 0 s, so nothing more" in capsys.readouterr().err
+
+
+def test_a_killed_loader_process_is_told_where_the_next_batch_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    look = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(look, "__defaults__", (0.2,))  # seconds, for which torch has 5
+    stream = DomainStream(
+        open_shards(DataConfig()), sources=range(5), batch_per_domain=2, seed=3, trial_seed=0,
+        transform=lambda pixels: pixels,  # type: ignore[arg-type, return-value]
+    )  # fmt: skip
+
+    def train() -> None:
+        batches = shielded(stream.loader(0, 50, workers=2))
+        next(batches)
+        victim = min(psutil.Process().children(), key=lambda process: process.pid)
+        victim.kill()
+        time.sleep(0.3)  # here torch would raise: in the middle of a step
+        capsys.readouterr()
+        list(batches)
+
+    assert conclude(train, World(0, 1, 0, 1)) == PEER_LOST
+    error = capsys.readouterr().err
+    assert error.startswith("error: data.workers = 2: loader process ")
+    assert "was killed by SIGKILL; a machine that runs out of memory does that" in error
+    assert "Traceback" not in error
 
 
 @pytest.fixture
