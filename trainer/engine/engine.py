@@ -14,9 +14,10 @@ import moa
 from moa.layers.layer import moa_layers
 from trainer.checkpoint.checkpoint import Checkpoint
 from trainer.config.run_config import OptimConfig
-from trainer.engine.collectives import device_of
 from trainer.engine.zero_state import ZeroState
+from trainer.process.device import device_of
 from trainer.process.errors import CheckpointError, TrainingInvalidError
+from trainer.process.stopping import Stopped
 from trainer.process.world import World
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -66,6 +67,19 @@ class Engine(ZeroState):
         self.ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_json)
         self.dtype = next(model.parameters()).dtype
 
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Lets DeepSpeed let go of the model after the block, where all ranks end it alike.
+
+        After an error it would wait for collectives that perhaps never end.
+        """
+        try:
+            yield
+        except Stopped:
+            self.ds.destroy()
+            raise
+        self.ds.destroy()
+
     def grad_norm(self) -> float:
         """Norm of the global gradient of the last update, before clipping."""
         return float(self.ds.get_global_grad_norm() or 0.0)
@@ -114,7 +128,7 @@ def _partition(model: nn.Module, ds_json: dict[str, Any], device: torch.device) 
         if len(own._parameters):
             deepspeed.zero.Init(module=own, config_dict_or_path=ds_json)
         for name, buffer in module.named_buffers(recurse=False):
-            value = buffer.to(device, dtype if buffer.is_floating_point() else buffer.dtype)
+            value = buffer.to(device)  # in its own dtype, as in the other stages
             dist.broadcast(value, 0)
             setattr(module, name, value)
     for _, layer in moa_layers(model):
