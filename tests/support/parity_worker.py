@@ -168,6 +168,7 @@ def under_engine(config: RunConfig) -> dict[str, Any]:
     """The product's own engine and training step."""
     world = world_from_environment()
     parts = stirred(build(config, world))
+    held = sum(p.numel() for p in parts.model.parameters() if not p.is_meta)
     parts.model.register_buffer(BUFFER, torch.tensor([1.001]))  # as EVA's rotary tables
     ready = Engine(parts.model, config.optim, parts.ds_json, world, config.moa, parts.tokens(world))
     trainer = Trainer(parts, world, ready, None, None, {})  # type: ignore[arg-type]
@@ -180,6 +181,7 @@ def under_engine(config: RunConfig) -> dict[str, Any]:
         trainer.step = step + 1
         rows.append({key: row[key] for key in ("loss", "grad_norm")})
     return {
+        "held_elsewhere": collectives.sum_numbers([held * (not world.is_main)], ready.device)[0],
         "reductions": reductions,
         "deadlines": shortest_timeout() / DEADLINE,
         "buffer": float(ready.module.get_buffer(BUFFER)),

@@ -121,7 +121,8 @@ class Watchdog:
             yield
         except Exception as found:
             error = found
-            if exit_code(found) is None and isinstance(found, RuntimeError):
+            own = "OutOfMemory" in type(found).__name__  # torch's, which is not imported here
+            if exit_code(found) is None and isinstance(found, RuntimeError) and not own:
                 error = self._lost() or found
             if error is found:
                 raise

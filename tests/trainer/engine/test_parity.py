@@ -192,6 +192,7 @@ def test_matrix(world: int, references: dict[str, Any], tmp_path: Path) -> None:
     for name in (c["name"] for c in cases):
         assert (found[name]["resident"] == 0) == name.startswith(SPREAD), name
         assert found[name]["restored"], name
+        assert found[name]["held_elsewhere"] == 0, "one process reads the weights"
         assert found[name]["deadlines"] > 3, "the watchdog speaks before NCCL"
         assert found[name]["buffer"] == pytest.approx(1.001, abs=1e-6), "not rounded to bf16"
         reduced = found[name]["reductions"]

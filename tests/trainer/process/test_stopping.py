@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
 from shards import DataConfig, DomainStream, open_shards
@@ -401,7 +402,8 @@ def test_an_error_of_one_rank_is_told_and_counts_for_the_others(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(DamagedDataError("a.tar: bad"), DAMAGED_DATA), (KeyError("x"), FAILED)]
+    ("error", "code"),
+    [(DamagedDataError("a.tar: bad"), DAMAGED_DATA), (torch.OutOfMemoryError("a GPU's"), FAILED)],
 )
 def test_a_rank_that_waits_for_one_that_failed_leaves_with_its_code(
     error: Exception, code: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
