@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 from trainer.process.errors import FAILED, FINISHED, RESUBMIT, OutputError, exit_code
@@ -71,8 +72,9 @@ def leave(code: int) -> NoReturn:
     abort of it: 134 in place of a code that a launcher acts on.
     """
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # nobody reads it any more
+            stream.flush()
     os._exit(code)
 
 
