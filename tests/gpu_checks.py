@@ -1,9 +1,15 @@
-"""What only a GPU can show: `make test-gpu` runs it, and it fails where there is none."""
+"""What only a GPU can show: `make test-gpu` runs it, and it fails where there is none.
+
+The first line of each check is the sentence of docs/gpus.md that it proves.
+"""
 
 import copy
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +21,8 @@ from torch.nn import functional as F
 
 import moa
 from moa.layers import precision
-from tests.support.trainer_fixtures import arguments, launch, rows
+from tests.support import warm
+from tests.support.trainer_fixtures import RUN, arguments, environment, launch, launch_anew, rows
 from trainer.bench.step import _compile_blocks
 
 assert torch.cuda.is_available(), "torch finds no GPU, which these checks are about"
@@ -50,6 +57,7 @@ def value_and_gradients(layer: moa.MoALinear, x: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("images", [4, 1400], ids=["few", "beyond 65,535 tokens"])
 def test_a_layer_computes_what_a_cpu_does(method: str, images: int) -> None:
+    """A layer computes what a CPU does, beyond 65,535 tokens, too."""
     layer = make_layer(method)
     x = torch.randn(images, 50, 64)
     on_gpu = value_and_gradients(copy.deepcopy(layer).to(GPU), x)
@@ -64,7 +72,10 @@ def test_a_layer_computes_what_a_cpu_does(method: str, images: int) -> None:
 
 @pytest.mark.parametrize("method", ["moa_lora", "moa_kron"])
 def test_bf16_routes_in_fp32(method: str) -> None:
-    """Gates are those of the rounded numbers in float64, not of rounded sums."""
+    """In bf16 the gates are those of exact products.
+
+    Of the rounded numbers in float64, not of rounded sums.
+    """
     layer = make_layer(method, 256, 64).to(torch.bfloat16)
     x = torch.randn(8, 100, 256).bfloat16()
     gates: dict[str, Tensor] = {}
@@ -79,6 +90,7 @@ def test_bf16_routes_in_fp32(method: str) -> None:
 
 
 def test_products_of_bf16_factors_are_wide() -> None:
+    """Products of bf16 factors are rounded only at their end."""
     torch.manual_seed(0)
     x, weight = torch.randn(3000, 512).bfloat16(), torch.randn(48, 512).bfloat16()
     gradient = torch.randn(3000, 48)
@@ -101,6 +113,7 @@ def test_products_of_bf16_factors_are_wide() -> None:
 @pytest.mark.parametrize("method", ["moa_lora", "moa_kron"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_blocks_train_alike(method: str, checkpointing: bool) -> None:
+    """Compiled blocks train as others do."""
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", num_classes=10)
     model.set_grad_checkpointing(checkpointing)
@@ -175,6 +188,7 @@ def losses(folder: Path) -> list[float]:
     ],
 )  # fmt: skip
 def test_runs_train_alike(runs: Path, name: str, other: str, tolerance: float) -> None:
+    """Runs under every JSON file train as a run on a CPU does, fp32 without TF32."""
     found, expected = losses(runs / name), losses(runs / other)
     assert len(found) == 13
     assert found == pytest.approx(expected, rel=tolerance)
@@ -182,7 +196,10 @@ def test_runs_train_alike(runs: Path, name: str, other: str, tolerance: float) -
 
 @pytest.mark.parametrize("name", ["gpu", "bf16"])
 def test_a_run_resumes(runs: Path, tmp_path: Path, name: str) -> None:
-    """The second half of a run of 13 steps after its first 6, against the run in one piece."""
+    """A run resumes to the numbers of an uninterrupted one.
+
+    The second half of a run of 13 steps after its first 6, against the run in one piece.
+    """
     changes = {"train__precision": RUNS[name][0].get("train__precision", "fp32")}
     for steps in ("7", "13"):
         ended = launch(
@@ -194,6 +211,7 @@ def test_a_run_resumes(runs: Path, tmp_path: Path, name: str) -> None:
 
 
 def test_an_adapter_evaluates_as_its_run_did(runs: Path) -> None:
+    """An adapter evaluates as its run did."""
     adapter = runs / "gpu" / "adapter"
     ended = subprocess.run(
         [sys.executable, "-m", "trainer.evaluate", "--adapter", str(adapter), "--json"],
@@ -205,3 +223,41 @@ def test_an_adapter_evaluates_as_its_run_did(runs: Path) -> None:
     assert {key: found[key] for key in found if key.endswith("_acc")} == {
         key: saved[key] for key in found if key.endswith("_acc")
     }
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero2_offload", "zero3", "zero3_offload"])
+def test_a_signal_ends_a_run_with_its_code(tmp_path: Path, name: str) -> None:
+    """A signal ends a run with 75, also where an offloaded optimizer has pinned memory."""
+    output, log = tmp_path / "run", tmp_path / "log.txt"
+    command = arguments(output, train__steps="2000", ds_config=f"ds_configs/{name}.json")
+    run = warm.Started((RUN, *command), log, log, environment())
+    while run.poll() is None and not (output / "metrics.jsonl").exists():
+        time.sleep(0.1)
+    run.send_signal(signal.SIGUSR1)
+    assert run.wait(300) == 75, log.read_text()[-3000:]
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3_offload"])
+def test_a_loss_that_is_not_finite_ends_a_run_with_its_code(tmp_path: Path, name: str) -> None:
+    """A loss that is not finite ends a run with 70."""
+    changes = {"optim__lr": "1e30", "ds_config": f"ds_configs/{name}.json"}
+    assert launch(*arguments(tmp_path / "run", **changes)).returncode == 70
+
+
+def test_a_process_takes_the_one_device_it_is_shown(tmp_path: Path) -> None:
+    """A process that is shown one device of its own takes it, whatever its number on the host."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    told = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "3", "CUDA_VISIBLE_DEVICES": shown}
+    ended = launch(*arguments(tmp_path / "run"), **told)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    command = ("-m", "trainer.evaluate", "--adapter", str(tmp_path / "run" / "adapter"), "--json")
+    ended = warm.run(*command, env=environment(**told))
+    assert ended.returncode == 0, ended.stderr[-3000:]
+
+
+def test_an_image_that_turns_tf32_on_changes_nothing(runs: Path, tmp_path: Path) -> None:
+    """An image that turns TF32 on changes no number."""
+    command = arguments(tmp_path / "run", train__precision="fp32")
+    ended = launch_anew(*command, TORCH_ALLOW_TF32_CUBLAS_OVERRIDE="1")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert losses(tmp_path / "run") == pytest.approx(losses(runs / "gpu"), rel=1e-5)

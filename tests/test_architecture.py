@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "torch.distributed": {
         "trainer/engine/collectives.py",
         "trainer/engine/engine.py",
+        "trainer/engine/rendezvous.py",
         "trainer/engine/zero_state.py",
         "moa/parallel/expert_parallel.py",
         "moa/parallel/exchange.py",

@@ -1,5 +1,6 @@
 """What make removes, what it must not leave behind, and that `make test-gpu` would begin."""
 
+import ast
 import os
 import subprocess
 from importlib import import_module
@@ -39,6 +40,16 @@ def test_clean_keeps_the_results(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     assert make(tmp_path, "clean").returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
+
+
+def test_gpu_checks_are_the_documented_ones() -> None:
+    """Each begins with the sentence of docs/gpus.md that it proves."""
+    tree = ast.parse((ROOT / "tests" / "gpu_checks.py").read_text(encoding="utf-8"))
+    checks = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name[:5] == "test_"]
+    sentences = [(ast.get_docstring(check) or "").partition("\n")[0] for check in checks]
+    page = (ROOT / "docs" / "gpus.md").read_text(encoding="utf-8")
+    table = page.split("| sentence | passed |")[1].split("\n\n")[0]
+    assert sentences == [line.split(" | ")[0][2:] for line in table.splitlines()[2:]]
 
 
 def test_gpu_checks_stop_at_the_missing_gpu_and_nothing_else() -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from trainer.train.session import main  # noqa: E402  (needs the repaired path)
+from trainer.process.ending import leave  # noqa: E402  (needs the repaired path)
+from trainer.train.session import main  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

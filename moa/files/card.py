@@ -155,8 +155,8 @@ def _training(origin: Origin) -> str:
 ## Training
 
 {mean}Dataset {code(origin.shown_dataset)} (data hash {code(origin.data_hash)}),
-domain {withheld} held out, seed {origin.seed}. Trial seed {origin.trial_seed} splits every domain and holds
-{origin.holdout_fraction:g} of it back as `out` (split hash {code(origin.split_hash)}).
+domain {withheld} held out, seed {origin.seed}. Trial seed {origin.trial_seed} splits every domain
+and holds {origin.holdout_fraction:g} of it back as `out` (split hash {code(origin.split_hash)}).
 
 {block(origin.command, "bash")}
 

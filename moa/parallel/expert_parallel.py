@@ -192,6 +192,7 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         members: ExpertGroup = ctx.members
-        local = gradient.new_empty(ctx.length)
-        dist.reduce_scatter_tensor(local, gradient.contiguous(), group=members.group)
-        return local, None, None, None
+        local = torch.empty(ctx.length, device=gradient.device)
+        # In fp32, as all gradients: a sum over ranks shall not be rounded at each of them.
+        dist.reduce_scatter_tensor(local, gradient.float().contiguous(), group=members.group)
+        return local.to(gradient.dtype), None, None, None

@@ -10,7 +10,7 @@ import pytest
 from tests.support.docs_blocks import ROOT
 
 PAGES = ("troubleshooting.md", "slurm.md")
-ELSEWHERE = ("mpi4py", "sbatch: error", "invalid partition")
+ELSEWHERE = ("sbatch: error", "invalid partition")
 """Parts of messages that other programs print."""
 
 

@@ -15,7 +15,9 @@ from typing import Any, Literal
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import torch  # noqa: E402  (needs the repaired path, as in run.py)
+import deepspeed  # noqa: E402  (needs the repaired path, as in run.py)
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 import moa  # noqa: E402
@@ -31,6 +33,8 @@ from trainer.process.world import World, world_from_environment  # noqa: E402
 from trainer.train.loop import Trainer  # noqa: E402
 
 STEPS = 4
+DEADLINE = 1000.0
+BUFFER = "not_rounded"
 # An eps near the gradients' size: with a small one Adam divides every error of scale away.
 OPTIM = OptimConfig(name="adamw", lr=2e-3, eps=1e-2, weight_decay=0.1, clip=0.05)
 
@@ -126,20 +130,61 @@ def reference(config: RunConfig) -> dict[str, Any]:
     return {"rows": rows, "final": final | masters}
 
 
+class Reductions:
+    """Notes what is reduced over the ranks meanwhile: (name of the collective, dtype, numbers)."""
+
+    NAMES = ("all_reduce", "reduce", "reduce_scatter_tensor")
+
+    def __enter__(self) -> list[tuple[str, str, int]]:
+        seen: list[tuple[str, str, int]] = []
+        self.held = [(dist, name, getattr(dist, name)) for name in self.NAMES]
+        backend = deepspeed.comm.comm.cdb  # keeps one of them as it was at its start
+        self.held.append((backend, "reduce_scatter_function", backend.reduce_scatter_function))
+
+        def noting(name: str, real: Any) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                tensor = kwargs.get("tensor", kwargs.get("input", args[-1] if args else None))
+                seen.append((name, str(tensor.dtype).removeprefix("torch."), tensor.numel()))
+                return real(*args, **kwargs)
+
+            return call
+
+        for owner, name, real in self.held:
+            setattr(owner, name, noting(name, real))
+        return seen
+
+    def __exit__(self, *_: object) -> None:
+        for owner, name, real in self.held:
+            setattr(owner, name, real)
+
+
+def shortest_timeout() -> float:
+    """Seconds, of every group that there is, DeepSpeed's too."""
+    groups = [group._get_backend(torch.device("cpu")) for group in dist.distributed_c10d._pg_map]
+    return min(group.options._timeout.total_seconds() for group in groups)
+
+
 def under_engine(config: RunConfig) -> dict[str, Any]:
     """The product's own engine and training step."""
     world = world_from_environment()
     parts = stirred(build(config, world))
+    held = sum(p.numel() for p in parts.model.parameters() if not p.is_meta)
+    parts.model.register_buffer(BUFFER, torch.tensor([1.001]))  # as EVA's rotary tables
     ready = Engine(parts.model, config.optim, parts.ds_json, world, config.moa, parts.tokens(world))
     trainer = Trainer(parts, world, ready, None, None, {})  # type: ignore[arg-type]
     batches = iter(batches_of(parts, world, config.train.accumulation))
     ready.module.train()
     rows = []
     for step in range(STEPS):
-        row, _ = trainer.train_step(batches)
+        with Reductions() as reductions:
+            row, _ = trainer.train_step(batches)
         trainer.step = step + 1
         rows.append({key: row[key] for key in ("loss", "grad_norm")})
     return {
+        "held_elsewhere": collectives.sum_numbers([held * (not world.is_main)], ready.device)[0],
+        "reductions": reductions,
+        "deadlines": shortest_timeout() / DEADLINE,
+        "buffer": float(ready.module.get_buffer(BUFFER)),
         "rows": rows,
         "final": ready.masters(),
         "moments": ready.moments(),
@@ -212,7 +257,7 @@ def main(target: Path, cases: list[dict[str, Any]]) -> None:
     world = world_from_environment()
     results = {}
     if world.size > 1 or not all(case.get("reference") for case in cases):
-        collectives.start(world)
+        collectives.start(world, DEADLINE)
     for case in cases:
         config = run_config(**case["config"])
         if case.get("reference"):

@@ -5,15 +5,19 @@ import json
 import os
 import signal
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch  # noqa: E402  (needs the repaired path, as in run.py)
+import torch.distributed as dist  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
+from trainer.engine.engine import Engine  # noqa: E402
 from trainer.evaluate.evaluator import Evaluator  # noqa: E402
+from trainer.process.ending import leave  # noqa: E402
 from trainer.process.stopping import Stopping  # noqa: E402
 from trainer.train import loop, session  # noqa: E402
 
@@ -78,12 +82,32 @@ def signal_at_the_very_end() -> None:
     Evaluator.__call__ = call  # type: ignore[method-assign]
 
 
+def watch_the_end() -> None:
+    """Notes what of model and engine is left when the group goes, and which it is."""
+    made, build, destroy = [], Engine.__init__, dist.destroy_process_group
+
+    def noted(self: Engine, model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        build(self, model, *args, **kwargs)
+        made.extend(weakref.ref(part) for part in (model, self, self.ds))
+
+    def gone() -> None:
+        left = [type(part()).__name__ for part in made if part() is not None]
+        kept = f"{left or 'nothing'} of {len(made)} left"
+        sys.stderr.write(f"rank {RANK} leaves the group, with {kept}\n")
+        destroy()
+
+    Engine.__init__ = noted  # type: ignore[method-assign]
+    dist.destroy_process_group = gone
+
+
 FAULT = {
     "evaluation": signal_in_evaluation,
     "nonfinite": losses_not_finite,
     "closing": signal_at_the_very_end,
+    "none": lambda: None,
 }
 
 if __name__ == "__main__":
+    watch_the_end()
     FAULT[sys.argv[1]]()
-    sys.exit(session.main(sys.argv[2:]))
+    leave(session.main(sys.argv[2:]))

@@ -18,6 +18,7 @@ from trainer.config import deepspeed_json
 from trainer.config.run_config import ModelConfig, RunConfig, TrainConfig
 from trainer.monitor.efficiency import highest_resident, peak_gib
 from trainer.prepare.backbone import Backbone, create_backbone
+from trainer.process.device import device_of
 from trainer.process.world import ALONE
 
 
@@ -87,7 +88,7 @@ def _steps(case: Case, rounds: int) -> dict[str, float | str]:
 
     started = time.perf_counter()
     collectives.start(ALONE)
-    config, backbone, resolved = build(case, collectives.device_of(ALONE))
+    config, backbone, resolved = build(case, device_of(ALONE))
     ready = Engine(backbone.model, config.optim, resolved, ALONE, config.moa)
     before = ready.masters()
     moa.set_routing_position(ready.module, moa.RoutingPosition(0, 0, 0))

@@ -87,6 +87,8 @@ class RunFolder:
 
         `changes` are what `--checkpoint.allow_changes` let through so far.
         """
+        from trainer.process.device import tf32  # with torch, which reports do without
+
         text = yaml.safe_dump(as_plain(config), sort_keys=False)
         replace_text(self.path / "config.yaml", text)
         replace_text(self.path / "ds_config.json", json.dumps(ds_json, indent=2) + "\n")
@@ -95,6 +97,7 @@ class RunFolder:
             "packages": {name: version(name) for name in PACKAGES},
             "git_commit": git_commit(),
             "host": socket.gethostname(),
+            "tf32": tf32(),
             "command": [*map(without_secrets, sys.argv)],
             "changes_on_resume": list(changes),
         }

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,8 +19,12 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime import compiler
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
+from trainer.engine.rendezvous import meeting
+from trainer.process.device import use_device
 from trainer.process.errors import OutputError
+from trainer.process.watchdog import FIRST_STEP
 from trainer.process.world import World, export_world
 
 log = logging.getLogger(__name__)
@@ -29,27 +34,24 @@ OPERATORS = "TORCH_EXTENSIONS_DIR"
 """Environment variable: the folder of compiled operators."""
 ON_CPU = "deepspeed_shm_comm"
 """What DeepSpeed compiles to communicate on CPUs."""
+MEETING = 1800.0
+"""Seconds in which the processes of a command without a watchdog must have met."""
+UNENDING = timedelta(days=365)
+"""Where a watchdog looks after the collectives: a timeout of NCCL's own ends with an abort."""
 
 
-def device_of(world: World) -> torch.device:
-    """The device this process computes on."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", world.local_rank % torch.cuda.device_count())
-    return torch.device("cpu")
-
-
-def start(world: World) -> None:
+def start(world: World, deadline: float | None = None) -> None:
     """Joins the process group: NCCL on GPUs, gloo on CPUs.
 
-    On CPUs the cores are shared out among the processes of the host, unless OMP_NUM_THREADS says
-    otherwise: processes that each take every core only get into each other's way.
+    `deadline` are the seconds of `train.step_deadline`, if a watchdog keeps it; the processes must
+    meet in the time that it gives a first step. Then no group ends a collective by a timeout of its
+    own, none of those either that DeepSpeed makes.
+
+    Raises `ConfigError`: they cannot meet.
     """
-    device = device_of(world)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    elif world.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // world.local_size))
+    device = use_device(world)
+    share_cores(world)
+    os.environ.setdefault("NCCL_DEBUG", "WARN")
     prepare_operators(device.type == "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # torch 2.14 renamed collectives that DeepSpeed, and we for older releases, call at every step.
@@ -57,12 +59,32 @@ def start(world: World) -> None:
         "ignore", r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
     )
     _import_muon()
-    export_world(world)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if world.size == 1:  # alone it needs no port, which another program may take first
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    limit, timeout = MEETING, timedelta(seconds=MEETING)
+    if deadline is not None:
+        limit, timeout = FIRST_STEP * deadline, UNENDING
+        # What every later group takes that is made without a timeout, as DeepSpeed makes them.
+        distributed_c10d.default_pg_timeout = timeout
+        distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
+    with meeting(world, limit):
+        export_world(world)
+        if world.size == 1:  # alone it needs no port, which another program may take first
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
+        dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects the ranks only now
+
+
+def share_cores(world: World) -> None:
+    """Shares out the cores among the processes of the host, unless OMP_NUM_THREADS is set.
+
+    Processes that each take every core only get into each other's way, be it with an optimizer that
+    a GPU leaves to the CPU. Cores that SLURM gave to this task alone are its own.
+    """
+    if world.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0))
+        own = cores <= int(os.environ.get("SLURM_CPUS_PER_TASK", 0))
+        torch.set_num_threads(cores if own else max(1, cores // world.local_size))
 
 
 def prepare_operators(cpu: bool) -> None:
@@ -113,10 +135,7 @@ def _import_muon() -> None:
 
 
 def stop() -> None:
-    """Leaves the process group, after what is left of models has gone.
-
-    A GPU's pinned memory that only the interpreter's end frees can end the process with an abort.
-    """
+    """Leaves the process group, after what is left of models has gone."""
     gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -14,9 +14,10 @@ import moa
 from moa.layers.layer import moa_layers
 from trainer.checkpoint.checkpoint import Checkpoint
 from trainer.config.run_config import OptimConfig
-from trainer.engine.collectives import device_of
 from trainer.engine.zero_state import ZeroState
+from trainer.process.device import device_of
 from trainer.process.errors import CheckpointError, TrainingInvalidError
+from trainer.process.stopping import Stopped
 from trainer.process.world import World
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -47,10 +48,7 @@ class Engine(ZeroState):
         tokens: int = 1,
     ) -> None:
         self.module, self.device = model, device_of(world)
-        if ds_json["zero_optimization"]["stage"] == 3:
-            _partition(model, ds_json, self.device)
-        else:
-            model.to(self.device)
+        _spread(model, ds_json, self.device)
         if adapters.ep_size > 1:
             from moa.parallel.expert_parallel import ExpertParallel
 
@@ -65,6 +63,19 @@ class Engine(ZeroState):
         )
         self.ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_json)
         self.dtype = next(model.parameters()).dtype
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Lets DeepSpeed let go of the model after the block, where all ranks end it alike.
+
+        After an error it would wait for collectives that perhaps never end.
+        """
+        try:
+            yield
+        except Stopped:
+            self.ds.destroy()
+            raise
+        self.ds.destroy()
 
     def grad_norm(self) -> float:
         """Norm of the global gradient of the last update, before clipping."""
@@ -95,30 +106,36 @@ class Engine(ZeroState):
             )
 
 
-def _partition(model: nn.Module, ds_json: dict[str, Any], device: torch.device) -> None:
-    """Makes every parameter a ZeRO-3 one, module by module, with the main rank's values.
+def _spread(model: nn.Module, ds_json: dict[str, Any], device: torch.device) -> None:
+    """Gives every rank the main rank's values, module by module; at ZeRO-3 its part of them.
 
     Only the main rank holds the whole model, on its CPU; the others hold its outline on the meta
-    device, and at no time more than one module's own tensors beside their partitions.
+    device, and at no time more than one module's own tensors beside what they are to keep.
     """
+    sharded = ds_json["zero_optimization"]["stage"] == 3
     dtype = torch.bfloat16 if ds_json["bf16"]["enabled"] else torch.float32
     for module in model.modules():
         own = nn.Module()
         tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
         if any(tensor.is_meta for tensor in tensors):
-            module.to_empty(device="cpu", recurse=False)
+            module.to_empty(device="cpu" if sharded else device, recurse=False)
         for name, parameter in module.named_parameters(recurse=False):
-            if not hasattr(parameter, "ds_id"):
-                parameter.data = parameter.data.to(dtype)
+            if hasattr(parameter, "ds_id"):
+                continue
+            parameter.data = parameter.data.to(dtype)  # before it moves
+            if sharded:
                 own.register_parameter(name, parameter)
+            else:
+                parameter.data = parameter.data.to(device)
+                dist.broadcast(parameter.data, 0)
         if len(own._parameters):
             deepspeed.zero.Init(module=own, config_dict_or_path=ds_json)
         for name, buffer in module.named_buffers(recurse=False):
-            value = buffer.to(device, dtype if buffer.is_floating_point() else buffer.dtype)
+            value = buffer.to(device)  # in its own dtype, as DeepSpeed leaves it in other stages
             dist.broadcast(value, 0)
             setattr(module, name, value)
     for _, layer in moa_layers(model):
-        if layer.config.kronecker:  # the model's rule, used inside the layer's forward
+        if sharded and layer.config.kronecker:  # the model's rule, used inside the layer's forward
             for parameter in layer.rule.parameters():
                 deepspeed.zero.register_external_parameter(layer, parameter)
 

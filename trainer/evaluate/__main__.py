@@ -13,7 +13,7 @@ from pathlib import Path
 from shards.config import DataConfig
 from trainer.config.command_line import LAUNCHER_FLAGS, command_parser
 from trainer.evaluate.flags import add_shared_flags
-from trainer.process.ending import conclude
+from trainer.process.ending import conclude, leave
 from trainer.process.world import World, world_from_environment
 
 
@@ -63,6 +63,12 @@ def run(args: argparse.Namespace, world: World) -> None:
     found = evaluate(job, world, collectives.sum_over_ranks)
     if world.is_main:
         report(found, args)
+
+
+def leave_group() -> None:
+    """Leaves the processes' group, when nothing of the evaluation is left."""
+    from trainer.engine import collectives
+
     collectives.stop()
 
 
@@ -70,8 +76,9 @@ def main(argv: Sequence[str]) -> int:
     """Command line; returns the exit code."""
     args = parser().parse_args(argv)
     world = world_from_environment()
-    return conclude(lambda: run(args, world), world)
+    afterwards = leave_group if world.size > 1 else lambda: None
+    return conclude(lambda: run(args, world), world, afterwards=afterwards)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

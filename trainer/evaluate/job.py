@@ -26,6 +26,7 @@ from trainer.evaluate.members import (
 from trainer.evaluate.predictions import Figures, collect, figures_of
 from trainer.prepare.backbone import Backbone
 from trainer.prepare.provenance import shown_command
+from trainer.process.device import use_device
 from trainer.process.errors import ConfigError
 from trainer.process.world import World
 
@@ -123,7 +124,7 @@ def evaluate(
     data = job.data
     adapters = list(job.members) if {"each", ENSEMBLE} & set(job.combine) else []
     adapters += [] if job.soup is None else [job.soup]
-    device = torch.device(f"cuda:{world.local_rank}" if torch.cuda.is_available() else "cpu")
+    device = use_device(world)
     backbone_bytes = tensor_bytes(job.backbone.model)
     models = models_on(job.backbone.model, adapters).to(device)
     evaluator = Evaluator(

@@ -16,7 +16,7 @@ from typing import Any
 from trainer.checkpoint.atomic_file import replace_text
 from trainer.config.command_line import CommandParser
 from trainer.evaluate.flags import add_shared_flags
-from trainer.process.ending import conclude
+from trainer.process.ending import conclude, leave
 from trainer.process.errors import ConfigError, cannot_write
 from trainer.process.world import ALONE
 from trainer.tables import Table, output_console
@@ -118,4 +118,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

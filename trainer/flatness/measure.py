@@ -22,7 +22,9 @@ from trainer.flatness.surface import (
     slice_along,
     top_eigenvalues,
 )
+from trainer.process.device import use_device
 from trainer.process.errors import ConfigError
+from trainer.process.world import ALONE
 
 
 def members_and_samples(args: argparse.Namespace) -> tuple[list[Member], FixedImages]:
@@ -72,7 +74,7 @@ def _surface_of(member: Member, samples: FixedImages, args: argparse.Namespace) 
     """The loss around an adapter, in fp32, over the samples."""
     backbone = base_of(member, args.weights)
     (model,) = models_on(backbone.model, [member])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = use_device(ALONE)
     images, labels = samples.images.to(device), torch.tensor(samples.labels, device=device)
     batches = zip(torch.split(images, args.batch), torch.split(labels, args.batch), strict=True)
     return Surface(model.to(device), list(batches))

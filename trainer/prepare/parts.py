@@ -33,8 +33,8 @@ class Parts:
     withheld: tuple[int, ...]
     """Numbers of the domains that are not trained on; the first is the target."""
     model: nn.Module
-    """With adapters and head, on the CPU, fp32; under ZeRO-3 only its outline (meta device) on all
-    ranks but the main one."""
+    """With adapters and head, on the CPU, fp32; its outline (meta device) on all ranks but the main
+    one."""
     report: moa.InjectReport
     stream: DomainStream
     ds_json: dict[str, Any]
@@ -71,14 +71,14 @@ def build(config: RunConfig, world: World, problems: Sequence[str] = ()) -> Part
         ConfigError, MoAConfigError, DataConfigError: a setting that cannot work.
         DamagedDataError: the shard set is not what its index promises.
     """
-    config, index, withheld, sharded = _checked(config, world, [*problems])
+    config, index, withheld = _checked(config, world, [*problems])
     settings = config.train
     head: dict[str, Any] = {}
-    if sharded and not world.is_main:  # one process reads the weights and hands out their parts
+    if not world.is_main:  # one process reads and hashes the weights; the engine hands them out
         backbone, report = outline(config.model, config.moa, len(index.classes))
     else:
         backbone = create_backbone(config.model, len(index.classes), settings.seed)
-        if config.model.head_init == "text" and world.is_main:  # the engine hands out its head
+        if config.model.head_init == "text":
             head = use_text_head(config, index, withheld, backbone)
         report = moa.inject(backbone.model, config.moa)
     loader = loader_transform(
@@ -107,12 +107,12 @@ def build(config: RunConfig, world: World, problems: Sequence[str] = ()) -> Part
 
 def _checked(
     config: RunConfig, world: World, problems: list[str]
-) -> tuple[RunConfig, ShardIndex, tuple[int, ...], bool]:
+) -> tuple[RunConfig, ShardIndex, tuple[int, ...]]:
     """Finds every mistake that shows without weights, and tells all of them, one a line.
 
     Returns:
-        The configuration with everything filled in, the shard set, the numbers of the domains that
-        are not trained on, and whether ZeRO-3 shards the model.
+        The configuration with everything filled in, the shard set, and the numbers of the domains
+        that are not trained on.
     """
     with noted(problems):
         check_backbone(config.model)
@@ -131,7 +131,7 @@ def _checked(
         deepspeed_json.resolve(config, world.size, batches.global_batch, bf16)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys("\n".join(problems).splitlines())))
-    return config, index, withheld, sharded
+    return config, index, withheld
 
 
 def check_expert_parallel(adapters: moa.MoAConfig, processes: int, sharded: bool) -> None:

@@ -2,9 +2,13 @@
 
 import errno
 import logging
+import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
 
 from trainer.process.errors import FAILED, FINISHED, RESUBMIT, OutputError, exit_code
 from trainer.process.stopping import Stopped, Stopping
@@ -18,13 +22,20 @@ OTHERS_WAIT = 10.0
 that sees it end takes them down meanwhile."""
 
 
-def conclude(action: Callable[[], object], world: World, stopping: Stopping | None = None) -> int:
+def conclude(
+    action: Callable[[], object],
+    world: World,
+    stopping: Stopping | None = None,
+    afterwards: Callable[[], object] = lambda: None,
+) -> int:
     """Runs `action` and returns the exit code it ends with.
 
-    Errors that are the user's to mend become plain lines on stderr, once for all ranks. Launchers
-    end the ranks that still wait with a signal when they see the first one leave.
+    Errors that are the user's to mend become plain lines on stderr, once for all ranks; of others
+    the traceback. Launchers end the ranks that still wait with a signal when they see the first one
+    leave. Where all ranks end alike, `afterwards` is done when nothing that `action` held is left.
     """
     stopping = stopping or Stopping(world.is_main)
+    code = FINISHED
     try:
         action()
     except Stopped as stopped:
@@ -37,17 +48,34 @@ def conclude(action: Callable[[], object], world: World, stopping: Stopping | No
         stopping.settle()
         if world.is_main:
             logging.getLogger("trainer").warning("%s", stopped)
-        return RESUBMIT
+        if not stopping.begun:
+            return RESUBMIT
+        code = RESUBMIT
     except Exception as error:
         if isinstance(error, OSError) and error.errno in CANNOT_WRITE_ERRORS:
             error = OutputError(f"output_dir: cannot write ({error}); free space or give another")
-        code = exit_code(error)
-        stopping.leave_with(FAILED if code is None else code)
-        if code is None:
-            raise
+        told = exit_code(error)
+        stopping.leave_with(FAILED if told is None else told)
+        if told is None:
+            traceback.print_exc()
+            return FAILED
         report_error(error, world)
-        return code
-    return FINISHED
+        return told
+    afterwards()
+    return code
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process with this code, whatever is left in it.
+
+    The interpreter's own end frees what is left in any order, and a GPU's pinned memory can make an
+    abort of it: 134 in place of a code that a launcher acts on.
+    """
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)
 
 
 def report_error(error: Exception, world: World) -> None:

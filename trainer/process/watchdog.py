@@ -2,7 +2,9 @@
 
 A rank that hangs or died leaves the others waiting in a collective, possibly for ever. Each rank
 therefore notes where it is, a thread writes that to `heartbeats/` in the run folder, and when no
-rank has moved for the deadline each dumps its stacks and ends.
+rank has moved for the deadline each dumps its stacks and ends. A rank that an error ended leaves
+its last words in one more file there, and the others end with its exit code within seconds: where
+NCCL waits, nothing else would tell them.
 """
 
 import faulthandler
@@ -17,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from trainer.process.errors import PEER_LOST, PeerLostError, exit_code
+from trainer.process.errors import FAILED, PEER_LOST, PeerLostError, exit_code
 from trainer.process.world import World
 
 BUILDING, LOADING, COMPUTING = "building the engine", "loading data", "computing"
@@ -27,6 +29,9 @@ PHASES = (BUILDING, LOADING, COMPUTING, EVALUATING, SAVING)
 
 FIRST_STEP = 3
 """Times the deadline until the first step of a start is done: kernels compile, caches fill."""
+
+MOURNING = 5.0
+"""Seconds in which a rank may still come to the error of another by itself, as when all meet it."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ class Watchdog:
         self.first_step, self.quiet = step, 0.0
         self._place, self._moves, self._beats, self._moves_before = (step, BUILDING), 0, 0, 0
         self._reference: dict[int, Beat] = {}
+        self._mourned = 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -115,7 +121,8 @@ class Watchdog:
             yield
         except Exception as found:
             error = found
-            if exit_code(found) is None and isinstance(found, RuntimeError):
+            own = "OutOfMemory" in type(found).__name__  # torch's, which is not imported here
+            if exit_code(found) is None and isinstance(found, RuntimeError) and not own:
                 error = self._lost() or found
             if error is found:
                 raise
@@ -131,20 +138,27 @@ class Watchdog:
     def _path(self, rank: int) -> Path:
         return self.folder / "heartbeats" / f"rank-{rank:05d}.json"
 
+    @property
+    def _words(self) -> Path:
+        return self.folder / "heartbeats" / "error.json"
+
     def _beat(self, error: Exception | None = None) -> None:
         """Writes this rank's state; a file system that fails now and then does no harm."""
         self._beats += 1
         ended, code = "", None
         if error is not None and not isinstance(error, PeerLostError):
-            ended, code = f"{type(error).__name__}: {error}".splitlines()[0], exit_code(error)
+            ended = f"{type(error).__name__}: {error}".splitlines()[0]
+            code = FAILED if (told := exit_code(error)) is None else told
         self._own = Beat(
             self.world.rank, socket.gethostname(), os.getpid(), self._beats, self._moves,
             *self._place, ended, code,
         )  # fmt: skip
         path = self._path(self.world.rank)
         with suppress(OSError):
-            path.with_suffix(".tmp").write_text(json.dumps(asdict(self._own)), encoding="utf-8")
-            path.with_suffix(".tmp").replace(path)
+            # The first error gets one file more, which is cheap to look for.
+            for target in (path, self._words) if ended and not self._words.exists() else (path,):
+                path.with_suffix(".tmp").write_text(json.dumps(asdict(self._own)), encoding="utf-8")
+                path.with_suffix(".tmp").replace(target)
 
     def _all_beats(self) -> dict[int, Beat]:
         found = {}
@@ -166,8 +180,11 @@ class Watchdog:
         self._beat()
         if self._moves != self._moves_before:
             self._moves_before, self.quiet, self._reference = self._moves, 0.0, {}
+            self._mourned = 0.0
             return
         self.quiet += seconds
+        if self._words.exists():
+            self._mourn(seconds)
         warm = self._place[0] > self.first_step
         limit = self.deadline * (1 if warm else FIRST_STEP)
         if not self.deadline or self.quiet < limit / 2:
@@ -178,6 +195,22 @@ class Watchdog:
             self.quiet, self._reference = 0.0, {}  # others work: waiting for them is no hang
         elif self.quiet >= limit:
             self._give_up(limit, now)
+
+    def _mourn(self, seconds: float) -> None:
+        """Ends this process as the rank ended that left an error, unless it comes to that itself.
+
+        Nothing is lost: without that rank there is no checkpoint any more. What the main rank is
+        writing it may finish.
+        """
+        self._mourned += seconds
+        if self._mourned <= MOURNING * (FIRST_STEP if self._place[1] == SAVING else 1):
+            return
+        with suppress(OSError, ValueError, TypeError):
+            last = Beat(**json.loads(self._words.read_text(encoding="utf-8")))
+            if self.world.is_main:
+                sys.stderr.write(f"error: an error ended {last}\n")
+                sys.stderr.flush()
+            self.leave(FAILED if last.code is None else last.code)
 
     def _give_up(self, limit: float, now: dict[int, Beat]) -> None:
         """Dumps all stacks of this process, names the rank behind once for all ranks, and ends."""

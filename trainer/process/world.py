@@ -1,4 +1,4 @@
-"""Who am I among the processes: rank, world size and device, from whatever launched us.
+"""Who am I among the processes: rank and world size, from whatever launched us.
 
 Reads the environment only; starting the process group is `trainer.engine`'s business.
 """
@@ -56,4 +56,3 @@ def world_from_environment() -> World:
 def export_world(world: World) -> None:
     """Sets the variables that torch.distributed reads, for launchers that do not."""
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(world.rank), str(world.size)
-    os.environ["LOCAL_RANK"] = str(world.local_rank)

@@ -41,14 +41,15 @@ def train(
     watch = Watchdog(folder.path, world, parts.config.train.step_deadline, start.step)
     with watch.watching():
         trainer = assemble(parts, world, folder, start, stopping, watch)
-        with trainer.saves:
-            if world.is_main:
-                device = trainer.engine.device
-                with Monitor(parts, folder, world, device, start.step, console) as monitor:
-                    trainer.train(monitor)
-            else:
-                trainer.train(None)
-        trainer.validation.save_last(world.is_main)
+        with trainer.engine.closing():
+            with trainer.saves:
+                if world.is_main:
+                    device = trainer.engine.device
+                    with Monitor(parts, folder, world, device, start.step, console) as monitor:
+                        trainer.train(monitor)
+                else:
+                    trainer.train(None)
+            trainer.validation.save_last(world.is_main)
     if world.is_main:
         replace_text(folder.done, "done\n")
 

@@ -1,6 +1,6 @@
 """Images of the training stream that could not be used: counted over all ranks, and limited."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -29,15 +29,17 @@ class BadImages:
         """Adds what this rank met in one batch."""
         self._new += bad_samples.count_bad(bad, len(self.domains))
 
-    def end_step(
-        self, step: int, sum_over_ranks: Callable[[Tensor], Tensor], device: torch.device
-    ) -> None:
-        """Adds what all ranks met in a step; a collective.
+    def of_step(self) -> Tensor:
+        """What this rank met since the last step, flat, to be summed over the ranks."""
+        return self._new.flatten()
+
+    def end_step(self, step: int, summed: Sequence[float]) -> None:
+        """Adds what all ranks met in a step.
 
         Raises:
             DamagedDataError: too many images of a domain had to be replaced; on all ranks alike.
         """
-        self.total += sum_over_ranks(self._new.to(device)).cpu()
+        self.total += torch.tensor(summed, dtype=self.total.dtype).view_as(self.total)
         self._new.zero_()
         stream, drawn = self.stream, (step + 1) * self.stream.batch_per_domain
         sizes = {domain: stream.num_train(domain) for domain in stream.sources}

@@ -168,7 +168,6 @@ class Trainer:
             self.watch.note(COMPUTING)
             with self.engine.checks_gradients() if self.step == 0 else nullcontext():
                 sums += self._micro_step(batch)
-        self.bad_images.end_step(self.step, sum_over_ranks, self.engine.device)
         ce, aux, losses = self._agree(sums / pieces)
         norm = self.engine.grad_norm()
         left_out = self.nonfinite.left_out(self.step, losses, norm)
@@ -191,13 +190,19 @@ class Trainer:
         return row, waited
 
     def _agree(self, sums: torch.Tensor) -> tuple[float, float, list[float]]:
-        """The global means of [ce, aux] and every rank's own loss; votes on stopping go along."""
+        """The global means of [ce, aux] and every rank's own loss.
+
+        Votes on stopping and the counts of bad images go along, in one collective and one read.
+        """
         ranks = self.world.size
         losses = sums.new_zeros(ranks)
         losses[self.world.rank] = sums.sum()
         votes = sums.new_tensor(self.stopping.votes_in_step(self._evaluates_after(self.step)))
-        total: list[float] = sum_over_ranks(torch.cat([sums, losses, votes])).tolist()
-        self.stopping.decide(total[2 + ranks :])
+        bad = self.bad_images.of_step().to(sums)
+        total: list[float] = sum_over_ranks(torch.cat([sums, losses, votes, bad])).tolist()
+        end = 2 + ranks + len(votes)
+        self.stopping.decide(total[2 + ranks : end])
+        self.bad_images.end_step(self.step, total[end:])
         return total[0] / ranks, total[1] / ranks, total[2 : 2 + ranks]
 
     def _micro_step(self, batch: Batch) -> torch.Tensor:

@@ -24,9 +24,16 @@ def main(argv: Sequence[str]) -> int:
     stopping = Stopping(world.is_main)
     stopping.listen()
     try:
-        return conclude(lambda: run(parse(argv), world, stopping), world, stopping)
+        return conclude(lambda: run(parse(argv), world, stopping), world, stopping, leave_group)
     finally:
         stopping.release()
+
+
+def leave_group() -> None:
+    """Leaves the processes' group, when nothing of the run is left."""
+    from trainer.engine import collectives
+
+    collectives.stop()
 
 
 def run(config: RunConfig, world: World, stopping: Stopping) -> None:
@@ -60,13 +67,12 @@ def run(config: RunConfig, world: World, stopping: Stopping) -> None:
         from trainer.engine import collectives
         from trainer.train.assembly import train
 
-        collectives.start(world)
+        collectives.start(world, parts.config.train.step_deadline)
         start = collectives.from_main(start)
         if not start.finished:
             train(parts, world, folder, start, console, stopping)
         if world.is_main:
             show_result(parts, folder, console)
-        collectives.stop()
 
 
 def say_what(parts: "Parts", world: World) -> None:

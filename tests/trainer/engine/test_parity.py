@@ -192,6 +192,16 @@ def test_matrix(world: int, references: dict[str, Any], tmp_path: Path) -> None:
     for name in (c["name"] for c in cases):
         assert (found[name]["resident"] == 0) == name.startswith(SPREAD), name
         assert found[name]["restored"], name
+        assert found[name]["held_elsewhere"] == 0, "one process reads the weights"
+        assert found[name]["deadlines"] > 3, "the watchdog speaks before NCCL"
+        assert found[name]["buffer"] == pytest.approx(1.001, abs=1e-6), "not rounded to bf16"
+        reduced = found[name]["reductions"]
+        assert {dtype for _, dtype, numbers in reduced if numbers > 1} <= {"float32"}, name
+        if name.startswith("world 2, zero"):
+            # The balance loss both ways, the gradients, their norm; and one vector of ours: two
+            # losses, one of each rank, votes, and six domains' counts of three kinds of bad images.
+            assert len(reduced) == 5, name
+            assert reduced[-1] == ("all_reduce", "float32", 2 + 2 + 4 + 6 * 3)
     for name in (c["name"] for c in faults):
         expected = {"same": [True, True, False], "skipped": [0, 2, 4, 4], "finite": True}
         assert found[name] == expected, name

@@ -145,12 +145,14 @@ def test_interrupted_twice_is_byte_for_byte_the_uninterrupted_run(
 
     codes, text = finished(output, WORKER, "evaluation", *command)
     assert codes == [RESUBMIT, RESUBMIT], text
+    assert text.count("leaves the group, with nothing of 3 left") == 2
     state = newest_state(output)
     assert state["evaluation_due"] is True
     assert state["step"] - 1 not in [row["step"] for row in rows(output / "results.jsonl")]
 
-    codes, text = finished(output, RUN, *command)
+    codes, text = finished(output, WORKER, "none", *command)
     assert codes == [0, 0], text
+    assert text.count("leaves the group, with nothing of 3 left") == 4, "at both ends"
     assert (output / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert accuracies(output) == accuracies(whole)
 
@@ -171,6 +173,7 @@ def test_steps_that_are_not_finite_leave_no_trace_and_then_end_the_run(tmp_path:
     command = arguments(output, **LONG, train__skip_nonfinite="1")
     codes, text = finished(output, WORKER, "nonfinite", *command)
     assert codes == [TRAINING_INVALID, TRAINING_INVALID], text
+    assert "leaves the group" not in text, "after an error that may wait for ever"
     for word in ("step 4: loss not finite on rank 1 (nan)", "nonfinite-step-4.json", "1 such step"):
         assert word in text
     assert "step 2: loss not finite on rank 1 (inf); left out, 1 of 1" in text
@@ -238,6 +241,15 @@ def test_settings_out_of_range_are_all_named() -> None:
     for word in ("train.time_limit: '90'", "3h30m", "train.skip_nonfinite: -1",
                  "train.step_deadline: -2.0"):  # fmt: skip
         assert word in text
+
+
+def test_an_abort_at_the_interpreters_end_does_not_change_the_code() -> None:
+    code = (
+        "import atexit, os; atexit.register(os.abort); from trainer.process.ending import leave; "
+        f"print('last words', end=''); leave({RESUBMIT})"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
+    assert (ended.returncode, ended.stdout) == (RESUBMIT, b"last words"), ended.stderr
 
 
 def test_signal_before_training_ends_at_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -444,11 +456,39 @@ def test_an_error_of_one_rank_is_told_and_counts_for_the_others(tmp_path: Path) 
     assert exit_code(caught.value) == DAMAGED_DATA
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(DamagedDataError("a.tar: bad"), DAMAGED_DATA), (torch.OutOfMemoryError("a GPU's"), FAILED)],
+)
+def test_a_rank_that_waits_for_one_that_failed_leaves_with_its_code(
+    error: Exception, code: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Within seconds, by the thread alone: where NCCL waits, no collective fails."""
+    codes: list[int] = []
+    main = Watchdog(tmp_path, World(0, 2, 0, 2), 1800.0, leave=codes.append)
+    other = Watchdog(tmp_path, World(1, 2, 1, 2), 1800.0)
+    main.note(COMPUTING, 4)
+    main.tick(5.0)
+    with pytest.raises(type(error)), other.watching():
+        raise error
+    main.note(LOADING)  # it comes as far as the next collective
+    main.tick(5.0)
+    main.tick(5.0)
+    assert not codes, "it may meet the same error"
+    main.tick(5.0)
+    assert codes == [code]
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: an error ended rank 1 (host ")
+    assert str(error) in lines[0]
+
+
 def test_an_error_of_ones_own_is_not_blamed_on_others(tmp_path: Path) -> None:
     main, other = pair(tmp_path)
     with other.watching(), pytest.raises(RuntimeError, match="out of memory"), main.watching():
         raise RuntimeError("out of memory")
-    assert [path.name for path in (tmp_path / "heartbeats").iterdir()] == ["rank-00000.json"]
+    left = {path.name for path in (tmp_path / "heartbeats").iterdir()}
+    assert left == {"rank-00000.json", "error.json"}
     with RunFolder(tmp_path).claimed():
         assert not (tmp_path / "heartbeats").exists(), "the next start begins without it"
 

@@ -122,11 +122,11 @@ def test_ranks_are_added_up_and_agree(damaged: ShardIndex) -> None:
 
     ranks[0].note([sample(0), sample(0), sample(1)])
     ranks[1].note([sample(1)])
-    together = ranks[0]._new + ranks[1]._new
+    together = ranks[0].of_step() + ranks[1].of_step()
     for rank in ranks:
-        rank.end_step(4, lambda _: together, torch.device("cpu"))
+        rank.end_step(4, together.tolist())
     for rank in ranks:
         assert rank.state() == {"plain/crc32": 2, "plain/undecodable": 2, "inverted/crc32": 2}
         rank.note([sample(1)] * 9)
         with pytest.raises(DamagedDataError, match="'inverted': 11 of 24 images"):
-            rank.end_step(5, lambda value: value, torch.device("cpu"))
+            rank.end_step(5, rank.of_step().tolist())

@@ -26,6 +26,7 @@ def stopped_at_the_end(command: list[str]) -> None:
     worker = str(ROOT / "tests" / "support" / "stopping_worker.py")
     result = warm.run(worker, "closing", *command, processes=2, env=environment())
     assert result.returncode == RESUBMIT, result.stderr
+    assert result.stderr.count("leaves the group, with nothing of 3 left") == 2
 
 
 @pytest.mark.timeout(900)

@@ -76,7 +76,9 @@ def test_run_folder_is_complete(one_process: tuple[Path, str]) -> None:
     assert resolved["train_batch_size"] == 20
     assert resolved["gradient_clipping"] == 0.5
     assert "auto" not in json.dumps(resolved)
-    assert json.loads((folder / "environment.json").read_text())["packages"]["torch"]
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["packages"]["torch"]
+    assert environment["tf32"] == {"cublas": False, "cudnn": False}
     assert (folder / "log.txt").stat().st_size > 0
     newest = (folder / "checkpoints" / "latest").read_text().strip()
     kept = sorted(p.name for p in (folder / "checkpoints").glob("step-*"))
