@@ -211,7 +211,7 @@ newest() { cat "$run_folder/checkpoints/latest" 2>/dev/null || echo nothing; }
 # Ends the job after the tasks left with CODE; requeues it if going on makes sense.
 conclude() { # CODE
   local code=$1 said why='' lost state
-  said="exit code $code, $(meaning "$code")"
+  said="$code, $(meaning "$code")"
   if [ "$code" = "$FINISHED" ]; then
     if is_finished; then say "finished: $run_folder" && exit 0; fi
     code=$RESUBMIT why="srun reports success, but the run is not finished: SLURM lost its tasks"
@@ -220,19 +220,23 @@ conclude() { # CODE
   elif [ "$stopped" = USR1 ] && { [ "$code" = 138 ] || [ "$code" = 143 ]; }; then
     code=$RESUBMIT why="stopped before the tasks could listen"
   elif [ "$code" = 73 ] && [ "${SLURM_RESTART_COUNT:-0}" != 0 ]; then
-    why="$said; perhaps by what is left of the start before"
+    why="exit code $said; perhaps by what is left of the start before"
   fi
   if [ "$why" != saved ]; then
     lost=$(lost_nodes)
+    if [ -n "$lost" ] && [ "$stopped" != TERM ]; then # a busy node may miss one call
+      sleep 20
+      lost=$(lost_nodes)
+    fi
     [ -z "$lost" ] || why="a node was lost ($lost)"
   fi
   # Someone who cancels a job wants it to end, and one that SLURM requeues needs no second time.
   state=$(patiently job_state)
   if [ "$stopped" = TERM ] || [ "${state:-RUNNING}" != RUNNING ]; then
-    die "$code" "${why:-ended before all was saved ($said)}; SLURM decides whether this job \
+    die "$code" "${why:-ended before all was saved (exit code $said)}; SLURM decides whether this job \
 (state ${state:-unknown}) runs again"
   fi
-  [ -n "$why" ] || die "$code" "not requeued: $said; once that is mended, 'scontrol requeue $job' or \
+  [ -n "$why" ] || die "$code" "not requeued: exit code $said; once that is mended, 'scontrol requeue $job' or \
 the same sbatch command continues"
   guard
   if job_record | grep -q ' Requeue=0 '; then
