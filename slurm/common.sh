@@ -224,10 +224,6 @@ conclude() { # CODE
   fi
   if [ "$why" != saved ]; then
     lost=$(lost_nodes)
-    if [ -n "$lost" ] && [ "$stopped" != TERM ]; then # a busy node may miss one call
-      sleep 20
-      lost=$(lost_nodes)
-    fi
     [ -z "$lost" ] || why="a node was lost ($lost)"
   fi
   # Someone who cancels a job wants it to end, and one that SLURM requeues needs no second time.
@@ -250,10 +246,15 @@ above; 'scontrol requeue $job' or the same sbatch command continues"
   die "$code" "$why; SLURM decides whether this job runs again"
 }
 
-# Nodes of this job that are down or do not answer.
+# Nodes of this job that are down. One that does not answer may be busy, or is down minutes later.
 lost_nodes() {
-  sinfo --noheader --Node --nodes="${SLURM_JOB_NODELIST:-}" --format='%N %t' 2>/dev/null |
-    awk '$2 ~ /down|fail|\*/ {print $1}' | sort -u | paste -sd ' '
+  local states
+  for _ in {1..30}; do
+    states=$(sinfo --noheader --Node --nodes="${SLURM_JOB_NODELIST:-}" --format='%N %t' 2>/dev/null)
+    [[ $states == *\* && $states != *down* && $stopped != TERM ]] || break
+    sleep 10
+  done
+  awk '$2 ~ /down|fail|\*/ {print $1}' <<<"$states" | sort -u | paste -sd ' '
 }
 
 # What a busy slurmctld refuses it grants a little later; a job that SLURM ends has no time to wait.

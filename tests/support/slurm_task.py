@@ -40,7 +40,7 @@ def main() -> int:
         sys.stdout.write(f"run folder: {folder}\n")
         return 0
     if "DEAF" in os.environ:
-        (folder / "deaf").touch()
+        (folder / f"deaf-{os.environ.get('SLURM_RESTART_COUNT', 0)}").touch()
         time.sleep(600)
     stopping = Stopping(is_main=True)
     stopping.listen()
