@@ -20,12 +20,35 @@ site=${SITE_ENV:-slurm/site.env}
 if [ "$site" != none ] && { [ -e "$site" ] || [ -n "${SITE_ENV:-}" ]; }; then
   bash -n "$site" || die "$BAD_CONFIGURATION" "SITE_ENV = $site: cannot be read as a bash script, \
 see the line above; mend it, name another file, or give SITE_ENV=none for none"
+  ! grep -q $'\r' "$site" || die "$BAD_CONFIGURATION" "SITE_ENV = $site: has the line ends of \
+Windows; sed -i 's/\\r\$//' $site takes them away"
+  site_failed() { # CODE LINE
+    local what
+    # `source` repeats the code of the last line, which may well be false.
+    [ "${BASH_SOURCE[1]}" = "$site" ] || return 0
+    what="SITE_ENV = $site: line $2, '$(sed -n "$2p" "$site")', failed with code $1"
+    case $what in
+      *module* | *'ml '* | *conda*)
+        trap - EXIT
+        die "$BAD_CONFIGURATION" "$what; without its software nothing starts" ;;
+    esac
+    say "$what; the job goes on" >&2
+  }
+  trap 'die "$BAD_CONFIGURATION" "SITE_ENV = $site: its exit ends the job, too; use return"' EXIT
+  trap 'site_failed $? "$LINENO"' ERR
+  here=$PWD
   # It is written for a login shell, where an unset variable is empty and a last line such as
   # `[ -d /scratch ] && SCRATCH=/scratch` may be false.
-  set +u
+  set +u +o pipefail
   # shellcheck source=/dev/null
   source "$site"
-  set -u
+  set +e -uo pipefail
+  trap - EXIT ERR
+  cd "$here" || exit "$BAD_CONFIGURATION" # recipes, code and run folder are looked up from here
+  if grep -qE '^(module|ml) ' "$site" && ! type module >/dev/null 2>&1; then
+    die "$BAD_CONFIGURATION" "SITE_ENV = $site: there is no 'module' on $HOSTNAME; source its \
+definition first, such as /etc/profile.d/modules.sh"
+  fi
 fi
 
 # Python, in a container where the site has one: `container` is an array of words such as
@@ -132,58 +155,106 @@ not known before the data are read"
   if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then printf '%s\n' "$text"; fi
 }
 
-# One task per GPU. srun is in the background so that the traps work while it runs.
-launch() {
+# Runs a command in the background, so that the traps work meanwhile; returns its code.
+attend() { # COMMAND [WORD...]
   local code
-  # All variables: SLURM passes on an --export of sbatch, which would keep from the tasks what was set
-  # here and in site.env.
-  srun --export=ALL --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
-    "${python[@]}" trainer/run.py "${settings[@]}" &
-  srun=$!
+  [ -z "$stopped" ] || return "$RESUBMIT" # nothing has begun
+  "$@" &
+  child=$! begun=$SECONDS
   while :; do
     interrupted=
-    wait "$srun"
+    wait "$child"
     code=$?
     # A trap makes `wait` return early, with more than 128.
     if [ -z "$interrupted" ] || [ "$code" -le 128 ]; then break; fi
   done
+  child=
   return "$code"
+}
+
+# One task per GPU, each of which sees all GPUs of its node.
+launch() {
+  # Tasks beside this script end when it does, even if SLURM cannot reach them any more.
+  export MOA_JOB_SCRIPT="${SLURMD_NODENAME:-}:$$"
+  # All variables: SLURM passes on an --export of sbatch, which would keep from the tasks what was set
+  # here and in site.env.
+  attend srun --export=ALL --kill-on-bad-exit=1 --gpu-bind=none \
+    --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${python[@]}" trainer/run.py "${settings[@]}"
 }
 
 # SLURM's warning before the time limit, or a user's: the tasks save and leave with code 75.
 warned() {
+  local warned_child=$child
   interrupted=yes stopped=${stopped:-USR1}
+  if [ -z "$child" ]; then
+    say "SIGUSR1: nothing runs yet that could save"
+    return
+  fi
   say "SIGUSR1: forwarded to the tasks"
-  if [ -n "$srun" ]; then kill -USR1 "$srun"; fi
+  kill -USR1 "$child"
+  # An srun that is about to start its tasks swallows it.
+  if [ $((SECONDS - begun)) -lt 30 ]; then
+    (sleep 10 && kill -USR1 "$warned_child") >/dev/null 2>&1 &
+  fi
 }
 
 # SLURM ends the job (scancel, requeue, preemption, time limit) and tells the tasks itself.
 terminated() {
   interrupted=yes stopped=TERM
-  say "SIGTERM: SLURM ends this job; the tasks save first"
+  say "SIGTERM: SLURM ends this job${child:+; the tasks save first}"
 }
+
+is_finished() { [ -e "$run_folder/done" ]; }
+
+newest() { cat "$run_folder/checkpoints/latest" 2>/dev/null || echo nothing; }
 
 # Ends the job after the tasks left with CODE; requeues it if going on makes sense.
 conclude() { # CODE
-  local code=$1 state
-  case $code in
-    "$FINISHED") say "finished: $run_folder" && exit 0 ;;
-    "$RESUBMIT") ;;
-    *) die "$code" "not requeued: exit code $code, $(meaning "$code"); once that is mended, \
-'scontrol requeue $job' or the same sbatch command continues" ;;
-  esac
+  local code=$1 said why='' lost state
+  said="$code, $(meaning "$code")"
+  if [ "$code" = "$FINISHED" ]; then
+    if is_finished; then say "finished: $run_folder" && exit 0; fi
+    code=$RESUBMIT why="srun reports success, but the run is not finished: SLURM lost its tasks"
+  elif [ "$code" = "$RESUBMIT" ]; then
+    why=saved
+  elif [ "$stopped" = USR1 ] && { [ "$code" = 138 ] || [ "$code" = 143 ]; }; then
+    code=$RESUBMIT why="stopped before the tasks could listen"
+  elif [ "$code" = 73 ] && [ "${SLURM_RESTART_COUNT:-0}" != 0 ]; then
+    why="exit code $said; perhaps by what is left of the start before"
+  fi
+  if [ "$why" != saved ]; then
+    lost=$(lost_nodes)
+    [ -z "$lost" ] || why="a node was lost ($lost)"
+  fi
   # Someone who cancels a job wants it to end, and one that SLURM requeues needs no second time.
   state=$(patiently job_state)
-  if [ "$stopped" != TERM ] && [ "${state:-RUNNING}" = RUNNING ]; then
-    guard
-    if patiently scontrol requeue "$job"; then
-      say "requeued"
-      exit "$code"
-    fi
-    [ "$stopped" = TERM ] || die "$code" "saved, but SLURM does not requeue this job, see the lines \
-above; 'scontrol requeue $job' or the same sbatch command continues"
+  if [ "$stopped" = TERM ] || [ "${state:-RUNNING}" != RUNNING ]; then
+    die "$code" "${why:-ended before all was saved (exit code $said)}; SLURM decides whether this job \
+(state ${state:-unknown}) runs again"
   fi
-  die "$code" "saved; SLURM decides whether this job (state ${state:-unknown}) runs again"
+  [ -n "$why" ] || die "$code" "not requeued: exit code $said; once that is mended, 'scontrol requeue $job' or \
+the same sbatch command continues"
+  guard
+  if job_record | grep -q ' Requeue=0 '; then
+    say "this job may not be requeued (--no-requeue, or the site's JobRequeue=0)" >&2
+  elif patiently scontrol requeue "$job"; then
+    say "requeued: $why"
+    exit "$code"
+  fi
+  [ "$stopped" = TERM ] || die "$code" "$why, but SLURM does not requeue this job, see the lines \
+above; 'scontrol requeue $job' or the same sbatch command continues"
+  die "$code" "$why; SLURM decides whether this job runs again"
+}
+
+# Nodes of this job that are down. One that does not answer may be busy, or is down minutes later.
+lost_nodes() {
+  local states
+  for _ in {1..30}; do
+    states=$(sinfo --noheader --Node --nodes="${SLURM_JOB_NODELIST:-}" --format='%N %t' 2>/dev/null)
+    [[ $states == *\* && $states != *down* && $stopped != TERM ]] || break
+    sleep 10
+  done
+  awk '$2 ~ /down|fail|\*/ {print $1}' <<<"$states" | sort -u | paste -sd ' '
 }
 
 # What a busy slurmctld refuses it grants a little later; a job that SLURM ends has no time to wait.
@@ -221,7 +292,13 @@ meaning() { # CODE
     69) echo "a process of the run died or hangs" ;;
     70) echo "training became invalid" ;;
     73) echo "the run folder cannot be written or is in use" ;;
-    137) echo "a task was killed by SIGKILL (out of memory?)" ;;
+    137)
+      if [ "$stopped" = TERM ]; then
+        echo "a task was killed before it could save (is KillWait too short?)"
+      else
+        echo "a task was killed by SIGKILL (out of memory?)"
+      fi
+      ;;
     *) echo "see the lines above" ;;
   esac
 }
@@ -229,8 +306,9 @@ meaning() { # CODE
 # Gives up after some requeues in a row at the same step: a time limit that is too short for one
 # checkpoint would otherwise burn the allocation for ever. Counts by step, not by the clock.
 guard() {
-  local most=${REQUEUES_WITHOUT_PROGRESS:-3} notes=$run_folder/requeues step job before count
-  step=$(cat "$run_folder/checkpoints/latest" 2>/dev/null || echo nothing)
+  local most=${REQUEUES_WITHOUT_PROGRESS:-3} step job before count
+  local notes=${requeues:-$run_folder/requeues}
+  step=$(newest)
   mkdir -p "$run_folder"
   read -r job before count < <(cat "$notes" 2>/dev/null)
   if [ "$job" = "$SLURM_JOB_ID" ] && [ "$before" = "$step" ]; then
@@ -238,7 +316,8 @@ guard() {
   else
     count=0
   fi
-  printf '%s %s %s\n' "$SLURM_JOB_ID" "$step" "$count" >"$notes"
+  printf '%s %s %s\n' "$SLURM_JOB_ID" "$step" "$count" >"$notes" ||
+    die 73 "not requeued: $notes, which counts the requeues, cannot be written"
   [ "$count" -lt "$most" ] || die "$RESUBMIT" "not requeued: $count requeues in a row without \
 progress (newest checkpoint: $step); give the job more time than one start, evaluation and save need"
 }
@@ -252,14 +331,10 @@ train() { # needs `settings`, see complete
     "$SLURM_JOB_NODELIST, rendezvous $MASTER_ADDR:$MASTER_PORT"
   plan
   stage
-  local code=$RESUBMIT
-  if [ -z "$stopped" ]; then # otherwise nothing has begun
-    launch
-    code=$?
-  fi
-  conclude "$code"
+  launch
+  conclude $?
 }
 
-srun='' stopped='' interrupted=''
+child='' stopped='' interrupted=''
 trap warned USR1
 trap terminated TERM

@@ -12,8 +12,9 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@300
 
-cd "${SLURM_SUBMIT_DIR:?start this script with sbatch}" || exit 2
-source slurm/common.sh || { echo "submit from the root of the repository, not $PWD" >&2; exit 2; }
+: "${SLURM_JOB_ID:?start this script with sbatch}"
+source slurm/common.sh ||
+  { echo "submit from the root of the repository, not $PWD, or give it as --chdir" >&2; exit 2; }
 
 complete domainnet_vitb_paper "$@"
 train

@@ -14,12 +14,16 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@300
 
-cd "${SLURM_SUBMIT_DIR:?start this script with sbatch}" || exit 2
-source slurm/common.sh || { echo "submit from the root of the repository, not $PWD" >&2; exit 2; }
+: "${SLURM_JOB_ID:?start this script with sbatch}"
+source slurm/common.sh ||
+  { echo "submit from the root of the repository, not $PWD, or give it as --chdir" >&2; exit 2; }
 
 complete domainnet_vitb_paper "$@"
+# With which options it was submitted, for the line that fills the gaps.
+record="$(patiently job_record) $(scontrol show job "${SLURM_ARRAY_JOB_ID:?give --array}" |
+  grep -o -m 1 'ArrayTaskThrottle=[0-9]*')"
 # One word a line: the settings of this index's run.
 cell=$("${python[@]}" -m trainer.sweep.slurm_array --job "$SLURM_ARRAY_JOB_ID" \
-  --index "$SLURM_ARRAY_TASK_ID" "${settings[@]}") || die $? "no such run; not requeued"
+  --record "$record" --index "$SLURM_ARRAY_TASK_ID" "${settings[@]}") || die $? "no such run; not requeued"
 mapfile -t settings <<<"$cell"
 train

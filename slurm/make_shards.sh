@@ -10,9 +10,18 @@
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append
 #SBATCH --requeue
+#SBATCH --signal=B:USR1@60
 
-cd "${SLURM_SUBMIT_DIR:?start this script with sbatch}" || exit 2
-source slurm/common.sh || { echo "submit from the root of the repository, not $PWD" >&2; exit 2; }
+: "${SLURM_JOB_ID:?start this script with sbatch}"
+source slurm/common.sh ||
+  { echo "submit from the root of the repository, not $PWD, or give it as --chdir" >&2; exit 2; }
 
+# What is written stays: a job that reaches its time limit is requeued and goes on.
+run_folder=$(setting out '' "$@")
+requeues=${run_folder%/}.requeues # the writer wants its folder to itself
+is_finished() { rm -f "$requeues"; }
+newest() { find "$run_folder" -name '*.tar' 2>/dev/null | wc -l; }
+identify
 writer=("${python[@]}" -m shards.writer --jobs "$SLURM_CPUS_PER_TASK")
-"${writer[@]}" "$@" && "${writer[@]}" --out "$(setting out '' "$@")" --verify
+attend "${writer[@]}" "$@" && attend "${writer[@]}" --out "$run_folder" --verify
+conclude $?

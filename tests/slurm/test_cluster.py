@@ -1,7 +1,8 @@
 """The shipped templates on a real SLURM: nothing is mocked, jobs are lost and go on.
 
-Every job trains the embedded backbone on the embedded data; ranks are frozen (SIGSTOP) while a test
-waits for SLURM, so that runs can be short.
+Scenarios run beside each other, since most of their time they wait for SLURM. Those that try
+training train the embedded backbone on a few images of their own; ranks are frozen (SIGSTOP) while
+a scenario waits for SLURM, so that runs can be short.
 """
 
 import json
@@ -10,20 +11,28 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import pytest
 
+from shards.datasets import dataset_spec
+from shards.write.conversion import write_shards
 from tests.support import warm
+from tests.support.image_folders import make_own_images
 from tests.support.slurm_cluster import Cluster, missing
 from tests.support.trainer_fixtures import ROOT, launch, rows
 
-STEPS = 60
+STEPS = 48
 SETTINGS = {
     "recipe": "embedded",
+    "data.dataset": "folder",
+    "data.held_out": "clip art",
     "ds_config": "ds_configs/zero2.json",
     "moa.ep_size": "2",
     "train.steps": str(STEPS),
@@ -33,7 +42,10 @@ SETTINGS = {
 }
 ONE_NODE = ["--nodes=1", "--ntasks-per-node=2"]
 TWO_NODES = ["--nodes=2", "--ntasks-per-node=1"]
+TASK = ROOT / "tests" / "support" / "slurm_task.py"
 LOSSES = ("loss", "ce", "aux_loss", "grad_norm")
+FORKING = Lock()
+"""Held while a command is forked, which changes the environment of this process."""
 
 absent = missing()
 if absent and os.environ.get("MOA_NO_SKIPS"):  # where nothing may be skipped, this is an error
@@ -53,19 +65,58 @@ def cluster() -> Iterator[Cluster]:
         yield made
 
 
+@dataclass(frozen=True)
+class Place:
+    """What a scenario works with; `reference` are the same runs without SLURM, on two processes."""
+
+    cluster: Cluster
+    folder: Path
+    images: Path
+    shards: Path
+    reference: "Future[Path]"
+
+
+SCENARIOS: dict[str, Callable[[Place], None]] = {}
+
+
+def scenario(function: Callable[[Place], None]) -> Callable[[Place], None]:
+    SCENARIOS[function.__name__] = function
+    return function
+
+
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run folder of the same training without SLURM, on two processes."""
-    output = tmp_path_factory.mktemp("plain") / "run"
-    result = launch(*settings(output), processes=2)
+def under_way(
+    cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[dict[str, "Future[None]"]]:
+    """The scenarios that were asked for, all begun."""
+    names = [getattr(item, "callspec", None) for item in request.session.items]
+    asked = [spec.params["name"] for spec in names if spec and "name" in spec.params]
+    root = tmp_path_factory.mktemp("slurm")
+    make_own_images(root / "images")
+    write_shards(root / "images", root / "shards", dataset_spec("folder", "--dataset"))
+    with ThreadPoolExecutor(len(SCENARIOS) + 1) as pool:
+        reference = pool.submit(train_without_slurm, root / "reference", root / "shards")
+        begun = {}
+        for name in SCENARIOS:
+            if name in asked:
+                (root / name).mkdir()
+                place = Place(cluster, root / name, root / "images", root / "shards", reference)
+                begun[name] = pool.submit(SCENARIOS[name], place)
+        yield begun
+
+
+def train_without_slurm(output: Path, shards: Path) -> Path:
+    with FORKING:
+        result = launch(*settings(output, shards), processes=2)
     assert result.returncode == 0, result.stderr
     return output
 
 
-def settings(output: Path, **changes: str) -> list[str]:
+def settings(output: Path, shards: Path | None, **changes: str) -> list[str]:
     """`--key=value` of a short run; keyword `moa__method` stands for `moa.method`."""
     merged = SETTINGS | {key.replace("__", "."): value for key, value in changes.items()}
-    return [*(f"--{key}={value}" for key, value in merged.items()), f"--output_dir={output}"]
+    root = [f"--data.root={shards}"] if shards else []
+    return [*(f"--{k}={v}" for k, v in merged.items()), *root, f"--output_dir={output}"]
 
 
 class Job:
@@ -73,12 +124,13 @@ class Job:
 
     def __init__(
         self, cluster: Cluster, log: Path, template: str, options: list[str], arguments: list[str],
-        **extra: str,
+        cwd: Path = ROOT, **extra: str,
     ) -> None:  # fmt: skip
         self.cluster, self.log = cluster, log
         environment = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "SITE_ENV": "none"}
-        command = ["sbatch", "--parsable", f"--output={log}", *options, f"slurm/{template}.sh"]
-        shown = cluster.run(*command, *arguments, **(environment | extra))
+        script = str(ROOT / "slurm" / f"{template}.sh")
+        command = ["sbatch", "--parsable", f"--output={log}", *options, script]
+        shown = cluster.run(*command, *arguments, cwd=cwd, **(environment | extra))
         self.number = shown.stdout.strip()
 
     def element(self, index: int) -> "Job":
@@ -97,6 +149,9 @@ class Job:
     def state(self) -> str:
         return self.facts()["JobState"]
 
+    def is_left(self) -> bool:
+        return self.cluster.is_left(self.facts()["JobId"])
+
     def wait_for_state(self, *states: str) -> Mapping[str, str]:
         self.cluster.wait_until(
             lambda: self.state() in states, lambda: f"{states}, is {self.facts()}: {self.text()}"
@@ -109,15 +164,17 @@ class Job:
         def there() -> bool:
             nonlocal ended
             over = self.state() in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
-            ended = ended + 1 if over and self.cluster.is_quiet() else 0
+            ended = ended + 1 if over and not self.is_left() else 0
             enough = self.text().count(words) >= times
             assert enough or ended < 30, f"no {words!r}, {self.facts()}: {self.text()}"
             return enough
 
         self.cluster.wait_until(there, lambda: f"{words!r} in {self.facts()}: {self.text()}")
 
-    def wait_for_step(self, folder: Path, step: int) -> None:
-        metrics = folder / "metrics.jsonl"
+    def wait_for_steps(self, folder: Path, more: int) -> None:
+        """Waits until a start has trained some steps beyond the newest checkpoint."""
+        metrics, latest = folder / "metrics.jsonl", folder / "checkpoints" / "latest"
+        step = more + (int(latest.read_text().removeprefix("step-")) if latest.exists() else 0)
 
         def there() -> bool:
             if metrics.exists() and len(metrics.read_text().splitlines()) > step:
@@ -135,10 +192,10 @@ class Job:
         """
         self.wait_for_state("PENDING", "RUNNING")
         self.cluster.wait_until(
-            lambda: self.cluster.is_quiet() or self.state() == "RUNNING", lambda: "idle nodes"
+            lambda: not self.is_left() or self.state() == "RUNNING", lambda: "the end of a start"
         )
         if self.state() == "PENDING":
-            self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now+8")
+            self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now+5")
 
     def requeue(self) -> None:
         self.cluster.run("scontrol", "requeue", self.number)
@@ -182,72 +239,49 @@ def assert_same(folder: Path, other: Path) -> None:
     assert (folder / "done").exists()
 
 
-def test_templates_fit_as_they_are(cluster: Cluster) -> None:
-    for template in sorted(ROOT.glob("slurm/*.sh")):
-        if template.name != "common.sh":
-            shown = cluster.run("sbatch", "--test-only", f"slurm/{template.name}")
-            assert "to start at" in shown.stderr, template
-
-
-def test_two_tasks_train_as_without_slurm(
-    cluster: Cluster, reference: Path, tmp_path: Path
-) -> None:
-    left_by_another_launcher = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "192.0.2.1"}
-    job = Job(
-        cluster, tmp_path / "log", "domainnet_vitl", TWO_NODES, settings(tmp_path / "run"),
-        **left_by_another_launcher,
-    )  # fmt: skip
-    facts = job.wait_for_state("COMPLETED", "FAILED")
-    assert facts["JobState"] == "COMPLETED", job.text()
-    assert facts["NumNodes"] == "2"
-    assert_same(tmp_path / "run", reference)
-    text = job.text()
-    assert text.index("trainable numbers") < text.index("curves: tensorboard")
-    assert "slurm: finished:" in text
-
-
-def test_five_requeues_in_a_row_equal_one_run(
-    cluster: Cluster, reference: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
+@scenario
+def five_requeues_in_a_row_equal_one_run(place: Place) -> None:
+    cluster, run = place.cluster, place.folder / "run"
     few = "--export=PYTHON,SITE_ENV,OMP_NUM_THREADS"  # the tasks need what the script sets, too
-    node = ["--nodelist=n3", "--time=60", few, *ONE_NODE]
-    job = Job(cluster, tmp_path / "log", "domainnet_vitl", node, settings(run))
+    node = ["--partition=doomed", "--nodelist=d0", "--time=60", few, *ONE_NODE]
+    log = place.folder / "log"
+    job = Job(cluster, log, "domainnet_vitl", node, settings(run, place.shards))
 
-    job.wait_for_step(run, 5)
+    job.wait_for_steps(run, 5)
     with frozen(run):
         cluster.run("scancel", "--signal=USR1", "--batch", job.number)
         job.wait_for_text("SIGUSR1: forwarded to the tasks")
-    job.wait_for_text("slurm: requeued")
-    saved = int((run / "checkpoints" / "latest").read_text().strip().removeprefix("step-"))
+    job.wait_for_text("slurm: requeued: saved")
+    saved = latest_step(run)
     assert saved > 5
     job.start_again()
 
-    job.wait_for_step(run, saved + 5)
+    job.wait_for_steps(run, 4)
     job.requeue()
     job.wait_for_text("SIGTERM: SLURM ends this job")
     job.start_again()
-    job.wait_for_text(f"resumed after step {saved - 1}")
-    assert job.text().count("steps to repeat") == 0, "a requeue saves before it ends the tasks"
+    assert latest_step(run) > saved, "a requeue saves before it ends the tasks"
 
-    job.wait_for_step(run, saved + 12)
+    job.wait_for_steps(run, 4)
+    assert job.text().count("steps to repeat") == 0
     with frozen(run):  # five minutes before the time limit
         cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=5")
         job.wait_for_text("SIGUSR1: forwarded to the tasks", times=2)
     job.wait_for_text("slurm: requeued", times=2)
     job.wait_for_state("PENDING")
-    cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=60", "ReqNodeList=n2")
+    cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=60", "ReqNodeList=d1")
     job.start_again()
 
-    job.wait_for_step(run, saved + 18)
+    job.wait_for_steps(run, 4)
     with frozen(run):
-        cluster.lose("n2")
+        cluster.lose("d1")
     job.wait_for_state("PENDING")
-    cluster.run("scontrol", "update", f"JobId={job.number}", "ReqNodeList=n1")
+    lost = len(rows(run / "metrics.jsonl")) - latest_step(run)
+    cluster.run("scontrol", "update", f"JobId={job.number}", "ReqNodeList=d0")
     job.start_again()
 
     job.wait_for_text("steps to repeat")  # nobody could save
-    job.wait_for_step(run, saved + 28)  # beyond the rows of the start before
+    job.wait_for_steps(run, lost + 2)  # beyond the rows of the start before
     os.kill(ranks_of(run)[1], signal.SIGKILL)
     facts = job.wait_for_state("FAILED", "COMPLETED")
     assert facts["ExitCode"] == "137:0", job.text()
@@ -258,22 +292,41 @@ def test_five_requeues_in_a_row_equal_one_run(
     facts = job.wait_for_state("COMPLETED", "FAILED")
     assert facts["JobState"] == "COMPLETED", job.text()
     assert facts["Restarts"] == "5"
-    cluster.repair("n2")
     for restart in range(6):
         assert f"slurm: job {job.number}, restart {restart}:" in job.text()
-    assert_same(run, reference)
+    assert_same(run, place.reference.result())
 
 
-def test_cancelled_for_good_and_resumed_on_fewer_nodes_from_staged_shards(
-    cluster: Cluster, reference: Path, tmp_path: Path
-) -> None:
-    run, shards = tmp_path / "run", tmp_path / "shards"
-    made = Job(
-        cluster, tmp_path / "made", "make_shards", ["--cpus-per-task=2"],
-        ["--dataset=digits", f"--out={shards / 'embedded'}"],
+def latest_step(run: Path) -> int:
+    return int((run / "checkpoints" / "latest").read_text().strip().removeprefix("step-"))
+
+
+@scenario
+def two_tasks_train_as_without_slurm(place: Place) -> None:
+    left_by_another_launcher = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "192.0.2.1"}
+    run = place.folder / "run"
+    job = Job(
+        place.cluster, place.folder / "log", "domainnet_vitl", TWO_NODES,
+        settings(run, place.shards), **left_by_another_launcher,
     )  # fmt: skip
-    job = Job(cluster, tmp_path / "log", "domainnet_vitl", TWO_NODES, settings(run))
-    job.wait_for_step(run, 5)
+    facts = job.wait_for_state("COMPLETED", "FAILED")
+    assert facts["JobState"] == "COMPLETED", job.text()
+    assert facts["NumNodes"] == "2"
+    assert_same(run, place.reference.result())
+    text = job.text()
+    assert text.index("trainable numbers") < text.index("curves: tensorboard")
+    assert "slurm: finished:" in text
+
+
+@scenario
+def cancelled_for_good_and_resumed_on_fewer_nodes_from_staged_shards(place: Place) -> None:
+    cluster, folder, run = place.cluster, place.folder, place.folder / "run"
+    made = Job(
+        cluster, folder / "made", "make_shards", ["--cpus-per-task=2"],
+        ["--dataset=folder", f"--root={place.images}", f"--out={folder / 'shards' / 'embedded'}"],
+    )  # fmt: skip
+    job = Job(cluster, folder / "log", "domainnet_vitl", TWO_NODES, settings(run, place.shards))
+    job.wait_for_steps(run, 5)
     cluster.run("scancel", job.number)
     job.wait_for_text("slurm: saved; SLURM decides")
     assert job.wait_for_state("CANCELLED")["Restarts"] == "0"
@@ -281,68 +334,156 @@ def test_cancelled_for_good_and_resumed_on_fewer_nodes_from_staged_shards(
     assert not queue.strip()
     assert made.wait_for_state("COMPLETED", "FAILED")["JobState"] == "COMPLETED", made.text()
     assert ", verified" in made.text()
+    assert f"slurm: finished: {folder / 'shards' / 'embedded'}" in made.text()
 
     again = Job(
-        cluster, tmp_path / "again", "domainnet_vitl", ["--nodes=1", "--ntasks-per-node=1"],
-        settings(run, moa__ep_size="1"),
-        SHARDS=str(shards), STAGE="yes", SCRATCH=str(tmp_path / "scratch"),
+        cluster, folder / "again", "domainnet_vitl", ["--nodes=1", "--ntasks-per-node=1"],
+        settings(run, None, moa__ep_size="1"),
+        SHARDS=str(folder / "shards"), STAGE="yes", SCRATCH=str(folder / "scratch"),
     )  # fmt: skip
     facts = again.wait_for_state("COMPLETED", "FAILED")
     assert facts["JobState"] == "COMPLETED", again.text()
     assert "resumed after step" in again.text()
     assert "steps to repeat" not in again.text()
-    assert_same(run, reference)
-    assert list((tmp_path / "scratch").glob("moa-shards-*/embedded/**/*.tar"))
+    assert_same(run, place.reference.result())
+    assert list((folder / "scratch").glob("moa-shards-*/embedded/**/*.tar"))
 
 
-def test_bad_configuration_is_refused_at_once(cluster: Cluster, tmp_path: Path) -> None:
-    wrong = settings(tmp_path / "run", train__stepz="3", moa__method="moa_lara")
-    job = Job(cluster, tmp_path / "log", "domainnet_vitl", TWO_NODES, wrong)
+@scenario
+def bad_configuration_is_refused_at_once(place: Place) -> None:
+    """In a job that was submitted from elsewhere."""
+    run = place.folder / "run"
+    wrong = settings(run, place.shards, train__stepz="3", moa__method="moa_lara")
+    options = [*TWO_NODES, f"--chdir={ROOT}"]
+    log = place.folder / "log"
+    job = Job(place.cluster, log, "domainnet_vitl", options, wrong, cwd=place.folder)
     facts = job.wait_for_state("FAILED", "COMPLETED")
-    assert facts["ExitCode"] == "2:0"
+    assert facts["ExitCode"] == "2:0", job.text()
     assert facts["Restarts"] == "0"
     text = job.text()
     assert "--train.stepz = '3': unknown setting; did you mean 'train.steps'?" in text
     assert "--moa.method = 'moa_lara': legal is" in text
     assert "not started: the plan ended with code 2" in text
-    assert not (tmp_path / "run").exists(), "no task has started"
+    assert not run.exists(), "no task has started"
 
 
-def test_guard_ends_requeues_without_progress(cluster: Cluster, tmp_path: Path) -> None:
-    job = Job(
-        cluster, tmp_path / "log", "domainnet_vitl", TWO_NODES, settings(tmp_path / "run"),
-        REQUEUES_WITHOUT_PROGRESS="1",
-    )  # fmt: skip
-    job.wait_for_text("restart 0")
-    cluster.run("scancel", "--signal=USR1", "--batch", job.number)
-    job.wait_for_text("slurm: requeued")
-    job.start_again()
-    job.wait_for_text("restart 1")
-    cluster.run("scancel", "--signal=USR1", "--batch", job.number)
+def stand_in(place: Place, stops: int, **extra: str) -> dict[str, str]:
+    """Variables of a job whose tasks do not train; see `slurm_task`."""
+    program = place.folder / "python"
+    program.write_text(f'#!/bin/bash\nexec {sys.executable} {TASK} "$@"\n')
+    program.chmod(0o755)
+    run = str(place.folder / "run")
+    return {"PYTHON": str(program), "RUN": run, "STOPS": str(stops), **extra}
+
+
+@scenario
+def warned_as_the_tasks_start_and_without_progress(place: Place) -> None:
+    variables = stand_in(place, 9, DEAF="yes", REQUEUES_WITHOUT_PROGRESS="1")
+    run = place.folder / "run"
+    job = Job(place.cluster, place.folder / "log", "domainnet_vitl", TWO_NODES, [], **variables)
+    for restart in range(2):
+        deaf = run / f"deaf-{restart}"
+        place.cluster.wait_until(deaf.exists, lambda: f"a task: {job.text()}")
+        place.cluster.run("scancel", "--signal=USR1", "--batch", job.number)
+        job.wait_for_text("SIGUSR1: forwarded", times=restart + 1)
+        if not restart:
+            job.wait_for_text("slurm: requeued: stopped before the tasks could listen")
+            job.start_again()
     facts = job.wait_for_state("FAILED", "COMPLETED")
     assert facts["ExitCode"] == "75:0", job.text()
     assert "not requeued: 1 requeues in a row without progress" in job.text()
 
 
-def test_array_fills_its_gaps(cluster: Cluster, tmp_path: Path) -> None:
-    root = tmp_path / "grid"
-    shared = settings(root, moa__method="linear", moa__ep_size="1", train__steps="3")
-    shared.append("--held-out=plain,inverted,outline")
-    size = ["--ntasks-per-node=1", "--cpus-per-task=60", "--nodelist=n0"]  # two at a time
-    log = tmp_path / "log-%a"
-    job = Job(cluster, log, "leave_one_out", ["--array=0-2", *size], shared)
+@scenario
+def tasks_that_slurm_has_lost_make_room(place: Place) -> None:
+    """Its daemon on the node of a job dies; tasks and script live on, and the job starts again."""
+    cluster, run = place.cluster, place.folder / "run"
+    options = ["--partition=doomed", "--nodelist=d2", "--nodes=1", "--ntasks-per-node=1"]
+    log = place.folder / "log"
+    job = Job(cluster, log, "domainnet_vitl", options, [], **stand_in(place, 1))
+    cluster.wait_until((run / "start-0").exists, lambda: f"a task: {job.text()}")
+    cluster.lose_slurmd("d2")
+    job.wait_for_text("SLURM decides whether this job (state PENDING) runs again")
+    assert "slurm: finished" not in job.text()
+    job.wait_for_state("PENDING")
+    cluster.run("scontrol", "update", f"JobId={job.number}", "ReqNodeList=d0")
+    job.start_again()  # waits until the old tasks have gone
+    facts = job.wait_for_state("COMPLETED", "FAILED")
+    assert facts["JobState"] == "COMPLETED", job.text()
+    assert (run / "start-1").exists()
+
+
+@scenario
+def a_chain_of_jobs_that_may_not_be_requeued(place: Place) -> None:
+    cluster, options = place.cluster, ["--no-requeue", "--dependency=singleton", "--time=60"]
+    variables, run = stand_in(place, 1), place.folder / "run"
+    size = [
+        "--nodes=1",
+        "--ntasks-per-node=1",
+        "--job-name=chain",
+        "--mem=0",
+        "--gpu-bind=single:1",
+    ]
+    first, second = (
+        Job(cluster, place.folder / name, "domainnet_vitl", [*options, *size], [], **variables)
+        for name in ("first", "second")
+    )
+    cluster.wait_until((run / "start-0").exists, lambda: f"a task: {first.text()}")
+    assert second.state() == "PENDING"
+    cluster.run("scancel", "--signal=USR1", "--batch", first.number)
+    assert first.wait_for_state("FAILED", "COMPLETED")["ExitCode"] == "75:0"
+    assert "this job may not be requeued (--no-requeue" in first.text()
+    assert second.wait_for_state("COMPLETED", "FAILED")["JobState"] == "COMPLETED", second.text()
+
+
+MEET = """
+from trainer.process.world import world_from_environment
+world = world_from_environment()
+from trainer.engine import collectives
+collectives.start(world)
+print(world.rank, "of", world.size, "heard", collectives.from_main(f"rank {world.rank}"))
+"""
+
+
+@scenario
+def srun_in_an_allocation_needs_no_script(place: Place) -> None:
+    (place.folder / "meet.py").write_text(MEET)
+    task = ["srun", sys.executable, str(place.folder / "meet.py")]
+    shown = place.cluster.run(
+        "salloc", "--nodes=1", "--ntasks=2", *task, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"
+    )
+    found = [line for line in shown.stdout.splitlines() if "heard" in line]
+    assert sorted(found) == ["0 of 2 heard rank 0", "1 of 2 heard rank 0"], shown.stderr
+
+
+@scenario
+def an_array_fills_its_gaps(place: Place) -> None:
+    cluster, root = place.cluster, place.folder / "grid"
+    changes = {"moa__method": "linear", "moa__ep_size": "1", "train__steps": "3"}
+    shared = [
+        word
+        for word in settings(root, place.shards, **changes)
+        if not word.startswith("--data.held_out")
+    ]
+    shared.append("--held-out=photo,clip art,sketch")
+    # Two at a time on one node.
+    size = ["--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=60", "--nodelist=n0"]
+    log = place.folder / "log-%a"
+    job = Job(cluster, log, "leave_one_out", ["--array=0-2%2", *size], shared)
     cluster.run("scancel", f"{job.number}_0", f"{job.number}_2")
-    wait_for_no_job(cluster)
+    wait_for_none_of(cluster, job)
     found = report(cluster, root)
-    names = [f"linear-{name}-0" for name in ("plain", "outline")]
-    assert "3 runs, 1 finished, 0 running or queued, 2 missing" in found
+    names = [f"linear-{name}-0" for name in ("photo", "sketch")]
+    assert "3 runs, 1 finished, 0 running or queued, 2 missing" in found, found + job.text()
     for line in (f"missing: 0 {names[0]}", f"missing: 2 {names[1]}"):
         assert line in found
     line = next(line for line in found.splitlines() if line.startswith("sbatch "))
-    start = "sbatch --array=0,2 slurm/leave_one_out.sh "
-    assert line.startswith(start)
-    rest = shlex.split(line.removeprefix(start))
-    job = Job(cluster, log, "leave_one_out", ["--array=0,2", *size], rest)
+    words = shlex.split(line)
+    script = words.index("slurm/leave_one_out.sh")
+    assert words[:2] == ["sbatch", "--array=0,2%2"]
+    assert {*size, "--nodes=1", "--time=12:00:00"} <= set(words[2:script])
+    options, rest = [*words[1:script]], words[script + 1 :]
+    job = Job(cluster, log, "leave_one_out", options, rest)
     cluster.wait_until(
         lambda: "running or queued: 0 " in report(cluster, root), lambda: "a queued cell"
     )
@@ -352,21 +493,33 @@ def test_array_fills_its_gaps(cluster: Cluster, tmp_path: Path) -> None:
     cluster.run("scancel", "--signal=USR1", "--batch", last.number)
     last.wait_for_text("slurm: requeued")
     last.start_again()
-    wait_for_no_job(cluster)
+    wait_for_none_of(cluster, job)
     assert [job.element(index).facts()["Restarts"] for index in (0, 2)] == ["0", "1"]
     found = report(cluster, root)
     assert "3 runs, 3 finished, 0 running or queued, 0 missing" in found, found
     assert "sbatch" not in found
-    assert "linear" in found.partition("inverted")[2], "the table"
+    assert "linear" in found.partition("clip art")[2], "the table"
 
 
-def wait_for_no_job(cluster: Cluster) -> None:
-    cluster.wait_until(
-        lambda: not cluster.run("squeue", "--noheader").stdout.strip(), lambda: "an empty queue"
-    )
+def wait_for_none_of(cluster: Cluster, job: Job) -> None:
+    queue = ("squeue", "--noheader", f"--job={job.number}")
+    cluster.wait_until(lambda: not cluster.run(*queue).stdout.strip(), lambda: "an empty queue")
 
 
 def report(cluster: Cluster, root: Path) -> str:
-    result = warm.run("-m", "trainer.report", str(root), env=cluster.environment)
+    with FORKING:
+        result = warm.run("-m", "trainer.report", str(root), env=cluster.environment)
     assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr
+
+
+def test_templates_fit_as_they_are(cluster: Cluster) -> None:
+    for template in sorted(ROOT.glob("slurm/*.sh")):
+        if template.name != "common.sh":
+            shown = cluster.run("sbatch", "--test-only", f"slurm/{template.name}")
+            assert "to start at" in shown.stderr, template
+
+
+@pytest.mark.parametrize("name", [*SCENARIOS])
+def test_on_a_cluster(under_way: dict[str, "Future[None]"], name: str) -> None:
+    under_way[name].result()

@@ -58,10 +58,12 @@ GresTypes=gpu
 JobRequeue=1
 MinJobAge=36000
 KillWait=60
+MessageTimeout=60
 ReturnToService=2
 FirstJobId={first_job}
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes={main} Default=YES MaxTime=INFINITE State=UP
+PartitionName=doomed Nodes={doomed} MaxTime=INFINITE State=UP
 """
 NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=128 Gres=gpu:8"
 
@@ -101,13 +103,15 @@ class Cluster:
 
     Args:
         folder: an empty folder with a short path (it holds a socket).
-        nodes: how many nodes, named n0, n1 ...
+        main: how many nodes of the default partition, named n0, n1 ...
+        doomed: how many of partition `doomed`, named d0, d1 ..., that tests may lose.
     """
 
-    def __init__(self, folder: Path, nodes: int = 4) -> None:
-        self.folder, self.nodes = folder, [f"n{i}" for i in range(nodes)]
+    def __init__(self, folder: Path, main: int = 4, doomed: int = 3) -> None:
+        self.folder = folder
+        self.nodes = [*(f"n{i}" for i in range(main)), *(f"d{i}" for i in range(doomed))]
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
-        controller, *ports = _free_ports(1 + nodes)
+        controller, *ports = _free_ports(1 + len(self.nodes))
         host = socket.gethostname()
         lines = [
             NODE.format(name=name, host=host, port=port)
@@ -116,6 +120,7 @@ class Cluster:
         text = CONFIG.format(
             host=host, controller=controller, user=getuser(), folder=folder,
             first_job=1 + os.getpid() % 19000, nodes="\n".join(lines),
+            main=",".join(self.nodes[:main]), doomed=",".join(self.nodes[main:]),
         )  # fmt: skip
         for name in ("state", *(f"spool-{node}" for node in self.nodes)):
             (folder / name).mkdir()
@@ -184,12 +189,14 @@ class Cluster:
             assert process.poll() is None, f"{name} ended; see the logs in {self.folder}"
         return self._states() == ["idle"] * len(self.nodes)
 
-    def is_quiet(self) -> bool:
-        """Whether nothing runs on any node that is there, nor still ends."""
-        return {state.rstrip("*") for state in self._states()} <= {"idle", "down"}
+    def is_left(self, number: str) -> bool:
+        """Whether anything of a job still runs or ends on any node."""
+        titles = (" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"]))
+        return any(title.startswith(f"slurmstepd: [{number}.") for title in titles)
 
-    def _states(self) -> list[str]:
-        return self.run("sinfo", "--noheader", "--Node", "--format=%t", check=False).stdout.split()
+    def _states(self, *words: str) -> list[str]:
+        command = ("sinfo", "--noheader", "--Node", "--format=%t", *words)
+        return self.run(*command, check=False).stdout.split()
 
     def _spawn(self, name: str, *command: str) -> None:
         with (self.folder / "daemons.log").open("ab") as log:
@@ -223,6 +230,12 @@ class Cluster:
         self._kill_processes_on(node)
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
 
+    def lose_slurmd(self, node: str) -> None:
+        """SLURM loses a node whose jobs go on: their processes are those of others."""
+        self._daemons[node].kill()
+        self._daemons[node].wait()
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+
     def _kill_processes_on(self, node: str) -> None:
         for pid in self.processes_on(node):
             with suppress(ProcessLookupError):
@@ -232,7 +245,10 @@ class Cluster:
         """Brings a lost node back, and waits until SLURM has heard of it."""
         self._spawn(node, "slurmd", "-D", "-N", node)
         self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
-        self.wait_until(self.is_idle, lambda: f"an idle {node}")
+        there = ("idle", "mix", "alloc")
+        self.wait_until(
+            lambda: set(self._states(f"--nodes={node}")) <= set(there), lambda: f"{node} back"
+        )
 
     def processes_on(self, node: str) -> list[int]:
         """What runs for jobs on a node: SLURM's own process of each step, then the step's."""
@@ -248,13 +264,13 @@ class Cluster:
         return found
 
     def run(
-        self, *command: str, check: bool = True, **extra: str
+        self, *command: str, check: bool = True, cwd: Path = ROOT, **extra: str
     ) -> "subprocess.CompletedProcess[str]":
         """Runs a command of SLURM's against this cluster."""
         result = subprocess.run(
             command,
             env=self.environment | extra,
-            cwd=ROOT,
+            cwd=cwd,
             capture_output=True,
             text=True,
             check=False,

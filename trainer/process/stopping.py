@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, get_args
@@ -100,6 +100,10 @@ class Stopping:
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         threading.Thread(target=self._unblock, args=(reading,), daemon=True).start()
 
+    def hear(self) -> None:
+        """From now on signals arrive, those first that came since the first line of `run.py`."""
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
     def _unblock(self, reading: int) -> None:
         """Ends a process whose main thread waits for other ranks and runs no signal handler.
 
@@ -161,7 +165,8 @@ class Stopping:
             )
         if self.is_main:
             what = "still on the way to a checkpoint" if again else "saving at the next boundary"
-            os.write(2, f"{name}: {what}\n".encode())  # print is not safe in a handler
+            with suppress(OSError):  # a launcher that is gone reads no more
+                os.write(2, f"{name}: {what}\n".encode())  # print is not safe in a handler
 
     def begin(self, sum_over_ranks: Callable[[Sequence[float]], list[float]]) -> None:
         """From now on signals only leave a flag; lists of votes are summed over the ranks."""

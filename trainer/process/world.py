@@ -6,6 +6,8 @@ Reads the environment only; starting the process group is `trainer.engine`'s bus
 import os
 from dataclasses import dataclass
 
+from trainer.process.slurm import rendezvous
+
 
 @dataclass(frozen=True)
 class World:
@@ -40,11 +42,17 @@ _LAUNCHERS = (
 
 
 def world_from_environment() -> World:
-    """The world that the launcher describes; one process if none does."""
+    """The world that the launcher describes; one process if none does.
+
+    Where SLURM alone tells where its tasks meet, the variables of other launchers are set, too.
+    """
     told = os.environ
     for rank, size, local_rank, local_sizes in _LAUNCHERS:
         # Inside a SLURM allocation but outside srun there is no step, hence no task number to use.
         if rank in told and size in told and (rank == "RANK" or "SLURM_STEP_ID" in told):
+            if rank != "RANK":
+                for name, value in rendezvous(told).items():
+                    told.setdefault(name, value)
             number = int(told[size])
             local_size = next((int(told[name]) for name in local_sizes if name in told), 1)
             return World(

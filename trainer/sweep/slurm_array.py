@@ -6,6 +6,7 @@ run, a word a line, as `slurm/leave_one_out.sh` reads them. Other flags go to ev
 
 import argparse
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -23,7 +24,16 @@ from trainer.sweep.grid import Grid, add_grid_flags, array_expression, check, pr
 
 NOTE = "grid.json"
 JOBS = "array-jobs"
-"""Folder with an empty file for each array job that ran here, named by its number."""
+"""Folder with a file for each array job that ran here, named by its number: options of `sbatch`."""
+
+OPTIONS = {
+    "NumNodes": "nodes", "CPUs/Task": "cpus-per-task", "MinMemoryNode": "mem",
+    "MinMemoryCPU": "mem-per-cpu", "TimeLimit": "time", "Partition": "partition",
+    "Account": "account", "QOS": "qos", "Features": "constraint", "Reservation": "reservation",
+    "ReqNodeList": "nodelist", "ExcNodeList": "exclude", "MailUser": "mail-user",
+    "MailType": "mail-type",
+}  # fmt: skip
+"""What `scontrol show job` calls an option of `sbatch`."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +43,19 @@ class Note:
     grid: Grid
     arguments: tuple[str, ...]
 
-    def submit_line(self, indices: Sequence[int]) -> str:
-        """The command that runs some of the runs."""
+    def submit_line(self, indices: Sequence[int], options: Sequence[str] = ()) -> str:
+        """The command that runs some of the runs, with options as of an array before."""
         lists = asdict(self.grid)
         trial_seed = lists.pop("trial_seed")
         flags = [f"--{name}={','.join(map(str, values))}" for name, values in lists.items()]
         if trial_seed is not None:
             flags.append(f"--trial_seed={trial_seed}")
-        array = f"--array={array_expression(indices)}"
-        return shlex.join(["sbatch", array, "slurm/leave_one_out.sh", *flags, *self.arguments])
+        throttle = "".join(option for option in options if option.startswith("%"))
+        array = f"--array={array_expression(indices)}{throttle}"
+        others = [option for option in options if not option.startswith("%")]
+        return shlex.join(
+            ["sbatch", array, *others, "slurm/leave_one_out.sh", *flags, *self.arguments]
+        )
 
 
 def read_note(root: Path) -> Note:
@@ -95,7 +109,34 @@ def report_lines(root: Path) -> list[str]:
     ]
     lines += [f"running or queued: {index} {runs[index].name}" for index in running]
     lines += [f"missing: {index} {runs[index].name}" for index in missing]
-    return [*lines, note.submit_line(missing)] if missing else lines
+    return [*lines, note.submit_line(missing, latest_options(root))] if missing else lines
+
+
+def options_of(record: str) -> list[str]:
+    """The options with which `sbatch` made the job that a line of `scontrol show job` describes.
+
+    The largest number of runs of its array at a time comes last, as `%4`.
+    """
+    told = dict(word.split("=", 1) for word in record.split() if "=" in word)
+    unset = {"", "0", "N/A", "(null)", "UNLIMITED", "Partition_Limit"}
+    told = {key: value for key, value in told.items() if value not in unset}
+    found = [f"--{option}={told[key]}" for key, option in OPTIONS.items() if key in told]
+    if tasks := told.get("NumTasks", ""):
+        a_node, nodes = told.get("NtasksPerN:B:S:C", "").partition(":")[0], told.get("NumNodes", "")
+        even = a_node.isdecimal() and nodes.isdecimal() and tasks == str(int(a_node) * int(nodes))
+        found.append(f"--ntasks-per-node={a_node}" if even else f"--ntasks={tasks}")
+    if gpus := re.findall(r"gpu:([\w.:-]+)", told.get("TresPerNode", "")):
+        found.append(f"--gpus-per-node={','.join(gpus)}")
+    if " Requeue=0" in record:
+        found.append("--no-requeue")
+    return [*found, *(f"%{told[key]}" for key in ("ArrayTaskThrottle",) if key in told)]
+
+
+def latest_options(root: Path) -> list[str]:
+    """The options of the array job that ran in `root` last; none where no job has noted any."""
+    jobs = [path for path in (root / JOBS).glob("*") if path.stat().st_size]
+    latest = max(jobs, key=lambda path: path.stat().st_mtime, default=None)
+    return latest.read_text(encoding="utf-8").splitlines() if latest else []
 
 
 def progress_lines(paths: Iterable[Path]) -> list[str]:
@@ -121,6 +162,7 @@ def parser() -> argparse.ArgumentParser:
     add_grid_flags(result, required=False, meanings=meanings)
     result.add_argument("--index", type=int, help="print the settings of this run alone")
     result.add_argument("--job", help="with --index: the array job that runs it")
+    result.add_argument("--record", default="", help="with --job: what scontrol shows of it")
     return result
 
 
@@ -163,7 +205,8 @@ def command(argv: Sequence[str]) -> None:
     else:
         if own.job:
             (root / JOBS).mkdir(exist_ok=True)
-            (root / JOBS / own.job).touch()
+            options = "".join(f"{option}\n" for option in options_of(own.record))
+            (root / JOBS / own.job).write_text(options, encoding="utf-8")
         lines = [*shared, *runs[own.index].flags(root)]
     sys.stdout.write("\n".join(lines) + "\n")
 

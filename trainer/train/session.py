@@ -1,6 +1,7 @@
 """One run from command line to closing table, and how it ends: lines for the user, an exit code."""
 
 import logging
+import os
 import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from trainer.config.command_line import parse
 from trainer.config.run_config import RunConfig
 from trainer.process.ending import conclude
+from trainer.process.slurm import watch_job
 from trainer.process.stopping import Stopping, seconds_of
 from trainer.process.world import World, world_from_environment
 
@@ -23,8 +25,14 @@ def main(argv: Sequence[str]) -> int:
     world = world_from_environment()
     stopping = Stopping(world.is_main)
     stopping.listen()
+    watch_job(os.environ)
+
+    def action() -> None:
+        stopping.hear()
+        run(parse(argv), world, stopping)
+
     try:
-        return conclude(lambda: run(parse(argv), world, stopping), world, stopping, leave_group)
+        return conclude(action, world, stopping, leave_group)
     finally:
         stopping.release()
 

@@ -85,6 +85,37 @@ def test_line_to_submit_survives_a_shell(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+RECORD = (
+    "JobId=81 ArrayJobId=80 ArrayTaskId=1 JobName=x Account=own QOS=(null) Requeue={} "
+    "TimeLimit=1-02:00:00 Partition=gpu ReqNodeList=(null) NodeList=n1 NumNodes=2 NumTasks={} "
+    "CPUs/Task=6 NtasksPerN:B:S:C=4:0:*:* MinMemoryNode=64G Features=(null) "
+    "TresPerNode=gres:gpu:a100:4 MailUser=me MailType=END,FAIL ArrayTaskThrottle=4"
+)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "requeue", "size"),
+    [(8, 1, ["--ntasks-per-node=4"]), (3, 0, ["--ntasks=3"])],
+    ids=["by node", "in all"],
+)
+def test_the_line_has_the_options_of_the_array_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tasks: int, requeue: int, size: list[str]
+) -> None:
+    shared = ["--recipe=pacs", "--methods=lora", f"--output_dir={tmp_path / 'pacs'}"]
+    assert main([*shared, "--index=0", "--job=79"]) == 0
+    (tmp_path / "pacs" / "array-jobs" / "78").touch()  # as an older release left it
+    assert main([*shared, "--index=1", "--job=80", "--record", RECORD.format(requeue, tasks)]) == 0
+    capsys.readouterr()
+    assert main(shared) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert words[: words.index("slurm/leave_one_out.sh")] == [
+        "sbatch", "--array=0-3%4", "--nodes=2", "--cpus-per-task=6", "--mem=64G",
+        "--time=1-02:00:00", "--partition=gpu", "--account=own", "--mail-user=me",
+        "--mail-type=END,FAIL", *size, "--gpus-per-node=a100:4",
+        *([] if requeue else ["--no-requeue"]),
+    ]  # fmt: skip
+
+
 def finish(run: Path, *settings: str) -> None:
     """A run folder as a finished run leaves it, without its results."""
     config = parse_without_data(settings)
