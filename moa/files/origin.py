@@ -31,6 +31,7 @@ class Origin:
         decode: what decoded the images (`data.decode`).
         truncated: what was done with incomplete ones (`data.truncated`).
         dataset_name: the shard set's own name; empty if it has none.
+        precision: of the run's arithmetic, `fp32` or `bf16`; empty if not on record.
     """
 
     dataset: str
@@ -49,6 +50,7 @@ class Origin:
     decode: str = "auto"
     truncated: str = "keep"
     dataset_name: str = ""
+    precision: str = ""
 
     @property
     def withheld(self) -> tuple[str, ...]:
@@ -63,7 +65,8 @@ class Origin:
     def plain(self) -> dict[str, Any]:
         """As JSON stores it."""
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        return {k: v for k, v in plain.items() if v or k != "dataset_name"}  # as before it existed
+        later = ("dataset_name", "precision")  # empty, the file is as before they existed
+        return {k: v for k, v in plain.items() if v or k not in later}
 
 
 def origin_from(content: Mapping[str, Any]) -> Origin:

@@ -36,6 +36,10 @@ def parser() -> argparse.ArgumentParser:
     add("--output", type=Path, metavar="FOLDER", help="write evaluation.json, tables and pictures")
     add("--json", action="store_true", help="print one JSON line per result, no table")
     add("--batch", type=int, default=128, help="images per process and batch (%(default)s)")
+    add(
+        "--precision", choices=["fp32", "bf16"],
+        help="of the arithmetic (that of the adapters' runs; fp32 where they differ)",
+    )  # fmt: skip
     data = DataConfig()
     add("--data.workers", dest="workers", type=int, default=data.workers, help="(%(default)s)")
     add(

@@ -41,6 +41,7 @@ class Evaluation:
         average: what the ensemble averages.
         soup: the mean of the members, if that is wanted.
         batch: images per process and batch.
+        dtype: of the models' parameters and their inputs.
         warnings: what the user should know, one line each.
         results: figures by label and split; the result asked for comes last.
         cost: images, each evaluated once, forward passes of each, seconds for all of them, and
@@ -55,6 +56,7 @@ class Evaluation:
     data: AdapterData
     splits: tuple[str, ...]
     batch: int
+    dtype: torch.dtype
     warnings: tuple[str, ...]
     results: dict[str, dict[DomainSplit, Figures]] = field(default_factory=dict)
     cost: dict[str, float] = field(default_factory=dict)
@@ -110,8 +112,16 @@ def prepare(args: argparse.Namespace) -> Evaluation:
     warnings = (*data.warnings, *(start_warning(members) if mean else ()))
     base = base_of(members[0], args.weights)
     return Evaluation(
-        members, combine, args.average, mean, base, data, splits, args.batch, warnings
-    )
+        members, combine, args.average, mean, base, data, splits, args.batch,
+        _dtype(members, args.precision), warnings,
+    )  # fmt: skip
+
+
+def _dtype(members: Sequence[Member], precision: str | None) -> torch.dtype:
+    """What is asked for; else that of the runs, which older adapters do not tell."""
+    runs = {m.info.origin.precision if m.info.origin else "" for m in members}
+    wanted = precision or (runs.pop() if len(runs) == 1 else "")
+    return torch.bfloat16 if wanted == "bf16" else torch.float32
 
 
 def evaluate(
@@ -126,11 +136,14 @@ def evaluate(
     adapters += [] if job.soup is None else [job.soup]
     device = use_device(world)
     backbone_bytes = tensor_bytes(job.backbone.model)
-    models = models_on(job.backbone.model, adapters).to(device)
+    models = models_on(job.backbone.model, adapters)
+    for parameter in models.parameters():  # as the engine does; buffers stay exact
+        parameter.data = parameter.data.to(job.dtype)
+    models.to(device)
     evaluator = Evaluator(
         index=data.index, data_config=job.members[0].info.data_config, trial_seed=data.trial_seed,
         holdout_fraction=data.config.holdout_fraction, batch_size=job.batch,
-        workers=data.config.workers, world=world, device=device, dtype=torch.float32,
+        workers=data.config.workers, world=world, device=device, dtype=job.dtype,
         sum_over_ranks=sum_over_ranks, decoder=data.decoder,
         max_bad_fraction=data.config.max_bad_fraction,
     )  # fmt: skip

@@ -57,16 +57,19 @@ def collect(
     # Each rank fills in its own samples. A sum with zeros is exact, and needs no agreement on how
     # many samples each has.
     times, labels = torch.zeros(2, number, dtype=torch.int64)
-    logits, unusable = torch.zeros(len(models), number, len(evaluator.index.classes)), 0
+    pinned = evaluator.device.type == "cuda"  # so that copies need not be waited for
+    logits = torch.zeros(len(models), number, len(evaluator.index.classes), pin_memory=pinned)
+    unusable = 0
     with evaluating(*models):
         for _, batch in evaluator.batches(models, [(env, split)]):
             images = evaluator.images(batch)
             own = slice(batch.first_slot, batch.first_slot + len(batch.labels))
             for model, scores in zip(models, logits, strict=True):
-                scores[own] = model(images).float().cpu()
+                scores[own].copy_(model(images).float(), non_blocking=True)
             labels[own] = batch.labels
             times[own] += 1
             unusable += batch.substituted
+    torch.get_device_module(evaluator.device).synchronize()
 
     def summed(value: Tensor) -> Tensor:
         return evaluator.sum_over_ranks(value.to(evaluator.device)).cpu()

@@ -133,7 +133,9 @@ def test_two_processes_train_the_same_model(
     assert accuracies(one_process[0])[0] == pytest.approx(accuracies(two_processes)[0], abs=0.01)
 
 
-def test_bf16_run_resumes_to_the_same_numbers(few: dict[str, str], tmp_path: Path) -> None:
+def test_bf16_run_resumes_and_is_evaluated_to_the_same_numbers(
+    few: dict[str, str], tmp_path: Path
+) -> None:
     """Resumed masters must be the saved ones, not the model's rounded weights."""
     output = tmp_path / "run"
     changes = {"train__precision": "bf16", "train__steps": "4", "checkpoint__every": "2"}
@@ -146,6 +148,16 @@ def test_bf16_run_resumes_to_the_same_numbers(few: dict[str, str], tmp_path: Pat
     assert result.returncode == 0, result.stderr
     assert "resumed after step 1" in result.stdout
     assert rows(output / "metrics.jsonl") == whole
+    own = {k: v for k, v in rows(output / "results.jsonl")[-1].items() if k.endswith("_acc")}
+    adapter = ["--adapter", str(output / "adapter-last"), "--data.root", few["data__root"]]
+    found = []
+    for precision in ([], ["--precision", "fp32"]):
+        command = ["-m", "trainer.evaluate", *adapter, "--json", *precision]
+        result = warm.run(*command, env=environment())
+        assert result.returncode == 0, result.stderr
+        found.append(json.loads(result.stdout))
+    assert {name: found[0][name] for name in own} == own
+    assert found[0]["moa/env5_out_nll"] != found[1]["moa/env5_out_nll"]
 
 
 def test_finished_run_without_checkpoints_is_not_overwritten(
