@@ -1,7 +1,7 @@
 """`Trainer`: the loop from a start step to the last, with evaluation and checkpoints."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -68,6 +68,7 @@ class Trainer:
         self.evaluation_due = due and self._evaluates_after(self.step - 1)
         self.first_step = self.saved_step = self.step
         self.images_timed, self.seconds_timed = 0, 0.0
+        self._unwritten: Callable[[], object] = int  # what to call for the last step's row
 
     def train(self, monitor: Monitor | None) -> None:
         """Runs the remaining steps; `monitor` is given on the main rank only.
@@ -86,6 +87,18 @@ class Trainer:
         self.stopping.agree_on_signals()
         self.evaluate_or_stop(self.step - 1, monitor)  # an evaluation that a stop broke off
         self.engine.module.train()
+        try:
+            self._steps(batches, monitor)
+        finally:
+            self.write_down()
+        self.watch.note(EVALUATING)
+        try:
+            self.validation.close(last, monitor)
+        except EvaluationBrokenOff:
+            self._stop()
+
+    def _steps(self, batches: Iterator[Batch], monitor: Monitor | None) -> None:
+        train = self.config.train
         while self.step < train.steps:
             step, started = self.step, time.perf_counter()
             with self.stopping.timed("step"):
@@ -100,26 +113,35 @@ class Trainer:
             self.saves.check()
             self.evaluation_due = self._evaluates_after(step)
             self.evaluate_or_stop(step, monitor)
-            if self.step % self.config.checkpoint.every == 0 or step == last:
+            if self.step % self.config.checkpoint.every == 0 or self.step == train.steps:
                 self.save_checkpoint()
-        self.watch.note(EVALUATING)
-        try:
-            self.validation.close(last, monitor)
-        except EvaluationBrokenOff:
-            self._stop()
+
+    def write_down(self) -> None:
+        """Writes the last step's row and curves, if they are not there yet.
+
+        On a shared file system that takes its time; a GPU has the next step to do meanwhile.
+        """
+        write, self._unwritten = self._unwritten, int
+        write()
 
     def _record(self, row: dict[str, Any], took: float, waited: float, monitor: Monitor) -> None:
-        """Notes a step that took `took` seconds, `waited` of them for data."""
+        """Keeps a step that took `took` seconds, `waited` of them for data, to be written down."""
         step = row["step"]
-        self.folder.append(self.folder.metrics, as_json(row))
         perf = {
             "img_s": self.stream.global_batch / took,
             "step_ms": 1000 * took,
             "data_wait_ms": 1000 * waited,
         }
-        monitor.step(row, perf)
-        if step % monitor.every == 0 or step == self.config.train.steps - 1:
-            monitor.routing(step, moa.routing_stats(self.engine.module))
+        shows_routing = step % monitor.every == 0 or step == self.config.train.steps - 1
+        routing = moa.routing_stats(self.engine.module) if shows_routing else None
+
+        def write() -> None:
+            self.folder.append(self.folder.metrics, as_json(row))
+            monitor.step(row, perf)
+            if routing is not None:
+                monitor.routing(step, routing)
+
+        self._unwritten = write
 
     def _evaluates_after(self, step: int) -> bool:
         train = self.config.train
@@ -131,6 +153,7 @@ class Trainer:
         If they do so amid the evaluation, nothing of it is kept and it stays due.
         """
         if self.evaluation_due and not self.stopping.reason:
+            self.write_down()
             # The speed of training since the start, evaluations left out.
             speed = {SPEED: self.images_timed / self.seconds_timed} if self.images_timed else {}
             self.watch.note(EVALUATING)
@@ -168,6 +191,7 @@ class Trainer:
             self.watch.note(COMPUTING)
             with self.engine.checks_gradients() if self.step == 0 else nullcontext():
                 sums += self._micro_step(batch)
+        self.write_down()
         ce, aux, losses = self._agree(sums / pieces)
         norm = self.engine.grad_norm()
         left_out = self.nonfinite.left_out(self.step, losses, norm)
@@ -221,6 +245,7 @@ class Trainer:
     def save_checkpoint(self) -> None:
         """Writes a checkpoint; a collective."""
         self.watch.note(SAVING)
+        self.write_down()
         with self.stopping.timed("save"):
             masters, moments = self.engine.masters(), self.engine.moments()
             averages = self.validation.averages.tensors()

@@ -1,0 +1,46 @@
+"""What the loop does, and when, in a run within this process."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shards import Batch
+from tests.support.trainer_fixtures import arguments, rows
+from trainer.checkpoint.run_folder import RunFolder
+from trainer.train import session
+from trainer.train.loop import Trainer
+
+
+def test_rows_are_written_while_the_next_step_is_under_way(
+    few: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between a step's vote and the next forward a GPU would wait for the file system."""
+    events: list[str] = []
+    forward, vote, append = Trainer._micro_step, Trainer._agree, RunFolder.append
+
+    def seen_forward(self: Trainer, batch: Batch) -> Any:
+        events.append("forward")
+        return forward(self, batch)
+
+    def seen_vote(self: Trainer, sums: Any) -> Any:
+        events.append("vote")
+        return vote(self, sums)
+
+    def seen_append(self: RunFolder, path: Path, row: Any) -> None:
+        events.append(path.stem)
+        append(self, path, row)
+
+    monkeypatch.setattr(Trainer, "_micro_step", seen_forward)
+    monkeypatch.setattr(Trainer, "_agree", seen_vote)
+    monkeypatch.setattr(RunFolder, "append", seen_append)
+    more = {"train__steps": "4", "train__eval_every": "100", "moa__method": "moa_lora"}
+    output = tmp_path / "run"
+    assert session.main(arguments(output, **few, **more)) == 0
+    assert events == [
+        "forward", "vote", "metrics", "results",  # an evaluation follows
+        "forward", "vote",
+        "forward", "metrics", "vote",
+        "forward", "metrics", "vote", "metrics", "results",
+    ]  # fmt: skip
+    assert [row["step"] for row in rows(output / "metrics.jsonl")] == [0, 1, 2, 3]
