@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import moa
-from shards import Batch, finish_images
+from shards import Batch
 from trainer.checkpoint import checkpoint
 from trainer.checkpoint.run_folder import SPEED, RunFolder
 from trainer.checkpoint.save_queue import SaveQueue
@@ -24,6 +24,7 @@ from trainer.prepare.parts import Parts
 from trainer.process.stopping import EvaluationBrokenOff, Stopped, Stopping, shielded
 from trainer.process.watchdog import COMPUTING, EVALUATING, LOADING, SAVING, Watchdog
 from trainer.process.world import World
+from trainer.train.ahead import Ahead, Ready
 from trainer.train.bad_images import BadImages
 from trainer.train.best import Best, is_left_out
 from trainer.train.nonfinite import NonfiniteSteps, as_json, poisoned
@@ -57,6 +58,7 @@ class Trainer:
         self.best, self.changes = best or Best(), list(state.get("changes", []))
         averages = averages or Averages(self.config.average, engine)
         self.validation = Validation(parts, engine, evaluator, folder, self.best, averages)
+        self.ahead = Ahead(engine.device, engine.dtype, parts.info.data_config)
         self.saves = SaveQueue(self.config.checkpoint.background)
         limit = self.config.data.max_bad_fraction
         self.bad_images = BadImages(self.stream, limit, state.get("bad_images", {}))
@@ -185,12 +187,17 @@ class Trainer:
         for _ in range(pieces):
             self.watch.note(LOADING, self.step)
             started = time.perf_counter()
-            batch = next(batches)
+            ready = self.ahead.take(batches)
             waited += time.perf_counter() - started
-            self.bad_images.note(batch.bad)
+            self.bad_images.note(ready.batch.bad)
             self.watch.note(COMPUTING)
             with self.engine.checks_gradients() if self.step == 0 else nullcontext():
-                sums += self._micro_step(batch)
+                sums += self._micro_step(ready)
+            self.watch.note(LOADING)
+            started = time.perf_counter()
+            self.ahead.fetch(batches)  # a device is computing meanwhile
+            waited += time.perf_counter() - started
+            self.watch.note(COMPUTING)
         self.write_down()
         ce, aux, losses = self._agree(sums / pieces)
         norm = self.engine.grad_norm()
@@ -229,14 +236,13 @@ class Trainer:
         self.bad_images.end_step(self.step, total[end:])
         return total[0] / ranks, total[1] / ranks, total[2 : 2 + ranks]
 
-    def _micro_step(self, batch: Batch) -> torch.Tensor:
+    def _micro_step(self, ready: Ready) -> torch.Tensor:
         """Forward, backward and (after the last piece) update; [ce, aux] of this rank's piece."""
-        engine, seed = self.engine, self.config.train.seed
+        engine, seed, batch = self.engine, self.config.train.seed, ready.batch
         position = moa.RoutingPosition(seed, self.step, batch.first_slot, len(batch.labels))
         moa.set_routing_position(engine.module, position)
-        images = finish_images(batch, engine.device, self.parts.info.data_config)
-        scores = engine.ds(images.to(engine.dtype))  # [B, C]
-        ce = F.cross_entropy(scores.float(), batch.labels.to(engine.device, non_blocking=True))
+        scores = engine.ds(ready.images)  # [B, C]
+        ce = F.cross_entropy(scores.float(), ready.labels)
         aux = moa.aux_loss(engine.module, differentiable_sum)
         engine.ds.backward(poisoned(ce + aux))  # averaged over ranks and micro-batches
         engine.ds.step()

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from shards import Batch
 from tests.support.trainer_fixtures import arguments, rows
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.train import session
+from trainer.train.ahead import Ready
 from trainer.train.loop import Trainer
 
 
@@ -19,9 +19,9 @@ def test_rows_are_written_while_the_next_step_is_under_way(
     events: list[str] = []
     forward, vote, append = Trainer._micro_step, Trainer._agree, RunFolder.append
 
-    def seen_forward(self: Trainer, batch: Batch) -> Any:
+    def seen_forward(self: Trainer, ready: Ready) -> Any:
         events.append("forward")
-        return forward(self, batch)
+        return forward(self, ready)
 
     def seen_vote(self: Trainer, sums: Any) -> Any:
         events.append("vote")
