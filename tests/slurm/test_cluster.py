@@ -94,7 +94,7 @@ def under_way(
     root = tmp_path_factory.mktemp("slurm")
     make_own_images(root / "images")
     write_shards(root / "images", root / "shards", dataset_spec("folder", "--dataset"))
-    with ThreadPoolExecutor(len(SCENARIOS) + 1) as pool:
+    with ThreadPoolExecutor(4) as pool:  # more would be in the way of the longest
         reference = pool.submit(train_without_slurm, root / "reference", root / "shards")
         begun = {}
         for name in SCENARIOS:

@@ -58,7 +58,6 @@ GresTypes=gpu
 JobRequeue=1
 MinJobAge=36000
 KillWait=60
-MessageTimeout=60
 ReturnToService=2
 FirstJobId={first_job}
 {nodes}
