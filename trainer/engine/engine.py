@@ -1,13 +1,16 @@
 """The DeepSpeed engine: a model spread over the ranks, its optimizer, its steps."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import _lru_cache_wrapper
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.moe.utils import configure_moe_param_groups
+from deepspeed.runtime.zero import parameter_offload
 from torch import nn
 
 import moa
@@ -73,9 +76,17 @@ class Engine(ZeroState):
         try:
             yield
         except Stopped:
-            self.ds.destroy()
+            self._let_go()
             raise
+        self._let_go()
+
+    def _let_go(self) -> None:
         self.ds.destroy()
+        # ZeRO-3 keeps modules in a list and in the cache of a function, which outlive its end.
+        parameter_offload.FWD_MODULE_STACK.clear()
+        for cache in gc.get_objects():
+            if isinstance(cache, _lru_cache_wrapper) and "deepspeed." in str(cache.__module__):
+                cache.cache_clear()
 
     def grad_norm(self) -> float:
         """Norm of the global gradient of the last update, before clipping."""

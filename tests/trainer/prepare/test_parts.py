@@ -18,6 +18,7 @@ from trainer.config import deepspeed_json
 from trainer.config.command_line import RECIPES, parse
 from trainer.config.run_config import ROOT, RunConfig, TrainConfig, as_plain
 from trainer.evaluate.evaluator import Evaluator
+from trainer.process.device import use_device
 from trainer.process.errors import CheckpointError, ConfigError
 from trainer.process.world import ALONE, World, export_world, world_from_environment
 from trainer.train.loop import Trainer
@@ -205,6 +206,7 @@ def test_world_from_the_launchers_variables(
         monkeypatch.setenv(name, value)
     assert world_from_environment() == world
     export_world(world)
+    use_device(world)
     assert world_from_environment() == replace(world, local_size=world.local_size)
 
 
