@@ -246,11 +246,13 @@ above; 'scontrol requeue $job' or the same sbatch command continues"
   die "$code" "$why; SLURM decides whether this job runs again"
 }
 
-# Nodes of this job that are down. One that does not answer may be busy, or is down minutes later.
+# Nodes of this job, but that of this script, that are down. One that does not answer may be busy, or is
+# down minutes later.
 lost_nodes() {
   local states
   for _ in {1..30}; do
-    states=$(sinfo --noheader --Node --nodes="${SLURM_JOB_NODELIST:-}" --format='%N %t' 2>/dev/null)
+    states=$(sinfo --noheader --Node --nodes="${SLURM_JOB_NODELIST:-}" --format='%N %t' 2>/dev/null |
+      grep -v "^${SLURMD_NODENAME:-none} ")
     [[ $states == *\* && $states != *down* && $stopped != TERM ]] || break
     sleep 10
   done

@@ -84,6 +84,7 @@ LOST = {"NODES": "n1 alloc\nn2 down*\nn2 down*"}
         (137, LOST, 137, "requeued: a node was lost (n2)", True),
         (69, LOST, 69, "requeued: a node was lost (n2)", True),
         (69, {"NODES": "n1 alloc\nn2 alloc*"}, 69, "requeued: a node was lost (n2)", True),
+        (137, {**LOST, "SLURMD_NODENAME": "n2"}, 137, "not requeued: exit code 137", False),
         (137, TERM, 137, "killed before it could save (is KillWait too short?)); SLURM", False),
         (143, TERM, 143, "ended before all was saved (exit code 143", False),
         (0, TERM, 75, "the run is not finished: SLURM lost its tasks; SLURM decides", False),
