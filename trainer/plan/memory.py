@@ -151,10 +151,15 @@ def _optimizer_terms(weights: Weights, sharding: Sharding) -> Iterator[Term]:
 
 
 def kept_terms(weights: Weights, sharding: Sharding, averages: AverageConfig) -> Iterator[Term]:
-    """Copies of the trainable numbers that a run keeps: the best so far, and averages of them."""
+    """What a run holds beside the model: weights it reads, its best adapter so far, averages."""
     share = 4 * math.ceil(weights.trainable / sharding.world_size)
     # Averages live on the masters, and where those are.
     place: Place = "host" if sharding.optimizer_offloaded else "gpu"
+    whole = weights.frozen + weights.trainable
+    yield Term(
+        "weights while they are read", 4 * whole + weights.buffer_bytes, "host",
+        f"{whole:,} x 4 B, in the main process",
+    )  # fmt: skip
     yield Term("best adapter", 4 * weights.trainable, "host", "n x 4 B, in the main process")
     if averages.ema:
         yield Term("EMA", share, place, "n / W x 4 B")

@@ -349,7 +349,8 @@ def test_the_best_adapter_and_averages_are_kept_beside_the_weights() -> None:
         terms = kept_terms(WEIGHTS, sharding_of(2, 8, True, **zero), averages)
         return {(t.name, t.place): t.bytes for t in terms}
 
-    best = {("best adapter", "host"): 4000}
+    read = 4 * (100_000 + 1000) + 16  # the whole model in fp32, before it is spread
+    best = {("best adapter", "host"): 4000, ("weights while they are read", "host"): read}
     assert kept(AverageConfig()) == best
     both = AverageConfig(ema=True, swad=True)
     # SWAD: what is kept, the open segment, and five that wait for the sixth loss above the level.
