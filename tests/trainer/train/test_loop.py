@@ -1,5 +1,6 @@
 """What the loop does, and when, in a run within this process."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ def test_rows_are_written_while_the_next_step_is_under_way(
     few: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between a step's vote and the next forward a GPU would wait for the file system."""
+    monkeypatch.delenv("NCCL_DEBUG", raising=False)
     events: list[str] = []
     forward, vote, append = Trainer._micro_step, Trainer._agree, RunFolder.append
 
@@ -44,3 +46,4 @@ def test_rows_are_written_while_the_next_step_is_under_way(
         "forward", "metrics", "vote", "metrics", "results",
     ]  # fmt: skip
     assert [row["step"] for row in rows(output / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert os.environ["NCCL_DEBUG"] == "WARN", "the default of a run"
