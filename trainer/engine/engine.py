@@ -1,9 +1,7 @@
 """The DeepSpeed engine: a model spread over the ranks, its optimizer, its steps."""
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import _lru_cache_wrapper
 from typing import Any
 
 import deepspeed
@@ -23,6 +21,7 @@ from trainer.process.errors import CheckpointError, TrainingInvalidError
 from trainer.process.stopping import Stopped
 from trainer.process.world import World
 
+_CACHED = "_PartitionedParameterCoordinator__params_to_release"
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
@@ -82,11 +81,11 @@ class Engine(ZeroState):
 
     def _let_go(self) -> None:
         self.ds.destroy()
-        # ZeRO-3 keeps modules in a list and in the cache of a function, which outlive its end.
+        # ZeRO-3 keeps modules in a list and in the cache of a method, which outlive its end.
         parameter_offload.FWD_MODULE_STACK.clear()
-        for cache in gc.get_objects():
-            if isinstance(cache, _lru_cache_wrapper) and "deepspeed." in str(cache.__module__):
-                cache.cache_clear()
+        method = vars(parameter_offload.PartitionedParameterCoordinator).get(_CACHED)
+        for cell in getattr(method, "__closure__", None) or ():  # it is wrapped
+            getattr(cell.cell_contents, "cache_clear", int)()
 
     def grad_norm(self) -> float:
         """Norm of the global gradient of the last update, before clipping."""
