@@ -291,8 +291,9 @@ def five_requeues_in_a_row_equal_one_run(place: Place) -> None:
 
     facts = job.wait_for_state("COMPLETED", "FAILED")
     assert facts["JobState"] == "COMPLETED", job.text()
-    assert facts["Restarts"] == "5"
-    for restart in range(6):
+    restarts = int(facts["Restarts"])
+    assert restarts >= 5, "SLURM adds one of its own if a node of a busy machine is late to answer"
+    for restart in range(restarts + 1):
         assert f"slurm: job {job.number}, restart {restart}:" in job.text()
     assert_same(run, place.reference.result())
 

@@ -236,9 +236,10 @@ class Cluster:
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
 
     def _kill_processes_on(self, node: str) -> None:
-        for pid in self.processes_on(node):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # at once: none may see another go
+            for pid in self.processes_on(node):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
 
     def repair(self, node: str) -> None:
         """Brings a lost node back, and waits until SLURM has heard of it."""
