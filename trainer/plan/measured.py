@@ -14,7 +14,7 @@ from trainer.process.errors import ConfigError
 if TYPE_CHECKING:
     from trainer.plan.scaling import Rates
 
-TITLE = re.compile(r"training step, (\S+), batch (\d+), (cpu|cuda), (float32|bfloat16)")
+TITLE = re.compile(r"training step, (\S+), batch (\d{1,6}), (cpu|cuda), (float32|bfloat16)")
 """Of a table that `trainer.bench` writes; those of compiled or checkpointed blocks say more."""
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 HALF = 0.5
@@ -60,11 +60,9 @@ def read_measured(path: str, config: RunConfig, gpu: bool) -> tuple[MeasuredStep
     device = "cuda" if gpu or config.train.precision == "auto" else steps[0].device
     if like := [s for s in steps if (s.device, s.precision) == (device, precision)]:
         return tuple(like)
-    other = (
-        ""
-        if gpu and steps[0].device != "cuda"
-        else f", or plan for that with --train.precision {steps[0].precision}"
-    )
+    other = ""
+    if steps[0].device == device or not gpu:
+        other = f", or plan for that with --train.precision {steps[0].precision}"
     raise ConfigError(
         f"--measured: {path} was measured on {steps[0].device} in {steps[0].precision}, and the "
         f"run is planned for {device} in {precision}; measure with {command} --device {device} "
@@ -80,8 +78,8 @@ def _steps(tables: dict[str, Any]) -> Iterator[MeasuredStep]:
                 if isinstance(ms := row["ms"], str):  # out of memory
                     continue
                 operations, busy = row["operations"], min(ms, row.get("busy ms", ms)) / 1000
-                if 0 < busy < math.inf and ms < math.inf and operations >= 1 and int(batch):
-                    kind = (backbone, int(batch), device, PRECISIONS[dtype], name.split()[0])
+                if 0 < busy <= ms < math.inf and 1 <= operations < 1e9 and int(batch):
+                    kind = (backbone, int(batch), device, PRECISIONS[dtype], name.partition(" ")[0])
                     yield MeasuredStep(*kind, ms / 1000, busy, operations)
 
 

@@ -91,6 +91,7 @@ def make_plan(config: RunConfig, request: Request) -> Plan:
     used, rates = gpu_bytes(memory), Rates(flops=FLOPS[sharding.precision])
     if request.measured:
         rates = measured_rates(request.measured, config, rates)
+    # The embedded digits are of a few hundred bytes each.
     loaders = 0 if config.data.dataset == "digits" else max(1, config.data.workers)
     load = load_of(model, footprint, batches, sharding, loaders)
     layers = [layer for _, layer in moa_layers(model)]
