@@ -2,6 +2,8 @@
 # Held-out domains x seeds x methods on any dataset, one array index a run; see docs/slurm.md.
 #   python -m trainer.sweep.slurm_array --recipe pacs --seeds 0,1,2     # prints the line to submit
 #   sbatch --array=0-11 slurm/leave_one_out.sh --recipe pacs --seeds 0,1,2
+# With one GPU a run, many runs at once; `python -m trainer.plan --recipe pacs --table` compares:
+#   sbatch --array=0-11 --ntasks-per-node=1 --gpus-per-node=1 slurm/leave_one_out.sh --recipe pacs --seeds 0,1,2
 #SBATCH --job-name=leave_one_out
 #SBATCH --array=0-5
 #SBATCH --nodes=1

@@ -8,11 +8,13 @@ import gc
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
-from trainer.config.command_line import OwnFlags, build_parser, parse_without_data
+from trainer.config.command_line import OwnFlags, build_parser, parse_without_data, words
 from trainer.config.run_config import RunConfig
 from trainer.plan.data import Request
+from trainer.plan.measured import read_measured
 from trainer.process.ending import conclude
 from trainer.process.errors import ConfigError, noted
 from trainer.process.world import ALONE
@@ -27,6 +29,16 @@ def _add_own(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--domains", metavar="D", help="with the held-out one; default: the dataset's, where known"
     )
+    parser.add_argument(
+        "--measured", metavar="FILE",
+        help="rates of a machine, from trainer.bench --part step --json FILE; default: assumed",
+    )  # fmt: skip
+    parser.add_argument(
+        "--table", action="store_true",
+        help="what all domains x seeds x methods cost, with 1 to 8 GPUs a run",
+    )  # fmt: skip
+    parser.add_argument("--methods", metavar="A,B", help="with --table; default: the recipe's")
+    parser.add_argument("--seeds", metavar="0,1", help="with --table; default: 0,1,2")
     parser.add_argument("--json", action="store_true", help="print JSON, no tables")
 
 
@@ -46,8 +58,25 @@ def read_command_line(argv: Sequence[str]) -> tuple[RunConfig, Request]:
         domains=_number(given.domains, "--domains", int, 2, problems),
         json=given.json,
     )
+    if not given.table:
+        problems += [
+            f"--{name}: has no effect without --table"
+            for name in ("methods", "seeds") if getattr(given, name) is not None
+        ]  # fmt: skip
     with noted(problems):
         config = parse_without_data(rest)
+        if given.table:
+            methods = tuple(words(given.methods or "")) or (config.moa.method,)
+            for method in methods:
+                parse_without_data([*rest, f"--moa.method={method}"])
+            seeds = words(given.seeds or "0,1,2")
+            if not all(map(str.isdecimal, seeds)):
+                problems.append(f"--seeds = {given.seeds!r}: legal are whole numbers and commas")
+            request = replace(request, methods=methods, seeds=len(seeds))
+        if given.measured:
+            gpu = request.gpu_memory is not None
+            steps = read_measured(given.measured, config, gpu)
+            request = replace(request, measured=steps)
     if problems:
         raise ConfigError("\n".join(problems))
     return config, request
@@ -73,11 +102,15 @@ def plan_command(argv: Sequence[str]) -> None:
     # thousand and no garbage: a collector that looks for some takes a fifth of their time.
     gc.disable()
     from trainer.plan.planning import make_plan
-    from trainer.plan.table import show
+    from trainer.plan.table import show, show_table
+    from trainer.plan.whole_table import plan_table
 
     gc.freeze()
     gc.enable()
-    show(make_plan(config, request), request)
+    if request.methods:
+        show_table(plan_table(config, request), request)
+    else:
+        show(make_plan(config, request), request)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,10 +1,12 @@
 """What a plan knows of the data: from its flags, a shard set at hand, or the registry."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.config.run_config import RunConfig
+from trainer.plan.measured import MeasuredStep
 from trainer.process.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,6 +23,12 @@ class Request:
     num_classes: int | None = None
     domains: int | None = None
     json: bool = False
+    measured: tuple[MeasuredStep, ...] = ()
+    """Instead of assumed rates."""
+    methods: tuple[str, ...] = ()
+    """If there are any, a table of them is planned and not one run."""
+    seeds: int = 1
+    """Of that table."""
 
 
 def index_at_hand(config: RunConfig) -> "ShardIndex | None":
@@ -41,12 +49,12 @@ def domain_names(config: RunConfig) -> tuple[str, ...] | None:
     return DATASETS[config.data.dataset].domains if index is None else index.domains
 
 
-def known_data(config: RunConfig, request: Request) -> tuple[int, int, int, dict[str, int]]:
+def known_data(config: RunConfig, request: Request) -> tuple[int, int, int, dict[str, int], int]:
     """Domains, classes and sizes: from the flags, the shard set if it is at hand, the registry.
 
     Returns:
-        Number of domains, of those trained on, of classes, and training images of each source
-        domain where known.
+        Number of domains, of those trained on, of classes, training images of each source domain
+        where known, and images of all domains (0: not known).
 
     Raises:
         ConfigError: a number that nothing tells, or a held-out domain that does not exist.
@@ -69,7 +77,7 @@ def known_data(config: RunConfig, request: Request) -> tuple[int, int, int, dict
         raise ConfigError("\n".join(missing))
     held_out = held_out_names(config.data.held_out or (names or ("",))[-1], names or ())
     if names is None or number != len(names):
-        return number, number - len(held_out), classes, {}
+        return number, number - len(held_out), classes, {}, 0
     if unknown := [name for name in held_out if name not in names]:
         raise ConfigError(
             f"data.held_out = {unknown[0]!r}: not a domain of {spec.name}; "
@@ -78,4 +86,16 @@ def known_data(config: RunConfig, request: Request) -> tuple[int, int, int, dict
     sizes = dict(zip(names, samples or (), strict=False))
     held_back = config.data.holdout_fraction
     kept = {d: n - int(n * held_back) for d, n in sizes.items() if d not in held_out}
-    return number, number - len(held_out), classes, kept
+    return number, number - len(held_out), classes, kept, sum(sizes.values())
+
+
+def images_evaluated(
+    config: RunConfig, evaluations: int, kept: Mapping[str, int], whole: int
+) -> int:
+    """Images that a run's evaluations read, those of its averages included; 0: sizes not known."""
+    back = config.data.holdout_fraction
+    out = round(sum(kept.values()) * back / (1 - back))
+    read = evaluations * whole
+    if config.eval.mode == "selection":  # at the end two adapters are evaluated on the rest
+        read = evaluations * out + 2 * (whole - out)
+    return read * (1 + len(config.average.names)) if whole else 0

@@ -10,7 +10,8 @@ from moa.layers.layer import moa_layers
 from moa.parallel.placement import traffic
 from trainer.config import deepspeed_json
 from trainer.config.run_config import ROOT, RunConfig
-from trainer.plan.data import Request, domain_names, known_data
+from trainer.plan.data import Request, domain_names, images_evaluated, known_data
+from trainer.plan.measured import measured_rates
 from trainer.plan.memory import (
     Sharding,
     Term,
@@ -20,7 +21,7 @@ from trainer.plan.memory import (
     memory_warnings,
     read_sharding,
 )
-from trainer.plan.scaling import FLOPS, WORLDS, Load, Prediction, Rates, load_of, predict
+from trainer.plan.scaling import FLOPS, Load, Prediction, Rates, load_of, predict
 from trainer.plan.sizes import adapter_file_bytes, checkpoint_bytes, roles, weights_of
 from trainer.prepare.backbone import outline
 from trainer.prepare.batches import Batches, batch_arithmetic
@@ -54,8 +55,12 @@ class Plan:
     traffic: dict[Literal["gather", "all_to_all"], float]
     """Bytes that a process sends in a step, by transport, if `SHARING` share the experts."""
     rates: Rates
+    measured: bool
+    """Whether the rates of device and host are a benchmark's."""
     predictions: tuple[Prediction, ...]
-    """A step of as many images per process on more and more GPUs."""
+    """A step of the run's batch, shared out over any number of GPUs that can share it."""
+    images_evaluated: int
+    """By all evaluations; 0 where sizes are not known."""
     run_folder: str
     """Empty where only the data tell."""
 
@@ -70,7 +75,7 @@ def make_plan(config: RunConfig, request: Request) -> Plan:
 
     Raises `ConfigError`, `MoAConfigError` or `DataConfigError`: a setting that cannot work.
     """
-    domains, sources, classes, sizes = known_data(config, request)
+    domains, sources, classes, sizes, whole = known_data(config, request)
     world = request.world_size
     backbone, report = outline(config.model, config.moa, classes)
     model = backbone.model
@@ -84,10 +89,15 @@ def make_plan(config: RunConfig, request: Request) -> Plan:
     kept = kept_terms(weights, sharding, config.average)
     memory = (*memory_terms(weights, sharding, footprint), *kept)
     used, rates = gpu_bytes(memory), Rates(flops=FLOPS[sharding.precision])
-    load = load_of(model, footprint, batches, sharding)
+    if request.measured:
+        rates = measured_rates(request.measured, config, rates)
+    # The embedded digits are of a few hundred bytes each.
+    loaders = 0 if config.data.dataset == "digits" else max(1, config.data.workers)
+    load = load_of(model, footprint, batches, sharding, loaders)
     layers = [layer for _, layer in moa_layers(model)]
     seen, width = footprint.tokens * batches.per_process, sharding.working_bytes
-    worlds = (n for n in sorted({world, *WORLDS}) if n % load.ep_size == 0)
+    shares = (n for n in batches.legal_world_sizes if not n % load.ep_size)
+    shares = (n for n in shares if not batches.global_batch // n % batches.accumulation)
     return Plan(
         run=_settings(config, sharding, len(report.layers), classes),
         roles=roles(model),
@@ -102,7 +112,9 @@ def make_plan(config: RunConfig, request: Request) -> Plan:
         load=load,
         traffic=traffic(layers, seen, SHARING, width, batches.accumulation),
         rates=rates,
-        predictions=tuple(predict(load, n, rates) for n in worlds),
+        measured=bool(request.measured),
+        predictions=tuple(predict(load.of(n, batches.global_batch), n, rates) for n in shares),
+        images_evaluated=images_evaluated(config, batches.evaluations, sizes, whole),
         run_folder=_run_folder(config),
     )
 

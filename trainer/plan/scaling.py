@@ -1,12 +1,13 @@
-"""How a step's time is predicted to grow with the number of GPUs: compute, bytes and latencies.
+"""How long a step is predicted to take: compute, bytes and latencies, the host, the loaders.
 
-A model, not a measurement: FLOPs and bytes are counted, the rates are assumptions that a user can
-replace by those of a cluster. Compute and communication are added up, as if nothing overlapped.
+A model, not a measurement: FLOPs, bytes and operations are counted, the rates are assumptions or a
+benchmark's. Compute and communication are added up, as if nothing overlapped; a host that launches
+operations more slowly than the device is done with them, or loaders that are, set the pace.
 """
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
@@ -17,15 +18,15 @@ from trainer.plan.memory import Sharding
 from trainer.prepare.batches import Batches
 from trainer.prepare.footprint import Footprint
 
-WORLDS = (8, 16, 32, 64, 128, 256, 512)
-"""GPUs for which a plan predicts a step."""
-
 FLOPS = {"bf16": 400e12, "fp32": 40e12}
 """FLOP/s that a GPU is assumed to reach on the backbone, by precision.
 
 About 40 % of the 989 that an H100 could do in bf16, 60 % of the 67 that it could in fp32, where
 nothing allows TF32.
 """
+
+LOOP_OPERATIONS = 64
+"""Operations of engine, optimizer and loop beside forward and backward."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,10 @@ class Rates:
     latency: float = 20e-6
     """seconds that a collective takes per doubling of its ranks, however little it sends"""
     gpus_per_node: int = 8
+    operation: float = 30e-6
+    """seconds in which the host launches an operation (an H200's took 86 ms for 2,825)"""
+    loader: float = 100.0
+    """images/s of a loader process"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +69,16 @@ class Load:
     ep_size: int = 1
     transport: Literal["gather", "all_to_all"] | None = None
     """None if the experts are not shared."""
+    operations: int = 0
+    """Launched by the host in all micro-batches and between them."""
+    loaders: int = 0
+    """Processes that decode images for one GPU; 0 where that takes no time."""
+
+    def of(self, world: int, global_batch: int) -> "Load":
+        """The load if so many GPUs share the global batch."""
+        images = global_batch // world
+        sent = images / self.images if self.transport == "all_to_all" else 1
+        return replace(self, images=images, expert_bytes=sent * self.expert_bytes)
 
 
 @dataclass(frozen=True)
@@ -76,11 +91,24 @@ class Prediction:
     gradients: float
     weights: float
     experts: float
+    host: float = 0.0
+    loader: float = 0.0
+
+    @property
+    def device(self) -> float:
+        """What the GPU needs, if nothing keeps it waiting."""
+        return self.compute + self.gradients + self.weights + self.experts
 
     @property
     def seconds(self) -> float:
         """The whole step."""
-        return self.compute + self.gradients + self.weights + self.experts
+        return max(self.device, self.host, self.loader)
+
+    @property
+    def bound(self) -> str:
+        """What sets the pace: `device`, `host` or `loader`."""
+        pace = {"device": self.device, "host": self.host, "loader": self.loader}
+        return max(pace, key=lambda name: pace[name])
 
     @property
     def efficiency(self) -> float:
@@ -88,7 +116,9 @@ class Prediction:
         return self.compute / self.seconds
 
 
-def load_of(model: nn.Module, footprint: Footprint, batches: Batches, sharding: Sharding) -> Load:
+def load_of(
+    model: nn.Module, footprint: Footprint, batches: Batches, sharding: Sharding, loaders: int
+) -> Load:
     """The load of a planned run, whose injected model stands on the meta device.
 
     Raises `MoAConfigError`: a transport that cannot work.
@@ -114,6 +144,8 @@ def load_of(model: nn.Module, footprint: Footprint, batches: Batches, sharding: 
         accumulation=pieces,
         ep_size=ep_size,
         transport=transport,
+        operations=pieces * footprint.operations + LOOP_OPERATIONS,
+        loaders=loaders,
     )
 
 
@@ -141,4 +173,6 @@ def predict(load: Load, world: int, rates: Rates) -> Prediction:
     number = 6 * load.layers if load.transport == "all_to_all" else 2
     experts = collectives(number * pieces, load.expert_bytes, load.ep_size)
     compute = load.flops * load.images / rates.flops
-    return Prediction(world, load.images, compute, gradients, weights, experts)
+    host = load.operations * rates.operation
+    loader = load.images / (load.loaders * rates.loader) if load.loaders else 0.0
+    return Prediction(world, load.images, compute, gradients, weights, experts, host, loader)

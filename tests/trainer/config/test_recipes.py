@@ -53,6 +53,8 @@ def test_recipe_is_planned_as_its_comments_say(name: str) -> None:
     if said:
         (step,) = (p for p in plan.predictions if p.world == processes)
         assert f"{1000 * step.seconds:.1f}" == said[1]
+        assert ("host-bound" in text) == (step.bound == "host")
+        assert f"{plan.batches.steps * step.seconds / 60:.0f} minutes for all steps" in text
     if said := re.search(r"every: \d+ +# (\d+) MB", text):
         assert round(plan.checkpoint_bytes / 1e6) == int(said[1])
 

@@ -63,3 +63,21 @@ def test_every_micro_batch_gathers_and_from_stage_2_on_reduces() -> None:
         step = predict(load, 4, RATES)
         # The bytes of a whole step are `moa.placement.traffic`'s; each collective waits anew.
         assert step.experts == pytest.approx(4 * number * 1e-3 + 4e5 / 1e9)
+
+
+def test_a_slow_host_or_loader_sets_the_pace() -> None:
+    rates = replace(RATES, operation=1e-4, loader=50)
+    device = predict(ALONE, 4, rates)
+    assert (device.bound, device.seconds) == ("device", device.device)
+    host = predict(replace(ALONE, operations=1000), 4, rates)
+    assert (host.bound, host.seconds) == ("host", pytest.approx(0.1))
+    assert host.device == device.device, "what the GPU needs is still told"
+    loader = predict(replace(ALONE, operations=1000, loaders=1), 4, rates)
+    assert (loader.bound, loader.seconds) == ("loader", pytest.approx(10 / 50))
+
+
+def test_a_shared_batch_has_fewer_images_and_as_many_operations() -> None:
+    load = replace(LOAD, operations=7)
+    assert load.of(8, 40) == replace(load, images=5), "gathered experts are as large as before"
+    tokens = replace(load, transport="all_to_all")
+    assert tokens.of(8, 40).expert_bytes == LOAD.expert_bytes / 2
