@@ -199,7 +199,6 @@ def _staged(out: Path, plan: ShardPlan) -> Iterator[None]:
     if plan.listing.stage is None:
         yield
         return
-    log.info("unpacking the images")
     try:
         with replaced_when_whole(out / STAGED_NAME) as stream:
             plan.listing.stage(stream)

@@ -11,6 +11,7 @@ from shards.datasets import nearest
 from shards.errors import DamagedDataError, DataConfigError
 from shards.write.folder_names import is_text
 from shards.write.listing import STAGED_NAME, Extent, some
+from shards.write.progress import progress
 
 USUAL = {
     "image": ("image", "img"),
@@ -114,6 +115,7 @@ class Rows:
             found.setdefault(domain, {}).setdefault(label, []).append((path, where, extent))
             if extent.file == STAGED_NAME:
                 self.stage, self._end = self._stage, (extent.start or 0) + extent.size
+                self._rows = number + 1
         if not found:
             raise DataConfigError(f"--root {self.root}: holds no row")
         return found
@@ -144,8 +146,10 @@ class Rows:
         return ""
 
     def _stage(self, stream: BinaryIO) -> None:
-        for row in self._read():
-            stream.write(row.data)
+        with progress("unpacking", self._rows) as advance:
+            for row in self._read():
+                stream.write(row.data)
+                advance(1)
         if stream.tell() != self._end:
             raise DamagedDataError(
                 f"{self.root}: changed while it was read; convert again when nothing changes it"
