@@ -219,10 +219,10 @@ def test_settings_of_formats_that_cannot_work_are_named(
     def with_row(**changes: object) -> str:
         return told(of=write_parquet(tmp_path / "bad.parquet", [*rows, {**rows[0], **changes}]))
 
-    assert "there is no 'lable'; there are image, label, domain, @file; name one with" in told(
-        "--columns", "label=lable"
+    assert "there is no 'label_'; there are image, label, domain, @file; name one with" in told(
+        "--columns", "label=label_"
     )
-    assert "did you mean 'label'?" in told("--columns", "label=lable")
+    assert "did you mean 'label'?" in told("--columns", "label=label_")
     assert "--columns lbel=: legal: image, label" in told("--columns", "lbel=x")
     assert "not with --format folder; legal: csv, " in told("--columns", "x=y", kind="folder")
     assert "no folder that holds *.tar files" in told(kind="webdataset", of=root)
@@ -253,7 +253,7 @@ def test_settings_of_formats_that_cannot_work_are_named(
         ({"k.png": b"", "k.jpg": b"", "k.cls": b"0"}, "sample 'k': holds 2 images (png, jpg); na"),
         ({"k.cls": b"0"}, "sample 'k': holds 0 images"),
         ({"k.png": b"", "k.json": b"{"}, "sample 'k': its .json cannot be read"),
-        ({"k.png": b"", "k.cls": b"0"}, "none for the domain (domain); there are @file, cls, @nam"),
+        ({"k.png": b"", "k.cls": b"0"}, "none for the domain (domain); there are @file, cls, @"),
         ({"../k.png": b"", "../k.cls": b"0", "../k.domain": b"d"}, "'0/../k.png' is no plain path"),
         (None, "65 {}: cannot be read as a tar file (truncated header); unpack it"),
     ],
@@ -277,7 +277,7 @@ def test_the_images_that_wait_are_counted_as_space_needed(
     for flags in (["--root", str(root)], lay_out("parquet", root, tmp_path / "root", paths)):
         dataset = "folder" if str(root) in flags else "parquet"
         assert main([f"--dataset={dataset}", *flags, f"--out={tmp_path / dataset}"]) == 73
-    needed = [int(text.split(": ")[1].split()[0]) for text in caplog.messages if "needed" in text]
+    needed = [int(text.split(": ")[2].split()[0]) for text in caplog.messages if "needed" in text]
     images = [root / path for path in paths if not path.endswith("gif")]
     assert needed[1] - needed[0] == sum(path.stat().st_size for path in images)
 
