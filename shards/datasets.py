@@ -49,13 +49,13 @@ def nearest(name: str, legal: list[str]) -> str:
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
-def dataset_spec(name: str, setting: str = "data.dataset") -> DatasetSpec:
-    """Look up a dataset; `setting` is what the error says it was given as.
+def dataset_spec(name: str, setting: str = "data.dataset", also: Sequence[str] = ()) -> DatasetSpec:
+    """Look up a dataset; `setting` is what the error says it was given as, and `also` legal there.
 
     Raises `DataConfigError`: there is no such dataset; lists the known ones and the nearest.
     """
     if name not in DATASETS:
-        legal = list(DATASETS)
+        legal = [*DATASETS, *also]
         raise DataConfigError(
             f"{setting} = {name!r}: not a known dataset; "
             f"legal: {', '.join(legal)}{nearest(name, legal)}"

@@ -23,6 +23,8 @@ from shards.write.conversion import (
     name_set,
     write_shards,
 )
+from shards.write.row_files import READERS, row_source
+from shards.write.rows import USUAL, Rows
 from shards.write.verify import verify_shards
 from shards.write.worker_pool import default_jobs
 
@@ -78,8 +80,8 @@ def parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     result = _Parser(
         prog="python -m shards.writer",
-        description="Convert an image folder <domain>/<class>/<image> to a WebDataset shard set "
-        "with an index, or check an existing set.",
+        description="Convert images to a WebDataset shard set with an index, or check an existing "
+        "set. They lie in folders <domain>/<class>/, or as --format says.",
         epilog="Exit codes: 0 done, 2 bad settings, 65 damaged data, 73 output cannot be written, "
         "130 interrupted.",
         allow_abbrev=False,
@@ -88,9 +90,13 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--dataset",
         help=f"one of {', '.join(DATASETS)} (default: folder; with --verify alone: what the index "
-        "says)",
+        f"says); {', '.join(READERS)} stand for folder in that --format",
     )
-    add("--root", type=_path, help="image folder; not needed for --dataset digits")
+    add("--root", type=_path, help="folder of the images; not needed for --dataset digits")
+    add("--format", choices=["folder", *READERS], default="folder",
+        help="how the images lie there (default: %(default)s)")  # fmt: skip
+    add("--columns", nargs="+", default=[], metavar="ROLE=COLUMN",
+        help=f"where another format has {', '.join(USUAL)}, if not where it is usual")  # fmt: skip
     add("--out", type=_path, required=True, help="folder of the shard set")
     add("--name", help="what tables and cards shall call this set; without --root one that exists")
     add("--exclude_list", type=_path, metavar="FILE",
@@ -122,6 +128,19 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def _source(args: argparse.Namespace) -> Rows | None:
+    """The source that `--format` and `--columns` describe; None for an image folder."""
+    columns = dict(word.partition("=")[::2] for word in args.columns)
+    if args.columns and args.format == "folder":
+        raise DataConfigError(f"--columns: not with --format folder; legal: {', '.join(READERS)}")
+    for role in columns:
+        if role not in USUAL:
+            raise DataConfigError(
+                f"--columns {role}=: legal: {', '.join(USUAL)}{nearest(role, list(USUAL))}"
+            )
+    return None if args.format == "folder" else row_source(args.format, args.root, columns)
+
+
 def _open(args: argparse.Namespace, spec: DatasetSpec) -> ShardIndex:
     """Write the set the command line asks for, or open the one that is to be verified."""
     exclude = []
@@ -131,7 +150,7 @@ def _open(args: argparse.Namespace, spec: DatasetSpec) -> ShardIndex:
         log.info("listing %s", args.root)
         return write_shards(
             args.root, args.out, spec, exclude=exclude, shard_size=args.shard_size,
-            shard_bytes=args.shard_bytes, jobs=args.jobs, name=args.name,
+            shard_bytes=args.shard_bytes, jobs=args.jobs, name=args.name, source=_source(args),
         )  # fmt: skip
     if spec.name == "digits" and not args.verify:
         from shards.embedded.digits import write_digits
@@ -150,7 +169,9 @@ def _open(args: argparse.Namespace, spec: DatasetSpec) -> ShardIndex:
 
 def _run(args: argparse.Namespace) -> int:
     """Do what the command line asks."""
-    spec = dataset_spec(args.dataset or "folder", "--dataset")
+    if args.dataset in READERS:
+        args.dataset, args.format = "folder", args.dataset
+    spec = dataset_spec(args.dataset or "folder", "--dataset", [*READERS])
     if args.deep and not args.verify:
         raise DataConfigError("--deep: only with --verify")
     check_at_least_one(jobs=args.jobs, max_pixels=args.max_pixels)

@@ -17,8 +17,8 @@ class Member(NamedTuple):
     content: bytes
 
 
-def plain_members(path: Path) -> Iterator[Member]:
-    """The members of a tar file, one after the other.
+def plain_members(path: Path, *, folders: bool = False) -> Iterator[Member]:
+    """The members of a tar file, one after the other; `folders` passes over those there may be.
 
     Raises `DamagedDataError`: it cannot be read, or holds other things than plain files.
     """
@@ -27,6 +27,8 @@ def plain_members(path: Path) -> Iterator[Member]:
         with path.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             size = os.fstat(stream.fileno()).st_size
             for member in archive:
+                if folders and member.isdir():
+                    continue
                 start, before = member.offset_data, end
                 end = start + member.size
                 plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()

@@ -1,4 +1,4 @@
-"""Image folders to shard sets, resumable at any moment.
+"""Images to shard sets, resumable at any moment.
 
 Images are stored byte for byte, shuffled once with a fixed seed so that reading a shard from front
 to back already mixes the classes. Every file gets its final name only when complete; a shard that
@@ -6,12 +6,13 @@ has it is not written again when an interrupted conversion continues. `index.jso
 folder without it is an unfinished conversion. The same images always give the same bytes.
 """
 
+import contextlib
 import functools
 import json
 import logging
 import os
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from shards.errors import DataConfigError, OutputError
 from shards.read import layout, naming
 from shards.read.index import ShardIndex
 from shards.write.exclusion import check_sizes, report_exclusion, report_leftovers
-from shards.write.image_folder import dataset_folder, list_images, report_passed_over
+from shards.write.image_folder import dataset_folder, list_images
+from shards.write.listing import STAGED_NAME, Source, list_source, report_passed_over
 from shards.write.progress import progress
 from shards.write.shard_file import PackedShard, pack_shard
 from shards.write.shard_plan import STATE_NAME, ShardPlan, ShardTask, make_plan
@@ -48,11 +50,12 @@ def write_shards(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     jobs: int = 1,
     name: str | None = None,
+    source: Source | None = None,
 ) -> ShardIndex:
-    """Convert an image folder to a shard set, unless that has been done already, and open it.
+    """Convert images to a shard set, unless that has been done already, and open it.
 
     Args:
-        root: folder `<domain>/<class>/**/<image>`.
+        root: folder `<domain>/<class>/**/<image>`, or that of `source`.
         out: folder of the shard set, made if needed. What an interrupted conversion of the same
             images left there is used.
         spec: the dataset.
@@ -61,6 +64,7 @@ def write_shards(
         shard_bytes: bytes that a shard of more than one sample should not exceed.
         jobs: number of processes; changes speed, never a byte.
         name: what tables and cards shall call the set, as of `name_set`.
+        source: where the images come from, unless `root` is an image folder.
 
     Raises:
         DataConfigError: the images or the settings do not fit.
@@ -71,12 +75,12 @@ def write_shards(
     _check_name(name, spec.name)
     if out.resolve().is_relative_to(dataset_folder(root, spec).resolve()):
         raise DataConfigError(f"--out {out}: must not lie inside --root {root}")
-    listing = list_images(root, spec, exclude)
+    listing = list_source(source, spec, exclude) if source else list_images(root, spec, exclude)
     report_passed_over(listing)
-    report_leftovers(listing)
     report_exclusion(listing, exclude)
     check_sizes(listing, spec, exclude)
     plan = make_plan(listing, spec.name, shard_size, shard_bytes)
+    report_leftovers(listing)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(out / _LOCK_NAME, timeout=0):
@@ -189,11 +193,29 @@ def _check_space(out: Path, plan: ShardPlan) -> None:
         )
 
 
+@contextlib.contextmanager
+def _staged(out: Path, plan: ShardPlan) -> Iterator[None]:
+    """Keep the images of a source that cannot be read one by one in a file of their own."""
+    if plan.listing.stage is None:
+        yield
+        return
+    try:
+        with replaced_when_whole(out / STAGED_NAME) as stream:
+            plan.listing.stage(stream)
+        yield
+    finally:
+        (out / STAGED_NAME).unlink(missing_ok=True)
+
+
 def _write_set(out: Path, plan: ShardPlan, tasks: Sequence[ShardTask], jobs: int) -> None:
     """Write all shards, then what describes them; the index comes last."""
     packed: dict[int, PackedShard] = {}
     total = sum(len(task.places) for task in tasks)
-    with progress("writing", total) as advance, (out / STATE_NAME).open("a") as state:
+    with (
+        _staged(out, plan),
+        progress("writing", total) as advance,
+        (out / STATE_NAME).open("a") as state,
+    ):
         pack = functools.partial(pack_shard, out=out)
         for number, shard in run_tasks(pack, tasks, min(jobs, len(tasks))):
             packed[number] = shard

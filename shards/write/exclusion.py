@@ -8,7 +8,7 @@ from pathlib import Path
 
 from shards.datasets import DatasetSpec
 from shards.errors import DataConfigError
-from shards.write.image_folder import Listing
+from shards.write.listing import Listing
 
 log = logging.getLogger(__name__)
 

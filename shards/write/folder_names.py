@@ -20,7 +20,7 @@ def check_names(root: Path, kind: str, names: list[str]) -> None:
                 f"--root {root}: {name!r} is left by {_LEFTOVERS[name]}, no {kind}; move it away, "
                 f"or delete all such folders with `{command}`"
             )
-        if not _is_text(name):
+        if not is_text(name):
             raise DataConfigError(
                 f"--root {root}: {name!r} cannot be the name of a {kind}: it has line breaks, "
                 "other control characters or bytes that are no UTF-8; rename it, such as with "
@@ -28,7 +28,7 @@ def check_names(root: Path, kind: str, names: list[str]) -> None:
             )
 
 
-def _is_text(name: str) -> bool:
+def is_text(name: str) -> bool:
     """Whether a name can be shown in one line, and written to a file."""
     return all(unicodedata.category(letter) not in ("Cc", "Cs", "Zl", "Zp") for letter in name)
 
@@ -40,7 +40,7 @@ def _rename_command(root: Path, kind: str, name: str, taken: list[str]) -> str:
         guess = data.decode()
     except UnicodeDecodeError:
         guess = data.decode("cp1252", "replace")
-    new = "".join(letter if _is_text(letter) else "_" for letter in guess)
+    new = "".join(letter if is_text(letter) else "_" for letter in guess)
     while new in taken:
         new += "_"
     new = shlex.quote(new)

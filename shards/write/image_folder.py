@@ -1,97 +1,67 @@
 """Image folders, listed exactly as torchvision's `ImageFolder` and DomainBed list them.
 
 `ROOT/<domain>/<class>/**/<image>`: domains and classes sorted by code point, the files of a class
-by a sorted walk. An image's *place* in its domain's list, its label and the 80/20 split all rest on
-this order.
+by a sorted walk.
 """
 
-import logging
 import os
 import shlex
-from collections import Counter
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 from shards.datasets import DatasetSpec
 from shards.errors import DataConfigError
 from shards.write.folder_names import check_names
-
-log = logging.getLogger(__name__)
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-_OTHER_IMAGES = {".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class DomainListing:
-    """The images of one domain: file names below the domain folder and labels, by place."""
-
-    name: str
-    paths: tuple[str, ...]
-    labels: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Listing:
-    """The images of a dataset: its folder, domains in order, and class names in order."""
-
-    root: Path
-    domains: tuple[DomainListing, ...]
-    classes: tuple[str, ...]
-    excluded: int
-    unmatched: tuple[str, ...]
-    """Entries to leave out that name no image, sorted."""
-    passed_over: Mapping[str, int]
-    """Files in class folders that are no images by their names: ending -> how many."""
+from shards.write.listing import Listing, is_image, list_source
 
 
 def list_images(root: Path, spec: DatasetSpec, exclude: Collection[str] = ()) -> Listing:
-    """List all images of a dataset.
+    """List all images of a folder, as `list_source` does.
 
-    Args:
-        root: folder with one folder per domain, or the folder above it if the dataset has a usual
-            name for that one (`data/` for `data/PACS/photo/...`).
-        spec: the dataset; its domains, where it has a fixed list, must be the folders found.
-        exclude: paths `<domain>/<class>/...` with forward slashes; left out before counting.
-
-    Raises:
-        DataConfigError: a folder is missing or cannot be listed, domains or class lists differ from
-            what they should be, or a domain or class is empty. Names the first difference.
+    `root` has one folder per domain, or is the folder above it if the dataset has a usual name for
+    that one (`data/` for `data/PACS/photo/...`).
     """
     if not root.is_dir():
         raise DataConfigError(
             f"--root {root}: no such folder; give the folder that holds one folder per domain"
         )
-    root = dataset_folder(root, spec)
-    names = _domain_names(root, spec)
-    classes = _class_names(root, names)
-    if spec.num_classes is not None and len(classes) != spec.num_classes:
-        raise DataConfigError(
-            f"--root {root}: {len(classes)} classes found, dataset {spec.name} has "
-            f"{spec.num_classes}; found: {_some(classes)}; complete the folders or move what is no "
-            f"class away, or use --dataset folder{_hidden(root / names[0], *classes)}"
-        )
-    remaining = set(exclude)
-    wanted = len(remaining)
-    passed_over: Counter[str] = Counter()
-    domains = tuple(_list_domain(root, name, classes, remaining, passed_over) for name in names)
-    return Listing(
-        root=root, domains=domains, classes=tuple(classes), excluded=wanted - len(remaining),
-        unmatched=tuple(sorted(remaining)), passed_over=passed_over,
-    )  # fmt: skip
+    return list_source(ImageFolder(dataset_folder(root, spec)), spec, exclude)
 
 
-def report_passed_over(listing: Listing) -> None:
-    """Log how many files of class folders are no images by their names."""
-    if listing.passed_over:
-        counts = Counter(listing.passed_over).most_common()
-        log.log(
-            logging.WARNING if _OTHER_IMAGES & listing.passed_over.keys() else logging.INFO,
-            "not images by their names, passed over: %s",
-            _some([f"{count} {ending or 'without ending'}" for ending, count in counts]),
-        )
+class ImageFolder:
+    """The source that is a folder."""
+
+    stage: Callable[[BinaryIO], None] | None = None
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def domains(self) -> list[str]:
+        """Name the folders."""
+        found = _subfolders(self.root)
+        if not found:
+            raise DataConfigError(
+                f"--root {self.root}: holds no folder; expected <domain>/<class>/<image> below it"
+            )
+        check_names(self.root, "domain", found)
+        return found
+
+    def classes(self, domain: str) -> list[str]:
+        """Name the folders in a domain's."""
+        names = _subfolders(self.root / domain)
+        if not names:
+            raise DataConfigError(_no_class_folder(self.root, domain))
+        check_names(self.root, "class", names)
+        return names
+
+    def images(self, domain: str, class_name: str) -> Iterator[tuple[str, None]]:
+        """Name the files of one class, relative to the domain folder, in ImageFolder's order."""
+        return ((path, None) for path in _all_files(self.root / domain, class_name))
+
+    def hint(self, *paths: str) -> str:
+        """Phrase what to do about the first hidden folder, if there is one."""
+        return _hidden(self.root, *paths)
 
 
 def dataset_folder(root: Path, spec: DatasetSpec) -> Path:
@@ -102,10 +72,6 @@ def dataset_folder(root: Path, spec: DatasetSpec) -> Path:
     if inside.is_dir() and not any((root / name).is_dir() for name in spec.domains):
         return inside
     return root
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:20]) + (" ..." if len(names) > 20 else "")
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -125,62 +91,14 @@ def _refuse(error: OSError) -> NoReturn:
     ) from error
 
 
-def _domain_names(root: Path, spec: DatasetSpec) -> list[str]:
-    """Name the domains in order, after checking the folders found against the dataset."""
-    found = _subfolders(root)
-    if not found:
-        raise DataConfigError(
-            f"--root {root}: holds no folder; expected <domain>/<class>/<image> below it"
-        )
-    check_names(root, "domain", found)
-    if spec.domains is None:
-        return found
-    missing = [f"{name!r} is missing" for name in spec.domains if name not in found]
-    stray = [f"{name!r} does not belong there" for name in found if name not in spec.domains]
-    if missing or stray:
-        raise DataConfigError(
-            f"--root {root}: folder {_some(missing + stray)}; dataset {spec.name} has the domains "
-            f"{', '.join(spec.domains)}{_hidden(root, *found)}"
-        )
-    return list(spec.domains)
-
-
-def _class_names(root: Path, domains: list[str]) -> list[str]:
-    """Name the classes; raises unless every domain has the class folders of the first one."""
-    found = {domain: _subfolders(root / domain) for domain in domains}
-    for domain, names in found.items():
-        if not names:
-            raise DataConfigError(_no_class_folder(root, domain, domains))
-        check_names(root, "class", names)
-    counts = Counter(name for names in found.values() for name in names)
-    first, classes = domains[0], found[domains[0]]
-    for domain, names in found.items():
-        extra = [name for name in names if name not in classes]
-        lacking = [name for name in classes if name not in names]
-        if not (extra or lacking):
-            continue
-        parts = []
-        for kind, some in (("has the extra class", extra), ("lacks the class", lacking)):
-            if some:
-                where = f" (in {counts[some[0]]} of {len(domains)} domains)"
-                parts.append(f"{kind} {_some(list(map(repr, some)))}{where}")
-        hints = [f"{domain}/{name}" for name in extra] + [f"{first}/{name}" for name in lacking]
-        raise DataConfigError(
-            f"--root {root}: domain {domain!r} {' and '.join(parts)} compared with domain "
-            f"{first!r}; all domains need the same class folders"
-            f"{_hidden(root, domain, first, *hints)}"
-        )
-    return classes
-
-
-def _no_class_folder(root: Path, domain: str, domains: list[str]) -> str:
+def _no_class_folder(root: Path, domain: str) -> str:
     """Phrase that a domain holds no class folder, and what to do; no image is to be lost by it."""
     where = f"--root {root}: domain {domain!r} holds"
     if hidden := _hidden(root, domain):
         return f"{where} no class folder{hidden}"
-    if not any(map(_is_image, _all_files(root, domain))):
+    if not any(map(is_image, _all_files(root, domain))):
         return f"{where} no class folder; move the folder away if it is not a domain"
-    if any(_subfolders(root / name) for name in domains if not name.startswith(".")):
+    if any(_subfolders(root / name) for name in _subfolders(root) if not name.startswith(".")):
         return (
             f"{where} images but no class folder; sort them into class folders, or move the folder "
             "away if it is not a domain"
@@ -197,42 +115,10 @@ def _hidden(root: Path, *paths: str) -> str:
     for path in paths:
         folder, _, name = path.rpartition("/")
         if name.startswith("."):
-            precious = any(map(_is_image, _all_files(root / folder, name)))
+            precious = any(map(is_image, _all_files(root / folder, name)))
             remedy = "move it away" + ("" if precious else " or delete it")
             return f"; {path!r} is a hidden folder: {remedy}"
     return ""
-
-
-def _list_domain(
-    root: Path, domain: str, classes: list[str], exclude: set[str], passed_over: Counter[str]
-) -> DomainListing:
-    """List one domain's images by place.
-
-    Entries of `exclude` that matched are taken out of it, and other files counted by their endings.
-    """
-    paths: list[str] = []
-    labels: list[int] = []
-    for label, class_name in enumerate(classes):
-        before = len(paths)
-        for path in _all_files(root / domain, class_name):
-            if not _is_image(path):
-                passed_over[os.path.splitext(path)[1].lower()] += 1
-            elif f"{domain}/{path}" in exclude:
-                exclude.remove(f"{domain}/{path}")
-            else:
-                paths.append(path)
-                labels.append(label)
-        if len(paths) == before:
-            raise DataConfigError(
-                f"--root {root}: class {class_name!r} of domain {domain!r} holds no image to use; "
-                f"images end in {' '.join(EXTENSIONS)} (upper or lower case)"
-                f"{_hidden(root, domain, f'{domain}/{class_name}')}"
-            )
-    return DomainListing(name=domain, paths=tuple(paths), labels=tuple(labels))
-
-
-def _is_image(path: str) -> bool:
-    return path.lower().endswith(EXTENSIONS)
 
 
 def _all_files(domain_folder: Path, class_name: str) -> list[str]:

@@ -85,7 +85,7 @@ def _write(task: ShardTask, path: Path, notes: list[str]) -> str:
         hashed = _HashedStream(stream)
         with tarfile.open(fileobj=hashed, mode="w:", format=tarfile.USTAR_FORMAT) as archive:
             for number, size in enumerate(task.sizes):
-                image = _read_image(task.folder / task.paths[number], int(size), notes)
+                image = _read_image(task, number, int(size), path.parent, notes)
                 for name, content in _members(task, number, image):
                     member = tarfile.TarInfo(name)
                     member.size = len(content)
@@ -95,10 +95,16 @@ def _write(task: ShardTask, path: Path, notes: list[str]) -> str:
     return hashed.digest.hexdigest()
 
 
-def _read_image(source: Path, size: int, notes: list[str]) -> bytes:
+def _read_image(task: ShardTask, number: int, size: int, out: Path, notes: list[str]) -> bytes:
     """Read a source image and check that it still has the planned size."""
+    source, start = task.folder / task.paths[number], None
+    if task.extents is not None:
+        file, start = task.extents[number][:2]
+        source = out / file  # an absolute path stays as it is
     try:
-        image = source.read_bytes()
+        with source.open("rb") as stream:
+            stream.seek(start or 0)
+            image = stream.read(-1 if start is None else size)
     except OSError as error:
         raise unreadable(source, error) from error
     if len(image) != size:
@@ -107,7 +113,8 @@ def _read_image(source: Path, size: int, notes: list[str]) -> bytes:
             "changes the images any more"
         )
     if not image:
-        notes.append(f"{source} is empty; it is stored, and replaced when training")
+        named = source if start is None else f"{task.domain_name}/{task.paths[number]}"
+        notes.append(f"{named} is empty; it is stored, and replaced when training")
     return image
 
 

@@ -4,10 +4,12 @@ The plan is a pure function of the listing, the files' sizes and the settings, s
 interrupted conversion can be continued by another process and ends with the same bytes.
 """
 
+import errno
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from shards.durable import PARTIAL
 from shards.errors import DamagedDataError
 from shards.randomness import Int64Array, hash64, permutation
 from shards.read.layout import FORMAT_VERSION, INDEX_NAME, INFO_NAME, TABLE_DTYPE, key_prefixes
-from shards.write.image_folder import Listing
+from shards.write.listing import STAGED_NAME, Extent, Listing
 
 BLOCK = 512  # tar's unit
 STATE_NAME = ".writer.state"
@@ -39,6 +41,8 @@ class ShardTask:
     paths: tuple[str, ...]
     sizes: Int64Array
     labels: tuple[int, ...]
+    extents: tuple[Extent, ...] | None = None
+    """Where the images' bytes are; None: in the files `paths` in `folder`."""
     sha256: str | None = None
     """Hash of the shard if an earlier run finished it."""
 
@@ -61,13 +65,16 @@ class ShardPlan:
         """Tell whether a file name is one that this conversion could write, finished or not."""
         name = re.sub(r"(\.[0-9a-f]{8})?" + re.escape(PARTIAL) + "$", "", name)
         stem = re.sub(r"(-\d{6}\.tar|\.npy)$", "", name)
-        return name in (INDEX_NAME, INFO_NAME, STATE_NAME) or (stem != name and stem in self.stems)
+        return name in (INDEX_NAME, INFO_NAME, STATE_NAME, STAGED_NAME) or (
+            stem != name and stem in self.stems
+        )
 
     def num_bytes(self) -> int:
         """Estimate the bytes of all shards and tables, within one block per sample."""
         images = sum(int(sample_bytes(task.sizes).sum()) for task in self.tasks)
+        staged = sum(int(task.sizes.sum()) for task in self.tasks) if self.listing.stage else 0
         rows = sum(len(task.places) for task in self.tasks) * TABLE_DTYPE.itemsize
-        return images + rows
+        return images + staged + rows
 
 
 def sample_bytes(sizes: Int64Array) -> Int64Array:
@@ -94,7 +101,7 @@ def make_plan(listing: Listing, dataset: str, shard_size: int, shard_bytes: int)
     state.update(f"format {FORMAT_VERSION}\n".encode())
     tasks: list[ShardTask] = []
     for domain, prefix, stem in zip(listing.domains, prefixes, stems, strict=True):
-        sizes, times = _stat_all(listing.root / domain.name, domain.paths)
+        sizes, times = _stat_all(listing.root / domain.name, domain.paths, domain.extents)
         for path, size, time in zip(domain.paths, sizes, times, strict=True):
             line = f"{domain.name}/{path}\0{size}\n".encode("utf-8", "surrogateescape")
             source.update(line)
@@ -106,6 +113,7 @@ def make_plan(listing: Listing, dataset: str, shard_size: int, shard_bytes: int)
                 folder=listing.root / domain.name, classes=listing.classes, places=places,
                 paths=tuple(domain.paths[place] for place in places), sizes=sizes[places],
                 labels=tuple(domain.labels[place] for place in places),
+                extents=domain.extents and tuple(domain.extents[place] for place in places),
             )
             for number, places in enumerate(_cut(order, sizes, shard_size, shard_bytes))
         ]  # fmt: skip
@@ -129,20 +137,30 @@ def _cut(
         yield order[first:]
 
 
-def _stat_all(folder: Path, paths: tuple[str, ...]) -> tuple[Int64Array, Int64Array]:
-    """Ask for the sizes in bytes and modification times in nanoseconds of many files."""
+def _stat_all(
+    folder: Path, paths: tuple[str, ...], extents: tuple[Extent, ...] | None
+) -> tuple[Int64Array, Int64Array]:
+    """Ask for the sizes in bytes and modification times in nanoseconds of many images."""
 
-    def some(names: tuple[str, ...]) -> list[tuple[int, int]]:
+    def some(files: Sequence[str | Extent]) -> list[tuple[int, int]]:
         found = []
-        for name in names:
+        for file in files:
+            extent = Extent(file) if isinstance(file, str) else file
+            if extent.start is not None:
+                found.append((extent.size, extent.time))
+                continue
+            path = folder / extent.file
             try:
-                status = os.stat(os.path.join(folder, name))
+                status = os.stat(path)
+                if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+                    raise OSError(errno.EINVAL, "no plain file")
             except OSError as error:
-                raise unreadable(folder / name, error) from error
+                raise unreadable(path, error) from error
             found.append((status.st_size, status.st_mtime_ns))
         return found
 
-    parts = [paths[first : first + 500] for first in range(0, len(paths), 500)]
+    files: Sequence[str | Extent] = extents or paths
+    parts = [files[first : first + 500] for first in range(0, len(files), 500)]
     with ThreadPoolExecutor(_STAT_THREADS) as pool:
         rows = [row for part in pool.map(some, parts) for row in part]
     table = np.array(rows, dtype=np.int64).reshape(-1, 2)

@@ -159,6 +159,10 @@ def test_unreadable_image_is_named(tmp_path: Path) -> None:
     (root / "art/cat/im001.jpg").symlink_to(tmp_path / "gone.jpg")
     with pytest.raises(DamagedDataError, match=r"im001.jpg: cannot be read \(No such file"):
         write_shards(root, tmp_path / "out", FOLDER)
+    (root / "art/cat/im001.jpg").unlink()
+    os.mkfifo(root / "art/cat/._im001.jpg")  # would be waited for
+    with pytest.raises(DamagedDataError, match=r"im001.jpg: cannot be read \(no plain file"):
+        write_shards(root, tmp_path / "out", FOLDER)
 
 
 def test_image_bytes_fixture_is_deterministic() -> None:

@@ -17,7 +17,8 @@ from shards.write.exclusion import (
     report_exclusion,
     report_leftovers,
 )
-from shards.write.image_folder import Listing, list_images, report_passed_over
+from shards.write.image_folder import list_images
+from shards.write.listing import DomainListing, Listing, report_passed_over
 from tests.support.shards_fixtures import (
     FOLDER,
     awkward_folder,
@@ -95,9 +96,9 @@ def test_folders_that_do_not_fit_are_named(tmp_path: Path, name: str) -> None:
             list_images(root, spec)
 
     (root / "annotations").mkdir()
-    refused("folder 'annotations' does not belong there; dataset .* has the domains")
+    refused("domain 'annotations' does not belong there; dataset .* has the domains")
     (root / last).rename(root / "Last")
-    refused(f"folder '{last}' is missing, 'Last' does not belong there, 'annotations' does not")
+    refused(f"domain '{last}' is missing, 'Last' does not belong there, 'annotations' does not")
     (root / "annotations").rmdir()
     (root / "Last").rename(root / last)
     (root / last / "class 001").rename(root / last / "Class 001")
@@ -379,8 +380,6 @@ def duplicates() -> list[str]:
 
 def sized(sizes: tuple[int, ...]) -> Listing:
     """A listing of DomainNet with some number of images per domain."""
-    from shards.write.image_folder import DomainListing
-
     names = DATASETS["domainnet"].domains
     assert names is not None
     domains = tuple(
