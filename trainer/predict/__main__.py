@@ -104,7 +104,8 @@ def _told(rows: Iterable["Prediction"], images: "Images", out: Path) -> Iterator
             "from the current folder"
         )
     more = f", {len(problems)} with a problem that the file names" if problems else ""
-    more += f"; {images.passed_over} files are no images by their names" * bool(images.passed_over)
+    if images.passed_over:
+        more += f"; files that are no images by their names: {images.passed_over}"
     sys.stdout.write(f"{out}: {predicted} of {number} images predicted{more}\n")
 
 

@@ -29,10 +29,11 @@ from trainer.evaluate.combine import average
 from trainer.evaluate.members import base_of
 from trainer.evaluate.predictions import Predictions, collect
 from trainer.predict import Prediction, predict
-from trainer.predict.__main__ import main
+from trainer.predict.__main__ import _told, main
+from trainer.predict.images import Images
 from trainer.predict.output import WRITERS, read_parts, save
 from trainer.prepare.parts import build
-from trainer.process.errors import OutputError
+from trainer.process.errors import ConfigError, OutputError
 from trainer.process.world import ALONE
 
 
@@ -104,7 +105,8 @@ def test_two_processes_write_what_one_does(
     )
     assert ran.returncode == 0, ran.stderr
     assert (
-        f"{out}: 180 of 180 images predicted; 1 files are no images by their names\n" in ran.stdout
+        f"{out}: 180 of 180 images predicted; files that are no images by their names: 1\n"
+        in ran.stdout
     )
     assert os.listdir(out.parent) == ["out.jsonl"], "no part is left"
     for row, one in zip(lines(out), expected, strict=True):
@@ -266,6 +268,8 @@ def test_the_python_of_the_page_runs(
     assert len(capsys.readouterr().out.splitlines()) == 180
 
 
-def test_a_part_that_the_main_process_cannot_see_is_named(tmp_path: Path) -> None:
+def test_processes_that_do_not_see_the_same_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="1 images instead of 2: the processes found different"):
+        list(_told([Prediction("a", ["0"], [1.0])], Images(["a", "b"]), tmp_path))
     with pytest.raises(OutputError, match=r"rank-00000.jsonl is not here; give a folder that all"):
         list(read_parts(tmp_path / "out.csv", 1))
