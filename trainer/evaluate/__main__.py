@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shards.config import DataConfig
-from trainer.config.command_line import LAUNCHER_FLAGS, command_parser
-from trainer.evaluate.flags import add_shared_flags
+from trainer.config.command_line import command_parser
+from trainer.evaluate.flags import add_pace_flags, add_shared_flags
 from trainer.process.ending import conclude, leave
 from trainer.process.world import World, world_from_environment
 
@@ -35,19 +35,12 @@ def parser() -> argparse.ArgumentParser:
     add("--save", type=Path, metavar="FOLDER", help="write the soup as an adapter")
     add("--output", type=Path, metavar="FOLDER", help="write evaluation.json, tables and pictures")
     add("--json", action="store_true", help="print one JSON line per result, no table")
-    add("--batch", type=int, default=128, help="images per process and batch (%(default)s)")
+    add_pace_flags(result)
+    limit = DataConfig().max_bad_fraction
     add(
-        "--precision", choices=["fp32", "bf16"],
-        help="of the arithmetic (that of the adapters' runs; fp32 where they differ)",
+        "--data.max_bad_fraction", dest="max_bad_fraction", type=float, default=limit,
+        help="largest share of unusable images (%(default)s)",
     )  # fmt: skip
-    data = DataConfig()
-    add("--data.workers", dest="workers", type=int, default=data.workers, help="(%(default)s)")
-    add(
-        "--data.max_bad_fraction", dest="max_bad_fraction", type=float,
-        default=data.max_bad_fraction, help="largest share of unusable images (%(default)s)",
-    )  # fmt: skip
-    for name in LAUNCHER_FLAGS:
-        add(f"--{name}", dest="launcher", type=int, help=argparse.SUPPRESS)
     return result
 
 

@@ -38,6 +38,13 @@ def models_on(backbone: nn.Module, adapters: Sequence[Member]) -> nn.ModuleList:
     return models
 
 
+def ready(models: nn.ModuleList, dtype: torch.dtype, device: torch.device) -> nn.ModuleList:
+    """The models on a device, to compute in `dtype`; buffers stay exact, as in the engine."""
+    for parameter in models.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return models.to(device)
+
+
 def tensor_bytes(model: nn.Module) -> int:
     """Bytes of all different tensors of a model."""
     tensors = {id(t): t for t in chain(model.parameters(), model.buffers())}

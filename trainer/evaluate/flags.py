@@ -1,18 +1,17 @@
 """Flags that the commands on saved adapters share; `trainer.evaluate.data` reads what they name."""
 
 import argparse
+from collections.abc import Callable
 from typing import get_args
 
-from shards.config import MAX_PIXELS, Decode, Truncated
+from shards.config import MAX_PIXELS, DataConfig, Decode, Truncated
+from trainer.config.command_line import LAUNCHER_FLAGS
 
 
 def add_shared_flags(result: argparse.ArgumentParser) -> None:
     """Adapters, their base, and the data and split they are looked at on."""
+    add_adapter_flag(result)
     add = result.add_argument
-    add(
-        "--adapter", nargs="+", required=True, metavar="A",
-        help="folders of saved adapters or checkpoints, or hf-hub:organisation/name",
-    )  # fmt: skip
     add("--domains", nargs="+", metavar="NAME", help="domains to look at (all)")
     add_weights_flag(result)
     add("--train.trial_seed", dest="trial_seed", type=int, help="split (as the adapters say)")
@@ -26,6 +25,33 @@ def add_shared_flags(result: argparse.ArgumentParser) -> None:
     listed = "samples to leave out, or to keep; `in` and `out` are without the rest"
     add("--data.exclude_list", dest="exclude_list", metavar="FILE", help=listed)
     add("--data.include_list", dest="include_list", metavar="FILE", help=listed)
+    add_decoding_flags(add)
+
+
+def add_adapter_flag(result: argparse.ArgumentParser) -> None:
+    """The adapters, one or more."""
+    result.add_argument(
+        "--adapter", nargs="+", required=True, metavar="A",
+        help="folders of saved adapters or checkpoints, or hf-hub:organisation/name",
+    )  # fmt: skip
+
+
+def add_pace_flags(result: argparse.ArgumentParser) -> None:
+    """How an adapter is computed, and the flags that launchers append."""
+    add = result.add_argument
+    add("--batch", type=int, default=128, help="images per process and batch (%(default)s)")
+    add(
+        "--precision", choices=["fp32", "bf16"],
+        help="of the arithmetic (that of the adapters' runs; fp32 where they differ)",
+    )  # fmt: skip
+    workers = DataConfig().workers
+    add("--data.workers", dest="workers", type=int, default=workers, help="(%(default)s)")
+    for name in LAUNCHER_FLAGS:
+        add(f"--{name}", dest="launcher", type=int, help=argparse.SUPPRESS)
+
+
+def add_decoding_flags(add: Callable[..., object]) -> None:
+    """Where bytes of images are kept, and how they become pixels."""
     add("--data.cache_dir", dest="cache_dir", help="where shards of a remote root are kept")
     add(
         "--data.decode", dest="decode", choices=get_args(Decode),

@@ -11,7 +11,15 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from trainer.evaluate.combine import Average, average, models_on, soup, start_warning, tensor_bytes
+from trainer.evaluate.combine import (
+    Average,
+    average,
+    models_on,
+    ready,
+    soup,
+    start_warning,
+    tensor_bytes,
+)
 from trainer.evaluate.data import AdapterData, open_data
 from trainer.evaluate.evaluator import LEFT_OUT, SPLITS, DomainSplit, Evaluator
 from trainer.evaluate.members import (
@@ -113,11 +121,11 @@ def prepare(args: argparse.Namespace) -> Evaluation:
     base = base_of(members[0], args.weights)
     return Evaluation(
         members, combine, args.average, mean, base, data, splits, args.batch,
-        _dtype(members, args.precision), warnings,
+        dtype_of(members, args.precision), warnings,
     )  # fmt: skip
 
 
-def _dtype(members: Sequence[Member], precision: str | None) -> torch.dtype:
+def dtype_of(members: Sequence[Member], precision: str | None) -> torch.dtype:
     """What is asked for; else that of the runs, which older adapters do not tell."""
     runs = {m.info.origin.precision if m.info.origin else "" for m in members}
     wanted = precision or (runs.pop() if len(runs) == 1 else "")
@@ -136,10 +144,7 @@ def evaluate(
     adapters += [] if job.soup is None else [job.soup]
     device = use_device(world)
     backbone_bytes = tensor_bytes(job.backbone.model)
-    models = models_on(job.backbone.model, adapters)
-    for parameter in models.parameters():  # as the engine does; buffers stay exact
-        parameter.data = parameter.data.to(job.dtype)
-    models.to(device)
+    models = ready(models_on(job.backbone.model, adapters), job.dtype, device)
     evaluator = Evaluator(
         index=data.index, data_config=job.members[0].info.data_config, trial_seed=data.trial_seed,
         holdout_fraction=data.config.holdout_fraction, batch_size=job.batch,
