@@ -130,6 +130,7 @@ def _settings(config: RunConfig, sharding: Sharding, layers: int, classes: int) 
         "backbone": config.model.backbone, "method": config.moa.method,
         "adapted_layers": layers if config.moa.adapts else 0, "classes": classes,
         "precision": sharding.precision, "grad_checkpointing": config.model.grad_checkpointing,
+        "compile": config.model.compile,
         "zero_stage": sharding.stage, "world_size": sharding.world_size,
         "averages": ", ".join(config.average.names) or "none",
     }  # fmt: skip
