@@ -24,6 +24,7 @@ from trainer.plan.scaling import FLOPS, WORLDS, Load, Prediction, Rates, load_of
 from trainer.plan.sizes import adapter_file_bytes, checkpoint_bytes, roles, weights_of
 from trainer.prepare.backbone import outline
 from trainer.prepare.batches import Batches, batch_arithmetic
+from trainer.prepare.compiling import check_compiled
 from trainer.prepare.footprint import Footprint, measure
 from trainer.prepare.parts import check_expert_parallel
 from trainer.process.errors import ConfigError, noted
@@ -121,6 +122,7 @@ def _sharding(config: RunConfig, world: int, global_batch: int, trainable: int) 
         raise ConfigError("\n".join(problems))
     sharding = read_sharding(content, world)
     check_expert_parallel(config.moa, world, sharding.stage == 3)
+    check_compiled(config, sharding.stage == 3)
     return sharding
 
 

@@ -11,27 +11,34 @@ import torch
 import torch._inductor.config
 
 from shards.embedded.digits import default_cache
+from trainer.config.run_config import RunConfig
 from trainer.process.errors import ConfigError, cannot_write
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 """Environment variable: the folder of compiled blocks, where later starts find them."""
 
 
-def prepare_compiler(ep_size: int, sharded: bool) -> None:
+def check_compiled(config: RunConfig, sharded: bool) -> None:
+    """Raises `ConfigError` if blocks are to be compiled whose parameters are not at hand."""
+    ep_size = config.moa.ep_size
+    if config.model.compile == "off" or not (sharded or ep_size > 1):
+        return
+    what, remedy = "ZeRO-3", "--ds_config ds_configs/zero2.json"
+    if not sharded:
+        what, remedy = f"moa.ep_size {ep_size}", "--moa.ep_size 1"
+    raise ConfigError(
+        f"model.compile: blocks with {what}, which fetches parameters while a block runs; use "
+        f"--model.compile off, or {remedy}"
+    )
+
+
+def prepare_compiler() -> None:
     """Gives the compiler its folder: `CACHE`, or `compiled` in the folder of other caches.
 
     Raises:
-        ConfigError: blocks cannot be compiled here, or not under these settings.
+        ConfigError: it lacks something on this machine.
         OutputError: the folder cannot be written.
     """
-    if sharded or ep_size > 1:
-        what, remedy = "ZeRO-3", "--ds_config ds_configs/zero2.json"
-        if not sharded:
-            what, remedy = f"moa.ep_size {ep_size}", "--moa.ep_size 1"
-        raise ConfigError(
-            f"model.compile: blocks with {what}, which fetches parameters while a block runs; use "
-            f"--model.compile off, or {remedy}"
-        )
     if missing := _missing():
         raise ConfigError(
             f"model.compile: blocks needs {missing}; use --model.compile off where there is none"

@@ -16,7 +16,7 @@ from trainer.config import deepspeed_json
 from trainer.config.run_config import RunConfig
 from trainer.prepare.backbone import check_backbone, create_backbone, outline
 from trainer.prepare.batches import batch_arithmetic, check_prefetching
-from trainer.prepare.compiling import prepare_compiler
+from trainer.prepare.compiling import check_compiled, prepare_compiler
 from trainer.prepare.footprint import forward_only
 from trainer.prepare.provenance import origin_of
 from trainer.prepare.text_head import use_text_head
@@ -119,9 +119,11 @@ def _checked(
     sharded = False
     with noted(problems):
         sharded = deepspeed_json.read(config)["zero_optimization"].get("stage") == 3
+    with noted(problems):
+        check_compiled(config, sharded)
     if config.model.compile == "blocks":
         with noted(problems):
-            prepare_compiler(config.moa.ep_size, sharded)
+            prepare_compiler()
     with noted(problems):
         check_backbone(config.model)
         # Whether adapters fit, and blocks are found to compile, before weights are fetched.
