@@ -18,6 +18,7 @@ from .files.saving import (
 )
 from .layers.layer import MoALinear as MoALinear
 from .layers.noise import RoutingPosition as RoutingPosition
+from .model.compiling import compile_blocks as compile_blocks
 from .model.injection import InjectReport as InjectReport, inject as inject
 from .model.merging import merge as merge
 from .model.routing import (

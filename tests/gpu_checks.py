@@ -23,7 +23,6 @@ import moa
 from moa.layers import precision
 from tests.support import warm
 from tests.support.trainer_fixtures import RUN, arguments, environment, launch, launch_anew, rows
-from trainer.bench.step import _compile_blocks
 
 assert torch.cuda.is_available(), "torch finds no GPU, which these checks are about"
 GPU = torch.device("cuda")
@@ -120,7 +119,7 @@ def test_compiled_blocks_train_alike(method: str, checkpointing: bool) -> None:
     moa.inject(model, moa.MoAConfig(method=method))  # type: ignore[arg-type]
     model.to(GPU).train()
     compiled = copy.deepcopy(model)
-    _compile_blocks(compiled)
+    moa.compile_blocks(compiled)
     losses = []
     images = torch.randn(4, 3, 224, 224, device=GPU)
     labels = torch.arange(4, device=GPU)

@@ -151,6 +151,7 @@ def _training(origin: Origin) -> str:
     averaged = ", ".join(map(code, origin.averaged))
     mean = f"The mean of these adapters, tensor by tensor: {averaged}.\n\n" if averaged else ""
     withheld = " and ".join(map(code, origin.withheld))
+    compiled = f" with compiled {escaped(origin.compiled)}" if origin.compiled else ""
     return f"""
 ## Training
 
@@ -160,5 +161,5 @@ and holds {origin.holdout_fraction:g} of it back as `out` (split hash {code(orig
 
 {block(origin.command, "bash")}
 
-ran on {origin.processes} process{"" if origin.processes == 1 else "es"}.
+ran on {origin.processes} process{"" if origin.processes == 1 else "es"}{compiled}.
 """

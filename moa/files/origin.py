@@ -32,6 +32,7 @@ class Origin:
         truncated: what was done with incomplete ones (`data.truncated`).
         dataset_name: the shard set's own name; empty if it has none.
         precision: of the run's arithmetic, `fp32` or `bf16`; empty if not on record.
+        compiled: what torch's compiler had made faster, `blocks`; empty if nothing.
     """
 
     dataset: str
@@ -51,6 +52,7 @@ class Origin:
     truncated: str = "keep"
     dataset_name: str = ""
     precision: str = ""
+    compiled: str = ""
 
     @property
     def withheld(self) -> tuple[str, ...]:
@@ -65,7 +67,11 @@ class Origin:
     def plain(self) -> dict[str, Any]:
         """As JSON stores it."""
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        later = ("dataset_name", "precision")  # empty, the file is as before they existed
+        later = (
+            "dataset_name",
+            "precision",
+            "compiled",
+        )  # empty, the file is as before they existed
         return {k: v for k, v in plain.items() if v or k not in later}
 
 

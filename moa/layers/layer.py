@@ -5,6 +5,7 @@ M width of the router's projection.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -53,17 +54,17 @@ class MoALinear(nn.Module):
 
     noise_key: Tensor | None
     """[KEY_WORDS] of the running micro-batch; None draws from torch's own generator"""
-    shared_noise: Callable[[int, int, int], Tensor] | None = None
+    shared_noise: Callable[[int, int, int], Tensor] | None
     """draws this layer's gate noise together with all others'; None draws from the key"""
-    num_images: int | None = None
+    num_images: int | None
     """of the running micro-batch; None takes the first axis of the input"""
-    remote_experts: Callable[[], list[Any]] | None = None
+    remote_experts: Callable[[], list[Any]] | None
     """under expert parallelism by `gather`: the factors of all experts, whoever owns them"""
-    exchange: Callable[[Tensor, Tensor, Any], Tensor] | None = None
+    exchange: Callable[[Tensor, Tensor, Any], Tensor] | None
     """under expert parallelism by `all_to_all`: the experts' sum from tokens, gates and rule"""
-    hold_rule: Callable[[KroneckerRule], Any] | None = None
+    hold_rule: Callable[[KroneckerRule], Any] | None
     """what that transport does with the rule before anything else"""
-    record_gates: Callable[[Tensor], object] | None = None
+    record_gates: Callable[[Tensor], object] | None
     """receives every forward's gates [B, ..., E] of a router that decides per token"""
 
     def __init__(
@@ -84,6 +85,9 @@ class MoALinear(nn.Module):
         self._chosen: Tensor | None = None  # [E] tokens, summed until the balance takes it
         self._shared_rule: tuple[KroneckerRule, ...] = ()  # a tuple hides it from the module tree
         self.register_buffer("noise_key", None, persistent=False)
+        # Here, not in the class: a compiler takes the first assignment later on for a change.
+        self.shared_noise = self.num_images = self.record_gates = None
+        self.remote_experts = self.exchange = self.hold_rule = None
         self._kept = config.experts_kept
         self._random = config.expert_dropout > 0 or (config.routed and config.gate_noise > 0)
         self.bias: nn.Parameter | None = None
@@ -244,6 +248,22 @@ class MoALinear(nn.Module):
         """Tokens [E] that chose each expert since the last call, in training forwards."""
         chosen, self._chosen = self._chosen, None
         return chosen
+
+    @contextmanager
+    def compiled_forward(self) -> Iterator[None]:
+        """Around a compiled forward, which always records, and must meet the same state each time.
+
+        What it counts is added to what was counted, and a recomputation leaves nothing.
+        """
+        before = self._routing, self._routed, self._chosen
+        self._chosen = None
+        try:
+            yield
+        finally:
+            if torch._C._current_graph_task_id() != -1:
+                self._routing, self._routed, self._chosen = before
+            elif before[2] is not None:
+                self._chosen = before[2] if self._chosen is None else before[2] + self._chosen
 
     def stats(self) -> dict[str, Tensor]:
         """`load` [E], `entropy`, `max_prob`, `temperature` of the last training forward.

@@ -52,6 +52,10 @@ def test_card_tells_results_command_and_identities() -> None:
         "Trial seed 2",
     ):  # fmt: skip
         assert part in text
+    compiled = replace(INFO, origin=replace(ORIGIN, compiled="blocks"))
+    assert "ran on 8 processes with compiled blocks." in ModelCard(model_card(compiled)).text
+    assert "compiled" not in text
+    assert "compiled" not in ORIGIN.plain()
 
 
 @pytest.mark.parametrize("info", [replace(INFO, origin=None), replace(INFO, results={})])

@@ -239,19 +239,6 @@ def test_compiles_without_a_graph_break(method: str) -> None:
         torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_a_new_position_needs_no_new_compilation() -> None:
-    torch._dynamo.reset()
-    layer = MoALinear(nn.Linear(16, 24), small_config("moa_lora"))
-    counter = torch._dynamo.testing.CompileCounter()
-    compiled = torch.compile(layer, fullgraph=True, backend=counter)
-    outputs = []
-    for step in range(4):
-        set_routing_position(layer, position(step=step))
-        outputs.append(compiled(torch.ones(2, 5, 16)))
-        aux_loss(layer)
-    assert counter.frame_count == 1
-
-
 # Transforms of torch.func.
 
 

@@ -8,7 +8,9 @@ import json
 import math
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -43,11 +45,12 @@ def run_config(
     method: str,
     accumulation: int = 1,
     checkpointing: bool = False,
+    compile: Literal["off", "blocks"] = "off",
     precision: Literal["fp32", "bf16"] = "fp32",
     **adapters: Any,
 ) -> RunConfig:
     return RunConfig(
-        model=ModelConfig(grad_checkpointing=checkpointing),
+        model=ModelConfig(grad_checkpointing=checkpointing, compile=compile),
         moa=MoAConfig(method=method, **adapters),  # type: ignore[arg-type]
         optim=OPTIM,
         train=TrainConfig(
@@ -176,7 +179,9 @@ def under_engine(config: RunConfig) -> dict[str, Any]:
     ready.module.train()
     rows = []
     for step in range(STEPS):
-        with Reductions() as reductions:
+        warm = step > 1 and config.model.compile == "blocks"
+        once = torch.compiler.set_stance("fail_on_recompile") if warm else nullcontext()
+        with Reductions() as reductions, once:
             row, _ = trainer.train_step(batches)
         trainer.step = step + 1
         rows.append({key: row[key] for key in ("loss", "grad_norm")})
@@ -256,6 +261,7 @@ def with_changes(case: dict[str, Any], folder: Path, rank: int) -> str:
 def main(target: Path, cases: list[dict[str, Any]]) -> None:
     world = world_from_environment()
     results = {}
+    moa.compile_blocks = partial(moa.compile_blocks, backend="eager")
     if world.size > 1 or not all(case.get("reference") for case in cases):
         collectives.start(world, DEADLINE)
     for case in cases:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trainer.config.command_line import CommandParser
-from trainer.process.ending import conclude
+from trainer.process.ending import conclude, leave
 from trainer.process.errors import ConfigError, OutputError
 from trainer.process.world import ALONE
 from trainer.tables import Table, output_console
@@ -170,4 +170,4 @@ def _text(value: float | str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -1,13 +1,13 @@
 """Settings by what it means to change them between two starts of a run."""
 
-# Settings that change where or how fast a run computes, never its result. More steps are free as
-# well, since nothing in a step depends on how many follow; and so is the way to the base weights,
-# whose hash is compared instead.
+# Settings that change where or how fast a run computes, and of its result no more than rounding.
+# More steps are free as well, since nothing in a step depends on how many follow; and so is the way
+# to the base weights, whose hash is compared instead.
 FREE = {
     "ds_config", "output_dir", "resume", "data.root", "data.workers",
     "data.cache_dir", "data.cache_gib", "data.fetch_deadline", "data.fetch_retries",
     "data.max_bad_fraction", "model.weights",
-    "model.grad_checkpointing", "moa.ep_size", "moa.transport",
+    "model.grad_checkpointing", "model.compile", "moa.ep_size", "moa.transport",
     "train.steps", "train.eval_batch", "train.time_limit", "train.skip_nonfinite",
     "train.step_deadline", "checkpoint.every", "checkpoint.keep",
     "checkpoint.background", "checkpoint.allow_changes",

@@ -35,6 +35,9 @@ class ModelConfig:
     """pretrained (timm's own for the tag), random, or the path of a safetensors file"""
     grad_checkpointing: bool = False
     """recompute activations in backward: less memory, about a third more time"""
+    compile: Literal["off", "blocks"] = "off"
+    """blocks: torch.compile of the transformer's blocks in training, at the first step; the result
+    is the same up to rounding"""
     head_init: Literal["random", "text"] = "random"
     """random, or text: the classifier starts as CLIP's zero-shot classifier of the class names"""
     text_model: str | None = None

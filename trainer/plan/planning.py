@@ -25,6 +25,7 @@ from trainer.plan.scaling import FLOPS, Load, Prediction, Rates, load_of, predic
 from trainer.plan.sizes import adapter_file_bytes, checkpoint_bytes, roles, weights_of
 from trainer.prepare.backbone import outline
 from trainer.prepare.batches import Batches, batch_arithmetic
+from trainer.prepare.compiling import check_compiled
 from trainer.prepare.footprint import Footprint, measure
 from trainer.prepare.parts import check_expert_parallel
 from trainer.process.errors import ConfigError, noted
@@ -133,6 +134,7 @@ def _sharding(config: RunConfig, world: int, global_batch: int, trainable: int) 
         raise ConfigError("\n".join(problems))
     sharding = read_sharding(content, world)
     check_expert_parallel(config.moa, world, sharding.stage == 3)
+    check_compiled(config, sharding.stage == 3)
     return sharding
 
 
@@ -142,6 +144,7 @@ def _settings(config: RunConfig, sharding: Sharding, layers: int, classes: int) 
         "backbone": config.model.backbone, "method": config.moa.method,
         "adapted_layers": layers if config.moa.adapts else 0, "classes": classes,
         "precision": sharding.precision, "grad_checkpointing": config.model.grad_checkpointing,
+        "compile": config.model.compile,
         "zero_stage": sharding.stage, "world_size": sharding.world_size,
         "averages": ", ".join(config.average.names) or "none",
     }  # fmt: skip

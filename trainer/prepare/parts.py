@@ -16,6 +16,7 @@ from trainer.config import deepspeed_json
 from trainer.config.run_config import RunConfig
 from trainer.prepare.backbone import check_backbone, create_backbone, outline
 from trainer.prepare.batches import batch_arithmetic, check_prefetching
+from trainer.prepare.compiling import check_compiled, prepare_compiler
 from trainer.prepare.footprint import forward_only
 from trainer.prepare.provenance import origin_of
 from trainer.prepare.text_head import use_text_head
@@ -81,6 +82,7 @@ def build(config: RunConfig, world: World, problems: Sequence[str] = ()) -> Part
         if config.model.head_init == "text":
             head = use_text_head(config, index, withheld, backbone)
         report = moa.inject(backbone.model, config.moa)
+    _compiled(config, backbone.model)
     loader = loader_transform(
         backbone.data_config, config.data.resolved_augment(),
         colours=config.data.augment_on == "loader",
@@ -114,12 +116,18 @@ def _checked(
         The configuration with everything filled in, the shard set, and the numbers of the domains
         that are not trained on.
     """
-    with noted(problems):
-        check_backbone(config.model)
-        outline(config.model, config.moa, 2)  # whether adapters fit, before weights are fetched
     sharded = False
     with noted(problems):
         sharded = deepspeed_json.read(config)["zero_optimization"].get("stage") == 3
+    with noted(problems):
+        check_compiled(config, sharded)
+    if config.model.compile == "blocks":
+        with noted(problems):
+            prepare_compiler()
+    with noted(problems):
+        check_backbone(config.model)
+        # Whether adapters fit, and blocks are found to compile, before weights are fetched.
+        _compiled(config, outline(config.model, config.moa, 2)[0].model)
     with noted(problems):
         check_expert_parallel(config.moa, world.size, sharded)
     with noted(problems):
@@ -132,6 +140,11 @@ def _checked(
     if problems:
         raise ConfigError("\n".join(dict.fromkeys("\n".join(problems).splitlines())))
     return config, index, withheld
+
+
+def _compiled(config: RunConfig, model: nn.Module) -> None:
+    if config.model.compile == "blocks":
+        moa.compile_blocks(model)
 
 
 def check_expert_parallel(adapters: moa.MoAConfig, processes: int, sharded: bool) -> None:

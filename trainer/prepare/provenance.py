@@ -31,7 +31,7 @@ def origin_of(
         data_hash=data_hash(index), split_hash=split_hash(index, trial_seed, fraction),
         command=shown_command(sys.argv), processes=world.size, weights=config.model.weights,
         decode=config.data.decode, truncated=config.data.truncated,
-        precision=config.train.precision,
+        precision=config.train.precision, compiled=config.model.compile.removeprefix("off"),
     )  # fmt: skip
 
 

@@ -91,6 +91,14 @@ def say_what(parts: "Parts", world: World) -> None:
         config.moa.method, config.model.backbone, " and ".join(parts.withheld_names),
         parts.index.name, world.size, config.train.precision,
     )  # fmt: skip
+    if config.model.compile == "blocks":
+        from trainer.prepare.compiling import CACHE
+
+        log.info(
+            "compiling the blocks in the first step: minutes, once for all runs (kept in %s); the "
+            "losses of an uncompiled or an uninterrupted run differ from these by rounding",
+            os.environ[CACHE],
+        )
     for section, unused, why in (
         ("moa", config.moa.unused(), f"{config.moa.method} does not use them"),
         ("data", config.data.unused(), "data.root is no remote one"),

@@ -61,6 +61,7 @@ def matrix(world: int) -> list[Case]:
 ROUTING = {"top_k": 2, "shared_rank": 2, "balance": "bias", "balance_rate": 0.01}
 SOFT = {"router": "soft", "shared_rank": 3}
 FEW = {"ranks": [1, 2], "blocks": [0]}  # fewer experts than ranks
+COMPILED = {"compile": "blocks", "checkpointing": True}
 GATHER, EXCHANGE = {"transport": "gather"}, {"transport": "all_to_all"}
 MORE = {
     1: [],
@@ -80,6 +81,8 @@ MORE = {
         case("uniform", 1, "multi_lora", ep_size=2, **GATHER),
         case("linear router", 3, "moa_lora", router="linear", expert_dropout=0.2),
         case("one adapter", 3, "kadaptation"),
+        case("compiled accumulation", 1, compile="blocks", accumulation=2),
+        case("compiled routing", 2, "moa_lora", expert_dropout=0.2, **ROUTING, **COMPILED),
         case("full", 3, "full"),
         *(spread(2, method) for method in ("moa_lora", "moa_kron", "full")),
         spread(2, "moa_kron", checkpointing=True),
@@ -127,7 +130,7 @@ def without_place(config: dict[str, Any]) -> dict[str, Any]:
 
     Only the balance loss, which is not linear, depends on how a batch is cut for accumulation.
     """
-    where = ["ep_size", "transport", "checkpointing"]
+    where = ["ep_size", "transport", "checkpointing", "compile"]
     if config.get("aux_weight") == 0:
         where.append("accumulation")
     return {key: value for key, value in config.items() if key not in where}

@@ -438,7 +438,9 @@ def test_whole_command_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     plan = plan_json(
         capsys, *DOMAINNET, "--model.backbone=vit_base_patch16_clip_224", "--world_size=8",
         "--train.steps=15001", "--train.eval_every=1000", "--data.held_out=real",
+        "--model.compile=blocks",
     )  # fmt: skip
+    assert plan["run"]["compile"] == "blocks"
     assert plan["trainable"] - plan["roles"]["head"] == 1_485_830
     assert plan["roles"]["head"] == 265_305
     assert plan["run"]["precision"] == "bf16", "a plan is for GPUs"
@@ -538,6 +540,8 @@ def test_a_transport_that_nothing_uses_is_not_refused(capsys: pytest.CaptureFixt
     assert plan_of(*masked).load.transport is None
     assert main([*masked, "--moa.ep_size=2", "--world_size=2"]) == 2
     assert "moa.transport" in capsys.readouterr().err
+    assert main(["--model.compile=blocks", "--moa.ep_size=2", "--world_size=2"]) == 2
+    assert "--model.compile off, or --moa.ep_size 1" in capsys.readouterr().err
 
 
 BACKBONES = {

@@ -1,11 +1,16 @@
 """What the loop does, and when, in a run within this process."""
 
+import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch._dynamo.utils import counters
 
+import moa
 from tests.support.trainer_fixtures import arguments, rows
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.train import session
@@ -16,9 +21,17 @@ from trainer.train.loop import Trainer
 def test_rows_are_written_while_the_next_step_is_under_way(
     few: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between a step's vote and the next forward a GPU would wait for the file system."""
+    """Between a step's vote and the next forward a GPU would wait for the file system.
+
+    The blocks are compiled, all in the first step, evaluations and pages notwithstanding.
+    """
     monkeypatch.delenv("NCCL_DEBUG", raising=False)
+    torch._dynamo.reset()
+    counters.clear()
+    graphs: list[int] = []
     events: list[str] = []
+    monkeypatch.setattr(moa, "compile_blocks", partial(moa.compile_blocks, backend="eager"))
+    monkeypatch.setenv("MOA_CACHE", str(tmp_path / "cache"))
     forward, vote, append = Trainer._micro_step, Trainer._agree, RunFolder.append
 
     def seen_forward(self: Trainer, ready: Ready) -> Any:
@@ -27,6 +40,7 @@ def test_rows_are_written_while_the_next_step_is_under_way(
 
     def seen_vote(self: Trainer, sums: Any) -> Any:
         events.append("vote")
+        graphs.append(counters["stats"]["unique_graphs"])
         return vote(self, sums)
 
     def seen_append(self: RunFolder, path: Path, row: Any) -> None:
@@ -37,6 +51,7 @@ def test_rows_are_written_while_the_next_step_is_under_way(
     monkeypatch.setattr(Trainer, "_agree", seen_vote)
     monkeypatch.setattr(RunFolder, "append", seen_append)
     more = {"train__steps": "4", "train__eval_every": "100", "moa__method": "moa_lora"}
+    more["model__compile"] = "blocks"
     output = tmp_path / "run"
     assert session.main(arguments(output, **few, **more)) == 0
     assert events == [
@@ -47,3 +62,8 @@ def test_rows_are_written_while_the_next_step_is_under_way(
     ]  # fmt: skip
     assert [row["step"] for row in rows(output / "metrics.jsonl")] == [0, 1, 2, 3]
     assert os.environ["NCCL_DEBUG"] == "WARN", "the default of a run"
+    assert 1 <= graphs[0] == counters["stats"]["unique_graphs"]
+    assert not counters["graph_break"]
+    assert f"kept in {tmp_path}/cache/compiled" in (output / "log.txt").read_text()
+    origin = json.loads((output / "adapter" / "adapter_config.json").read_text())["origin"]
+    assert origin["compiled"] == "blocks"
