@@ -177,9 +177,12 @@ def under_engine(config: RunConfig) -> dict[str, Any]:
     rows = []
     for step in range(STEPS):
         with Reductions() as reductions:
-            row, _ = trainer.train_step(batches)
+            trainer.train_step(batches)
         trainer.step = step + 1
+        trainer.behind.read()
+        (row,) = trainer.rows.known
         rows.append({key: row[key] for key in ("loss", "grad_norm")})
+        trainer.rows.write()
     return {
         "held_elsewhere": collectives.sum_numbers([held * (not world.is_main)], ready.device)[0],
         "reductions": reductions,
@@ -234,6 +237,7 @@ def under_faults(config: RunConfig, folder: Path) -> dict[str, Any]:
     for step in range(4):
         trainer.train_step(batches)
         trainer.step = step + 1
+        trainer.behind.read()
         states.append(ready.masters() | ready.moments())
         skipped.append(collectives.sum_numbers([trainer.nonfinite.skipped], ready.device)[0])
     F.cross_entropy = loss

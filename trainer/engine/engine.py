@@ -8,12 +8,14 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.moe.utils import configure_moe_param_groups
-from torch import nn
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from torch import Tensor, nn
 
 import moa
 from moa.layers.layer import moa_layers
 from trainer.checkpoint.checkpoint import Checkpoint
 from trainer.config.run_config import OptimConfig
+from trainer.engine.collectives import sum_over_ranks
 from trainer.engine.zero_state import ZeroState
 from trainer.process.device import device_of
 from trainer.process.errors import CheckpointError, TrainingInvalidError
@@ -36,6 +38,8 @@ class Engine(ZeroState):
     Attributes:
         device: where the model computes.
         dtype: of its weights and inputs.
+        never_waits: whether an update is queued on the device without a look at any number of it;
+            not at ZeRO-3 or with an offloaded optimizer, which DeepSpeed does in its own way.
     """
 
     def __init__(
@@ -58,11 +62,21 @@ class Engine(ZeroState):
         groups: list[dict[str, Any]] = [named]  # DeepSpeed asks for the name
         if adapters.ep_size > 1:  # experts apart: they are summed over other ranks than the rest
             groups = configure_moe_param_groups(groups)
+        zero = ds_json["zero_optimization"]
+        offloads = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+        self.never_waits = zero["stage"] < 3 and not offloads
         optimizer = OPTIMIZERS[config.name](
-            groups, lr=config.lr, eps=config.eps, weight_decay=config.weight_decay
-        )
+            groups, lr=config.lr, eps=config.eps, weight_decay=config.weight_decay,
+            fused=self.never_waits or None,
+        )  # fmt: skip
+        if self.never_waits:
+            # A bucket holds all gradients, so that nothing overlaps; it would wait for the device.
+            ds_json = {**ds_json, "zero_optimization": {**zero, "overlap_comm": False}}
         self.ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_json)
         self.dtype = next(model.parameters()).dtype
+        self._norm, self._clip = torch.zeros((), device=self.device), config.clip
+        if self.never_waits:
+            _leave_to_optimizer(self.ds.optimizer)
 
     @contextmanager
     def closing(self) -> Iterator[None]:
@@ -77,9 +91,37 @@ class Engine(ZeroState):
             raise
         self.ds.destroy()
 
-    def grad_norm(self) -> float:
-        """Norm of the global gradient of the last update, before clipping."""
-        return float(self.ds.get_global_grad_norm() or 0.0)
+    def step(self) -> None:
+        """Ends a micro-batch; the last one of a step updates, unless its norm is not finite."""
+        if self.never_waits and self.ds.is_gradient_accumulation_boundary():
+            self._measure()
+        self.ds.step()
+
+    def grad_norm(self) -> Tensor:
+        """Norm of the global gradient of the last update, before clipping: fp32, on the device."""
+        if self.never_waits:
+            return self._norm
+        return torch.tensor(float(self.ds.get_global_grad_norm() or 0.0), device=self.device)
+
+    @torch.no_grad()
+    def _measure(self) -> None:
+        """Tells Adam's kernel what to divide gradients by, and whether to do nothing at all.
+
+        Every number of the gradient is in the share of one rank, experts' too.
+        """
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in self._gradients()]
+        self._norm = sum_over_ranks(torch.stack(norms).square().sum()).sqrt().float()
+        adam = self.ds.basic_optimizer
+        adam.found_inf = self._norm.isfinite().logical_not().float()
+        if self._clip:
+            adam.grad_scale = ((self._norm + 1e-6) / self._clip).clamp(min=1.0)
+
+    def _gradients(self) -> list[Tensor]:
+        """This rank's share of the gradient that the next update takes."""
+        zero = self.ds.optimizer
+        if isinstance(zero, BF16_Optimizer):
+            return list(zero.fp32_groups_gradient_flat_partition)
+        return [part for parts in zero.averaged_gradients.values() for part in parts]
 
     @contextmanager
     def checks_gradients(self) -> Iterator[None]:
@@ -104,6 +146,29 @@ class Engine(ZeroState):
                 f"{len(self.trainables)} trainable tensors) in the first step; these would never "
                 "train"
             )
+
+
+def _leave_to_optimizer(zero: Any) -> None:
+    """Has a ZeRO-1 or 2 optimizer hand gradients over as they are.
+
+    What it would do about their norm waits for the device, four times a step.
+    """
+    if not isinstance(zero, BF16_Optimizer):
+        zero.check_grad_overflow = zero.compute_grad_norm = False
+        zero.clip_grad = 0.0
+        zero.scaled_global_norm = lambda: 0.0  # releases before 0.19 ask for it all the same
+        return
+
+    @torch.no_grad()
+    def step() -> None:
+        for master, gradient in zip(
+            zero.fp32_groups_flat_partition, zero.fp32_groups_gradient_flat_partition, strict=True
+        ):
+            master.grad = gradient.to(master.dtype)
+        zero.optimizer.step()
+        zero.update_lp_params()
+
+    zero.step = step
 
 
 def _spread(model: nn.Module, ds_json: dict[str, Any], device: torch.device) -> None:

@@ -59,10 +59,11 @@ class ZeroState:
 
         The model got its weights before, but an engine in bf16 made its masters from rounded ones.
         """
+        fused = self.ds.basic_optimizer.defaults["fused"]  # then steps are counted on the device
         for flat in _flat_masters(self.ds.optimizer):
             # Adam makes its state at its first step; the setters below need it now.
             self.ds.basic_optimizer.state[flat] = {
-                "step": torch.tensor(float(step)),
+                "step": torch.tensor(float(step), device=flat.device if fused else "cpu"),
                 **{moment: torch.zeros_like(flat) for moment in MOMENTS},
             }
         _link(self.ds.optimizer)

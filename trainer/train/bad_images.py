@@ -30,8 +30,9 @@ class BadImages:
         self._new += bad_samples.count_bad(bad, len(self.domains))
 
     def of_step(self) -> Tensor:
-        """What this rank met since the last step, flat, to be summed over the ranks."""
-        return self._new.flatten()
+        """What this rank met since the last call, flat, to be summed over the ranks."""
+        new, self._new = self._new, torch.zeros_like(self._new)
+        return new.flatten()
 
     def end_step(self, step: int, summed: Sequence[float]) -> None:
         """Adds what all ranks met in a step.
@@ -40,7 +41,6 @@ class BadImages:
             DamagedDataError: too many images of a domain had to be replaced; on all ranks alike.
         """
         self.total += torch.tensor(summed, dtype=self.total.dtype).view_as(self.total)
-        self._new.zero_()
         stream, drawn = self.stream, (step + 1) * self.stream.batch_per_domain
         sizes = {domain: stream.num_train(domain) for domain in stream.sources}
         bad_samples.check_bad_fraction(

@@ -1,7 +1,7 @@
 """`Trainer`: the loop from a start step to the last, with evaluation and checkpoints."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -21,14 +21,16 @@ from trainer.engine.engine import Engine
 from trainer.evaluate.evaluator import Evaluator
 from trainer.monitor.monitor import Monitor
 from trainer.prepare.parts import Parts
-from trainer.process.stopping import EvaluationBrokenOff, Stopped, Stopping, shielded
+from trainer.process.stopping import REASONS, EvaluationBrokenOff, Stopped, Stopping, shielded
 from trainer.process.watchdog import COMPUTING, EVALUATING, LOADING, SAVING, Watchdog
 from trainer.process.world import World
 from trainer.train.ahead import Ahead, Ready
 from trainer.train.bad_images import BadImages
+from trainer.train.behind import BEHIND, Behind
 from trainer.train.best import Best, is_left_out
-from trainer.train.nonfinite import NonfiniteSteps, as_json, poisoned
+from trainer.train.nonfinite import NonfiniteSteps, poisoned
 from trainer.train.resume import state_of
+from trainer.train.rows import Rows
 from trainer.train.validation import Validation
 
 
@@ -70,7 +72,8 @@ class Trainer:
         self.evaluation_due = due and self._evaluates_after(self.step - 1)
         self.first_step = self.saved_step = self.step
         self.images_timed, self.seconds_timed = 0, 0.0
-        self._unwritten: Callable[[], object] = int  # what to call for the last step's row
+        self.behind = Behind()
+        self.rows = Rows(folder)
 
     def train(self, monitor: Monitor | None) -> None:
         """Runs the remaining steps; `monitor` is given on the main rank only.
@@ -85,6 +88,7 @@ class Trainer:
                 pin_memory=self.engine.device.type == "cuda",
             )
         )  # fmt: skip
+        self.rows = Rows(self.folder, monitor)
         self.stopping.begin(partial(sum_numbers, device=self.engine.device))
         self.stopping.agree_on_signals()
         self.evaluate_or_stop(self.step - 1, monitor)  # an evaluation that a stop broke off
@@ -92,7 +96,8 @@ class Trainer:
         try:
             self._steps(batches, monitor)
         finally:
-            self.write_down()
+            self.behind.read()
+            self.rows.write()
         self.watch.note(EVALUATING)
         try:
             self.validation.close(last, monitor)
@@ -103,47 +108,22 @@ class Trainer:
         train = self.config.train
         while self.step < train.steps:
             step, started = self.step, time.perf_counter()
+            self.evaluation_due = self._evaluates_after(step)
+            saves = (step + 1) % self.config.checkpoint.every == 0 or step + 1 == train.steps
             with self.stopping.timed("step"):
-                row, waited = self.train_step(batches)
+                waited = self.train_step(batches)
+                self.step = step + 1
+                if self.evaluation_due or saves or self.stopping.reason:
+                    self.behind.read()
             took = time.perf_counter() - started
-            self.step = step + 1
             if step > self.first_step:  # the first step of a start also pays for warming up
                 self.images_timed += self.stream.global_batch
                 self.seconds_timed += took
-            if monitor is not None:
-                self._record(row, took, waited, monitor)
+            self.rows.tell(step, self.stream.global_batch, took, waited, self.engine.module)
             self.saves.check()
-            self.evaluation_due = self._evaluates_after(step)
             self.evaluate_or_stop(step, monitor)
-            if self.step % self.config.checkpoint.every == 0 or self.step == train.steps:
+            if saves:
                 self.save_checkpoint()
-
-    def write_down(self) -> None:
-        """Writes the last step's row and curves, if they are not there yet.
-
-        On a shared file system that takes its time; a GPU has the next step to do meanwhile.
-        """
-        write, self._unwritten = self._unwritten, int
-        write()
-
-    def _record(self, row: dict[str, Any], took: float, waited: float, monitor: Monitor) -> None:
-        """Keeps a step that took `took` seconds, `waited` of them for data, to be written down."""
-        step = row["step"]
-        perf = {
-            "img_s": self.stream.global_batch / took,
-            "step_ms": 1000 * took,
-            "data_wait_ms": 1000 * waited,
-        }
-        shows_routing = step % monitor.every == 0 or step == self.config.train.steps - 1
-        routing = moa.routing_stats(self.engine.module) if shows_routing else None
-
-        def write() -> None:
-            self.folder.append(self.folder.metrics, as_json(row))
-            monitor.step(row, perf)
-            if routing is not None:
-                monitor.routing(step, routing)
-
-        self._unwritten = write
 
     def _evaluates_after(self, step: int) -> bool:
         train = self.config.train
@@ -155,7 +135,7 @@ class Trainer:
         If they do so amid the evaluation, nothing of it is kept and it stays due.
         """
         if self.evaluation_due and not self.stopping.reason:
-            self.write_down()
+            self.rows.write()
             # The speed of training since the start, evaluations left out.
             speed = {SPEED: self.images_timed / self.seconds_timed} if self.images_timed else {}
             self.watch.note(EVALUATING)
@@ -174,13 +154,13 @@ class Trainer:
         # A rank that left before the main one has saved would make the launcher end that one.
         raise Stopped(from_main(self.stopping.farewell(self.step, kept)))
 
-    def train_step(self, batches: Iterator[Batch]) -> tuple[dict[str, Any], float]:
-        """One optimizer step: its `metrics.jsonl` row, and the seconds spent waiting for data.
+    def train_step(self, batches: Iterator[Batch]) -> float:
+        """One optimizer step; the seconds spent waiting for data. Its row is known later.
 
         Raises:
-            TrainingInvalidError: one step too many is not finite, or (first step) gradients are
-                missing.
-            DamagedDataError: too many images had to be replaced.
+            TrainingInvalidError: `BEHIND` steps ago, one step too many was not finite; or now, in
+                the first step, gradients are missing.
+            DamagedDataError: too many images had been replaced by then.
         """
         pieces, waited = self.config.train.accumulation, 0.0
         sums = torch.zeros(2, device=self.engine.device)
@@ -198,43 +178,52 @@ class Trainer:
             self.ahead.fetch(batches)  # a device is computing meanwhile
             waited += time.perf_counter() - started
             self.watch.note(COMPUTING)
-        self.write_down()
-        ce, aux, losses = self._agree(sums / pieces)
-        norm = self.engine.grad_norm()
-        left_out = self.nonfinite.left_out(self.step, losses, norm)
-        moa.update_balance(self.engine.module, torch.zeros_like if left_out else sum_over_ranks)
-        if not left_out:
-            self.validation.averages.update()
+        self.behind.read(leave=BEHIND - 1)
+        self.rows.write()
+        applied = self._send(sums / pieces)
+        moa.update_balance(self.engine.module, lambda load: sum_over_ranks(load) * applied)
+        self.validation.averages.update(applied)
+        return waited
+
+    def _send(self, sums: torch.Tensor) -> torch.Tensor:
+        """Sends what the ranks found out in a step; whether it was applied, on the device.
+
+        In one vector and one collective: the global sums of [ce, aux], every rank's own loss,
+        votes on stopping, counts of bad images.
+        """
+        ranks, norm = self.world.size, self.engine.grad_norm()
+        losses = sums.new_zeros(ranks)
+        losses[self.world.rank] = sums.sum()
+        evaluates = self._evaluates_after(self.step)
+        votes = torch.tensor(self.stopping.votes_in_step(evaluates, BEHIND))
+        counted = torch.cat([votes, self.bad_images.of_step().to(votes)])
+        counted = counted.to(sums.device, non_blocking=True)
+        total = sum_over_ranks(torch.cat([sums, losses, counted]))
+        known = {"step": self.step, "lr": float(self.engine.ds.get_lr()[0])}
+        self.behind.send(torch.cat([total, norm.view(1)]), partial(self._learn, known))
+        return norm.isfinite()
+
+    def _learn(self, known: dict[str, Any], numbers: list[float]) -> None:
+        """Acts on what `_send` has sent, on all ranks alike, and makes the row of it."""
+        ranks, step = self.world.size, known["step"]
+        ce, aux, norm = numbers[0] / ranks, numbers[1] / ranks, numbers[-1]
+        losses, rest = numbers[2 : 2 + ranks], numbers[2 + ranks : -1]
+        self.stopping.decide(rest[: len(REASONS)])
+        self.bad_images.end_step(step, rest[len(REASONS) :])
+        self.nonfinite.note(step, losses, norm)
         # Only the main rank writes rows down.
-        digest = {"batch_digest": self.stream.batch_digest(self.step)} if self.world.is_main else {}
-        row = {
-            "step": self.step,
+        digest = {"batch_digest": self.stream.batch_digest(step)} if self.world.is_main else {}
+        self.rows.known.append({
+            "step": step,
             "loss": ce + aux,
             "ce": ce,
             "aux_loss": aux,
-            "lr": float(self.engine.ds.get_lr()[0]),
+            "lr": known["lr"],
             "grad_norm": norm,
             **digest,
             **self.nonfinite.columns(),
             **self.bad_images.columns(),
-        }
-        return row, waited
-
-    def _agree(self, sums: torch.Tensor) -> tuple[float, float, list[float]]:
-        """The global means of [ce, aux] and every rank's own loss.
-
-        Votes on stopping and the counts of bad images go along, in one collective and one read.
-        """
-        ranks = self.world.size
-        losses = sums.new_zeros(ranks)
-        losses[self.world.rank] = sums.sum()
-        votes = sums.new_tensor(self.stopping.votes_in_step(self._evaluates_after(self.step)))
-        bad = self.bad_images.of_step().to(sums)
-        total: list[float] = sum_over_ranks(torch.cat([sums, losses, votes, bad])).tolist()
-        end = 2 + ranks + len(votes)
-        self.stopping.decide(total[2 + ranks : end])
-        self.bad_images.end_step(self.step, total[end:])
-        return total[0] / ranks, total[1] / ranks, total[2 : 2 + ranks]
+        })  # fmt: skip
 
     def _micro_step(self, ready: Ready) -> torch.Tensor:
         """Forward, backward and (after the last piece) update; [ce, aux] of this rank's piece."""
@@ -245,13 +234,14 @@ class Trainer:
         ce = F.cross_entropy(scores.float(), ready.labels)
         aux = moa.aux_loss(engine.module, differentiable_sum)
         engine.ds.backward(poisoned(ce + aux))  # averaged over ranks and micro-batches
-        engine.ds.step()
+        engine.step()
         return torch.stack([ce.detach(), aux.detach().to(ce.dtype)])
 
     def save_checkpoint(self) -> None:
         """Writes a checkpoint; a collective."""
         self.watch.note(SAVING)
-        self.write_down()
+        self.behind.read()
+        self.rows.write()
         with self.stopping.timed("save"):
             masters, moments = self.engine.masters(), self.engine.moments()
             averages = self.validation.averages.tensors()
