@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +25,7 @@ import moa  # noqa: E402
 from moa import MoAConfig  # noqa: E402
 from shards import finish_images  # noqa: E402
 from shards.stream.batches import Batch  # noqa: E402
+from tests.support.dispatched import Dispatched  # noqa: E402
 from trainer.checkpoint.run_folder import RunFolder  # noqa: E402
 from trainer.config.run_config import ROOT, ModelConfig, OptimConfig, RunConfig, TrainConfig  # noqa: E402
 from trainer.engine import collectives  # noqa: E402
@@ -176,7 +178,9 @@ def under_engine(config: RunConfig) -> dict[str, Any]:
     ready.module.train()
     rows = []
     for step in range(STEPS):
-        with Reductions() as reductions:
+        seen = Dispatched()
+        last = seen.watching() if step == STEPS - 1 else nullcontext()
+        with Reductions() as reductions, last:
             trainer.train_step(batches)
         trainer.step = step + 1
         trainer.behind.read()
@@ -186,6 +190,7 @@ def under_engine(config: RunConfig) -> dict[str, Any]:
     return {
         "held_elsewhere": collectives.sum_numbers([held * (not world.is_main)], ready.device)[0],
         "reductions": reductions,
+        "reads": dict(seen.reads),
         "deadlines": shortest_timeout() / DEADLINE,
         "buffer": float(ready.module.get_buffer(BUFFER)),
         "rows": rows,

@@ -98,9 +98,9 @@ def _steps(case: Case, rounds: int) -> dict[str, float | str]:
     built = time.perf_counter()
 
     def step() -> float:
-        loss = F.cross_entropy(ready.ds(images).float(), labels)
+        loss = F.cross_entropy(ready.model(images).float(), labels)
         loss = loss + moa.aux_loss(ready.module, collectives.differentiable_sum)
-        ready.ds.backward(loss)
+        ready.backward(loss)
         ready.step()
         return float(loss.detach())
 

@@ -18,6 +18,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime import compiler
+from deepspeed.utils import groups
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
@@ -139,6 +140,7 @@ def stop() -> None:
     gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
+    groups._WORLD_GROUP = None  # DeepSpeed's copy, which a later start would take for its own
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:

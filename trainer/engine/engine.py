@@ -1,6 +1,6 @@
 """The DeepSpeed engine: a model spread over the ranks, its optimizer, its steps."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,8 +15,8 @@ import moa
 from moa.layers.layer import moa_layers
 from trainer.checkpoint.checkpoint import Checkpoint
 from trainer.config.run_config import OptimConfig
-from trainer.engine.collectives import sum_over_ranks
-from trainer.engine.zero_state import ZeroState
+from trainer.engine.flat import Flat, FlatModel
+from trainer.engine.zero_state import EXPERT_PARALLEL, ZeroState
 from trainer.process.device import device_of
 from trainer.process.errors import CheckpointError, TrainingInvalidError
 from trainer.process.stopping import Stopped
@@ -36,7 +36,8 @@ class Engine(ZeroState):
             parallelism chooses its transport.
 
     Attributes:
-        device: where the model computes.
+        model: computes scores: the module, or at ZeRO-3 DeepSpeed's engine, which fetches weights.
+        device: where it computes.
         dtype: of its weights and inputs.
         never_waits: whether an update is queued on the device without a look at any number of it;
             not at ZeRO-3 or with an offloaded optimizer, which DeepSpeed does in its own way.
@@ -63,6 +64,7 @@ class Engine(ZeroState):
         if adapters.ep_size > 1:  # experts apart: they are summed over other ranks than the rest
             groups = configure_moe_param_groups(groups)
         zero = ds_json["zero_optimization"]
+        self.flats = self._flatten(groups) if zero["stage"] < 3 else []
         offloads = zero.get("offload_optimizer", {}).get("device", "none") != "none"
         self.never_waits = zero["stage"] < 3 and not offloads
         optimizer = OPTIMIZERS[config.name](
@@ -70,9 +72,14 @@ class Engine(ZeroState):
             fused=self.never_waits or None,
         )  # fmt: skip
         if self.never_waits:
-            # A bucket holds all gradients, so that nothing overlaps; it would wait for the device.
-            ds_json = {**ds_json, "zero_optimization": {**zero, "overlap_comm": False}}
-        self.ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_json)
+            # Both wait for the device at every step, the first for nothing: one bucket holds all.
+            unused = {"timers": {"throughput": {"enabled": False}}}
+            ds_json = {**ds_json, "zero_optimization": {**zero, "overlap_comm": False}, **unused}
+        seen = FlatModel(self.flats, getattr(model, EXPERT_PARALLEL, None)) if self.flats else model
+        self.ds, *_ = deepspeed.initialize(model=seen, optimizer=optimizer, config=ds_json)
+        for flat in self.flats:
+            flat.share()
+        self.model: nn.Module = model if self.flats else self.ds
         self.dtype = next(model.parameters()).dtype
         self._norm, self._clip = torch.zeros((), device=self.device), config.clip
         if self.never_waits:
@@ -91,6 +98,24 @@ class Engine(ZeroState):
             raise
         self.ds.destroy()
 
+    def _flatten(self, groups: Sequence[dict[str, Any]]) -> list[Flat]:
+        """Puts one flat tensor into each group, in place of its parameters."""
+        names, flats = {p: name for name, p in self.trainables.items()}, []
+        for group in groups:
+            flats.append(Flat({names[parameter]: parameter for parameter in group["params"]}))
+            group["params"] = [flats[-1].parameter]
+        return flats
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of a micro-batch's loss, averaged over ranks and micro-batches."""
+        if not self.flats:
+            self.ds.backward(loss)
+            return
+        pieces = self.ds.gradient_accumulation_steps()
+        (loss if pieces == 1 else loss / pieces).backward()
+        gradients = [flat.take_gradient() for flat in self.flats]
+        self.ds.backward(self.ds(gradients), scale_wrt_gas=False)
+
     def step(self) -> None:
         """Ends a micro-batch; the last one of a step updates, unless its norm is not finite."""
         if self.never_waits and self.ds.is_gradient_accumulation_boundary():
@@ -103,16 +128,23 @@ class Engine(ZeroState):
             return self._norm
         return torch.tensor(float(self.ds.get_global_grad_norm() or 0.0), device=self.device)
 
+    def applied(self) -> Tensor:
+        """Whether the last update was one: whether its norm is finite; on the device."""
+        return self._applied if self.never_waits else self.grad_norm() < torch.inf
+
     @torch.no_grad()
     def _measure(self) -> None:
         """Tells Adam's kernel what to divide gradients by, and whether to do nothing at all.
 
         Every number of the gradient is in the share of one rank, experts' too.
         """
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in self._gradients()]
-        self._norm = sum_over_ranks(torch.stack(norms).square().sum()).sqrt().float()
+        norms = torch.stack(torch._foreach_norm(self._gradients(), dtype=torch.float64))
+        squares = norms.dot(norms)
+        dist.all_reduce(squares)
+        self._norm = squares.sqrt().float()
+        self._applied = self._norm < torch.inf
         adam = self.ds.basic_optimizer
-        adam.found_inf = self._norm.isfinite().logical_not().float()
+        adam.found_inf = self._applied.logical_not().float()
         if self._clip:
             adam.grad_scale = ((self._norm + 1e-6) / self._clip).clamp(min=1.0)
 
@@ -156,6 +188,7 @@ def _leave_to_optimizer(zero: Any) -> None:
     if not isinstance(zero, BF16_Optimizer):
         zero.check_grad_overflow = zero.compute_grad_norm = False
         zero.clip_grad = 0.0
+        zero._update_model_bit16_weights = lambda _: None  # they are where they were
         zero.scaled_global_norm = lambda: 0.0  # releases before 0.19 ask for it all the same
         return
 

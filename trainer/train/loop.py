@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 
 import moa
@@ -73,6 +74,7 @@ class Trainer:
         self.first_step = self.saved_step = self.step
         self.images_timed, self.seconds_timed = 0, 0.0
         self.behind = Behind()
+        self._own = torch.eye(world.size, device=engine.device)[world.rank, :, None]
         self.rows = Rows(folder)
 
     def train(self, monitor: Monitor | None) -> None:
@@ -162,9 +164,8 @@ class Trainer:
                 the first step, gradients are missing.
             DamagedDataError: too many images had been replaced by then.
         """
-        pieces, waited = self.config.train.accumulation, 0.0
-        sums = torch.zeros(2, device=self.engine.device)
-        for _ in range(pieces):
+        waited, losses = 0.0, []
+        for _ in range(self.config.train.accumulation):
             self.watch.note(LOADING, self.step)
             started = time.perf_counter()
             ready = self.ahead.take(batches)
@@ -172,7 +173,7 @@ class Trainer:
             self.bad_images.note(ready.batch.bad)
             self.watch.note(COMPUTING)
             with self.engine.checks_gradients() if self.step == 0 else nullcontext():
-                sums += self._micro_step(ready)
+                losses.append(self._micro_step(ready))
             self.watch.note(LOADING)
             started = time.perf_counter()
             self.ahead.fetch(batches)  # a device is computing meanwhile
@@ -180,34 +181,33 @@ class Trainer:
             self.watch.note(COMPUTING)
         self.behind.read(leave=BEHIND - 1)
         self.rows.write()
-        applied = self._send(sums / pieces)
+        self._send(losses[0] if len(losses) == 1 else torch.stack(losses).mean(0))
+        applied = self.engine.applied()
         moa.update_balance(self.engine.module, lambda load: sum_over_ranks(load) * applied)
         self.validation.averages.update(applied)
         return waited
 
-    def _send(self, sums: torch.Tensor) -> torch.Tensor:
-        """Sends what the ranks found out in a step; whether it was applied, on the device.
+    def _send(self, losses: torch.Tensor) -> None:
+        """Sends what the ranks found out in a step, in one vector and one collective.
 
-        In one vector and one collective: the global sums of [ce, aux], every rank's own loss,
-        votes on stopping, counts of bad images.
+        Every rank's own [ce, aux], votes on stopping, counts of bad images; and the norm.
         """
-        ranks, norm = self.world.size, self.engine.grad_norm()
-        losses = sums.new_zeros(ranks)
-        losses[self.world.rank] = sums.sum()
         evaluates = self._evaluates_after(self.step)
-        votes = torch.tensor(self.stopping.votes_in_step(evaluates, BEHIND))
-        counted = torch.cat([votes, self.bad_images.of_step().to(votes)])
-        counted = counted.to(sums.device, non_blocking=True)
-        total = sum_over_ranks(torch.cat([sums, losses, counted]))
+        votes = self.stopping.votes_in_step(evaluates, BEHIND)
+        counted = torch.tensor([*votes, *self.bad_images.of_step()])
+        counted = counted.to(losses.device, non_blocking=True)
+        total = torch.cat([(self._own * losses).flatten(), counted])
+        dist.all_reduce(total)
         known = {"step": self.step, "lr": float(self.engine.ds.get_lr()[0])}
-        self.behind.send(torch.cat([total, norm.view(1)]), partial(self._learn, known))
-        return norm.isfinite()
+        norm = self.engine.grad_norm().view(1)
+        self.behind.send(torch.cat([total, norm]), partial(self._learn, known))
 
     def _learn(self, known: dict[str, Any], numbers: list[float]) -> None:
         """Acts on what `_send` has sent, on all ranks alike, and makes the row of it."""
         ranks, step = self.world.size, known["step"]
-        ce, aux, norm = numbers[0] / ranks, numbers[1] / ranks, numbers[-1]
-        losses, rest = numbers[2 : 2 + ranks], numbers[2 + ranks : -1]
+        by_rank, rest, norm = numbers[: 2 * ranks], numbers[2 * ranks : -1], numbers[-1]
+        ce, aux = sum(by_rank[::2]) / ranks, sum(by_rank[1::2]) / ranks
+        losses = [own_ce + own_aux for own_ce, own_aux in zip(*[iter(by_rank)] * 2, strict=True)]
         self.stopping.decide(rest[: len(REASONS)])
         self.bad_images.end_step(step, rest[len(REASONS) :])
         self.nonfinite.note(step, losses, norm)
@@ -230,12 +230,13 @@ class Trainer:
         engine, seed, batch = self.engine, self.config.train.seed, ready.batch
         position = moa.RoutingPosition(seed, self.step, batch.first_slot, len(batch.labels))
         moa.set_routing_position(engine.module, position)
-        scores = engine.ds(ready.images)  # [B, C]
+        scores = engine.model(ready.images)  # [B, C]
         ce = F.cross_entropy(scores.float(), ready.labels)
         aux = moa.aux_loss(engine.module, differentiable_sum)
-        engine.ds.backward(poisoned(ce + aux))  # averaged over ranks and micro-batches
+        engine.backward(poisoned(ce + aux))  # averaged over ranks and micro-batches
         engine.step()
-        return torch.stack([ce.detach(), aux.detach().to(ce.dtype)])
+        with torch.no_grad():
+            return torch.stack([ce, aux.to(ce.dtype)])
 
     def save_checkpoint(self) -> None:
         """Writes a checkpoint; a collective."""
