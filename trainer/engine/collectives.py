@@ -145,9 +145,13 @@ def stop() -> None:
 
 def sum_over_ranks(value: Tensor) -> Tensor:
     """The sum of `value` over all ranks, without gradient."""
-    total = value.detach().clone()
-    dist.all_reduce(total)
-    return total
+    return add_up(value.detach().clone())
+
+
+def add_up(value: Tensor) -> Tensor:
+    """Makes `value` the sum of it over all ranks, in place."""
+    dist.all_reduce(value)
+    return value
 
 
 def sum_numbers(numbers: Sequence[float], device: torch.device) -> list[float]:

@@ -15,6 +15,7 @@ import moa
 from moa.layers.layer import moa_layers
 from trainer.checkpoint.checkpoint import Checkpoint
 from trainer.config.run_config import OptimConfig
+from trainer.engine.collectives import add_up
 from trainer.engine.flat import Flat, FlatModel
 from trainer.engine.zero_state import EXPERT_PARALLEL, ZeroState
 from trainer.process.device import device_of
@@ -139,9 +140,7 @@ class Engine(ZeroState):
         Every number of the gradient is in the share of one rank, experts' too.
         """
         norms = torch.stack(torch._foreach_norm(self._gradients(), dtype=torch.float64))
-        squares = norms.dot(norms)
-        dist.all_reduce(squares)
-        self._norm = squares.sqrt().float()
+        self._norm = add_up(norms.dot(norms)).sqrt().float()
         self._applied = self._norm < torch.inf
         adam = self.ds.basic_optimizer
         adam.found_inf = self._applied.logical_not().float()

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 from torch.nn import functional as F
 
 import moa
@@ -17,7 +16,13 @@ from trainer.checkpoint import checkpoint
 from trainer.checkpoint.run_folder import SPEED, RunFolder
 from trainer.checkpoint.save_queue import SaveQueue
 from trainer.engine.averaging import Averages
-from trainer.engine.collectives import differentiable_sum, from_main, sum_numbers, sum_over_ranks
+from trainer.engine.collectives import (
+    add_up,
+    differentiable_sum,
+    from_main,
+    sum_numbers,
+    sum_over_ranks,
+)
 from trainer.engine.engine import Engine
 from trainer.evaluate.evaluator import Evaluator
 from trainer.monitor.monitor import Monitor
@@ -196,8 +201,7 @@ class Trainer:
         votes = self.stopping.votes_in_step(evaluates, BEHIND)
         counted = torch.tensor([*votes, *self.bad_images.of_step()])
         counted = counted.to(losses.device, non_blocking=True)
-        total = torch.cat([(self._own * losses).flatten(), counted])
-        dist.all_reduce(total)
+        total = add_up(torch.cat([(self._own * losses).flatten(), counted]))
         known = {"step": self.step, "lr": float(self.engine.ds.get_lr()[0])}
         norm = self.engine.grad_norm().view(1)
         self.behind.send(torch.cat([total, norm]), partial(self._learn, known))
