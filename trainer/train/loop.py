@@ -79,7 +79,8 @@ class Trainer:
         self.first_step = self.saved_step = self.step
         self.images_timed, self.seconds_timed = 0, 0.0
         self.behind = Behind()
-        self._own = torch.eye(world.size, device=engine.device)[world.rank, :, None]
+        ranks = torch.arange(world.size, device=engine.device)[:, None]
+        self._others = ranks != world.rank
         self.rows = Rows(folder)
 
     def train(self, monitor: Monitor | None) -> None:
@@ -201,7 +202,8 @@ class Trainer:
         votes = self.stopping.votes_in_step(evaluates, BEHIND)
         counted = torch.tensor([*votes, *self.bad_images.of_step()])
         counted = counted.to(losses.device, non_blocking=True)
-        total = add_up(torch.cat([(self._own * losses).flatten(), counted]))
+        own = losses.masked_fill(self._others, 0.0)  # [ranks, 2], also if not finite
+        total = add_up(torch.cat([own.flatten(), counted]))
         known = {"step": self.step, "lr": float(self.engine.ds.get_lr()[0])}
         norm = self.engine.grad_norm().view(1)
         self.behind.send(torch.cat([total, norm]), partial(self._learn, known))
