@@ -30,8 +30,8 @@ def set_routing_position(model: nn.Module, position: RoutingPosition | None) -> 
         return
     keys = noise_keys(position, len(layers)).to(layers[0].base.weight.device, non_blocking=True)
     noise = LayersNoise(keys)
-    for number, layer in enumerate(layers):
-        layer.noise_key, layer.shared_noise = keys[number], partial(noise.normal, number)
+    for number, (layer, key) in enumerate(zip(layers, keys.unbind(), strict=True)):
+        layer.noise_key, layer.shared_noise = key, partial(noise.normal, number)
         layer.num_images = position.images
 
 
@@ -88,10 +88,12 @@ def update_balance(model: nn.Module, sum_over_ranks: SumOverRanks | None = None)
     if sum_over_ranks is not None:
         load = sum_over_ranks(load)
     steps = (load.mean(-1, keepdim=True) - load).sign().to(torch.int64)
-    for (layer, _), step in zip(found, steps, strict=True):
+    places = []
+    for layer, _ in found:
         assert isinstance(layer.router, TokenRouter)
         assert layer.router.balance_steps is not None
-        layer.router.balance_steps += step
+        places.append(layer.router.balance_steps)
+    torch._foreach_add_(places, list(steps.unbind()))
 
 
 def routing_stats(model: nn.Module) -> dict[str, dict[str, Tensor]]:

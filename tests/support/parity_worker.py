@@ -26,6 +26,7 @@ import moa  # noqa: E402
 from moa import MoAConfig  # noqa: E402
 from shards import finish_images  # noqa: E402
 from shards.stream.batches import Batch  # noqa: E402
+from tests.support.dispatched import Dispatched  # noqa: E402
 from trainer.checkpoint.run_folder import RunFolder  # noqa: E402
 from trainer.config.run_config import ROOT, ModelConfig, OptimConfig, RunConfig, TrainConfig  # noqa: E402
 from trainer.engine import collectives  # noqa: E402
@@ -181,13 +182,19 @@ def under_engine(config: RunConfig) -> dict[str, Any]:
     for step in range(STEPS):
         warm = step > 1 and config.model.compile == "blocks"
         once = torch.compiler.set_stance("fail_on_recompile") if warm else nullcontext()
-        with Reductions() as reductions, once:
-            row, _ = trainer.train_step(batches)
+        seen = Dispatched()
+        last = seen.watching() if step == STEPS - 1 else nullcontext()
+        with Reductions() as reductions, once, last:
+            trainer.train_step(batches)
         trainer.step = step + 1
+        trainer.behind.read()
+        (row,) = trainer.rows.known
         rows.append({key: row[key] for key in ("loss", "grad_norm")})
+        trainer.rows.write()
     return {
         "held_elsewhere": collectives.sum_numbers([held * (not world.is_main)], ready.device)[0],
         "reductions": reductions,
+        "reads": dict(seen.reads),
         "deadlines": shortest_timeout() / DEADLINE,
         "buffer": float(ready.module.get_buffer(BUFFER)),
         "rows": rows,
@@ -239,6 +246,7 @@ def under_faults(config: RunConfig, folder: Path) -> dict[str, Any]:
     for step in range(4):
         trainer.train_step(batches)
         trainer.step = step + 1
+        trainer.behind.read()
         states.append(ready.masters() | ready.moments())
         skipped.append(collectives.sum_numbers([trainer.nonfinite.skipped], ready.device)[0])
     F.cross_entropy = loss

@@ -98,17 +98,17 @@ def _steps(case: Case, rounds: int) -> dict[str, float | str]:
     built = time.perf_counter()
 
     def step() -> float:
-        loss = F.cross_entropy(ready.ds(images).float(), labels)
+        loss = F.cross_entropy(ready.model(images).float(), labels)
         loss = loss + moa.aux_loss(ready.module, collectives.differentiable_sum)
-        ready.ds.backward(loss)
-        ready.ds.step()
+        ready.backward(loss)
+        ready.step()
         return float(loss.detach())
 
     with ready.checks_gradients():
         loss = step()
     row: dict[str, float | str] = {
         "loss": loss,
-        "gradient norm": ready.grad_norm(),
+        "gradient norm": float(ready.grad_norm()),
         "trainable tensors": len(before),
         "moved": sum(not t.equal(before[name]) for name, t in ready.masters().items()),
         "build s": built - started,

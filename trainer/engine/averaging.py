@@ -10,40 +10,38 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import Any
 
-from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from trainer.config.averages import AverageConfig
 from trainer.engine.engine import Engine
-from trainer.engine.swad import Swad
+from trainer.engine.swad import Swad, lerp
 
 EMA, SWAD = "ema", "swad"
 
 
 class Ema:
-    """timm's `ModelEmaV3` over flat tensors, each in its own dtype.
+    """An exponential moving average of flat tensors, each in its own dtype.
 
-    After `count` updates the average is `weights`; the very first takes the weights as they are.
+    With the decay of timm's `ModelEmaV3`: after `count` updates the average is `weights`; the very
+    first takes the weights as they are.
     """
 
     def __init__(self, weights: Sequence[Tensor], config: AverageConfig, count: int = 0) -> None:
-        self.count, held = count, _held(weights)
-        self._timm = ModelEmaV3(held, decay=config.ema_decay, use_warmup=config.ema_warmup)
+        self.values = [weight.detach().clone() for weight in weights]
+        self.decay, self.warms_up = config.ema_decay, config.ema_warmup
+        self.count = torch.tensor(count, dtype=torch.float64, device=self.values[0].device)
 
-    def update(self, weights: Sequence[Tensor]) -> None:
-        """Notes the weights after a step."""
-        self.count += 1
-        self._timm.update(_held(weights), step=self.count)
-
-    @property
-    def values(self) -> list[Tensor]:
-        """The average."""
-        return [parameter.detach() for parameter in self._timm.module.parameters()]
-
-
-def _held(weights: Sequence[Tensor]) -> nn.Module:
-    """A module whose parameters share the tensors' memory."""
-    return nn.ParameterList([nn.Parameter(w.detach(), requires_grad=False) for w in weights])
+    @torch.no_grad()
+    def update(self, weights: Sequence[Tensor], applied: Tensor) -> None:
+        """Notes the weights after a step; nothing happens where `applied` is false."""
+        self.count += applied
+        before = (self.count - 1).clamp(min=0)
+        decay = torch.full_like(before, self.decay)
+        if self.warms_up:
+            decay = decay.minimum(1 - (1 + before) ** (-2 / 3))
+        share = (1 - decay * (before > 0)) * applied
+        lerp(self.values, weights, share)
 
 
 class Averages:
@@ -81,12 +79,12 @@ class Averages:
         whole = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
         return self.engine.shares_of(whole) if whole else None
 
-    def update(self) -> None:
-        """Notes the weights after a step; nothing waits for the device."""
+    def update(self, applied: Tensor) -> None:
+        """Notes the weights after a step that was `applied`; nothing waits for the device."""
         if self.ema is not None:
-            self.ema.update(self.engine.flat_masters())
+            self.ema.update(self.engine.flat_masters(), applied)
         if self.swad is not None:
-            self.swad.add(self.engine.flat_masters())
+            self.swad.add(self.engine.flat_masters(), applied)
 
     def after(self, loss: float, regular: bool) -> "Averages":
         """What an evaluation with this validation loss makes of them; these stay as they were.
@@ -121,5 +119,5 @@ class Averages:
 
     def facts(self) -> dict[str, Any]:
         """For a checkpoint's state."""
-        found = {EMA: self.ema and self.ema.count, SWAD: self.swad and self.swad.facts()}
+        found = {EMA: self.ema and int(self.ema.count), SWAD: self.swad and self.swad.facts()}
         return {name: fact for name, fact in found.items() if fact is not None}

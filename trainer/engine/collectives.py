@@ -18,6 +18,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime import compiler
+from deepspeed.utils import groups
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
@@ -139,13 +140,18 @@ def stop() -> None:
     gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
+    groups._WORLD_GROUP = None  # DeepSpeed's copy, which a later start would take for its own
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
     """The sum of `value` over all ranks, without gradient."""
-    total = value.detach().clone()
-    dist.all_reduce(total)
-    return total
+    return add_up(value.detach().clone())
+
+
+def add_up(value: Tensor) -> Tensor:
+    """Makes `value` the sum of it over all ranks, in place."""
+    dist.all_reduce(value)
+    return value
 
 
 def sum_numbers(numbers: Sequence[float], device: torch.device) -> list[float]:

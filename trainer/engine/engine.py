@@ -1,6 +1,6 @@
 """The DeepSpeed engine: a model spread over the ranks, its optimizer, its steps."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,14 +8,17 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.moe.utils import configure_moe_param_groups
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero import parameter_offload
-from torch import nn
+from torch import Tensor, nn
 
 import moa
 from moa.layers.layer import moa_layers
 from trainer.checkpoint.checkpoint import Checkpoint
 from trainer.config.run_config import OptimConfig
-from trainer.engine.zero_state import ZeroState
+from trainer.engine.collectives import add_up
+from trainer.engine.flat import Flat, FlatModel
+from trainer.engine.zero_state import EXPERT_PARALLEL, ZeroState
 from trainer.process.device import device_of
 from trainer.process.errors import CheckpointError, TrainingInvalidError
 from trainer.process.stopping import Stopped
@@ -36,8 +39,11 @@ class Engine(ZeroState):
             parallelism chooses its transport.
 
     Attributes:
-        device: where the model computes.
+        model: computes scores: the module, or at ZeRO-3 DeepSpeed's engine, which fetches weights.
+        device: where it computes.
         dtype: of its weights and inputs.
+        never_waits: whether an update is queued on the device without a look at any number of it;
+            not at ZeRO-3 or with an offloaded optimizer, which DeepSpeed does in its own way.
     """
 
     def __init__(
@@ -60,11 +66,27 @@ class Engine(ZeroState):
         groups: list[dict[str, Any]] = [named]  # DeepSpeed asks for the name
         if adapters.ep_size > 1:  # experts apart: they are summed over other ranks than the rest
             groups = configure_moe_param_groups(groups)
+        zero = ds_json["zero_optimization"]
+        self.flats = self._flatten(groups) if zero["stage"] < 3 else []
+        offloads = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+        self.never_waits = zero["stage"] < 3 and not offloads
         optimizer = OPTIMIZERS[config.name](
-            groups, lr=config.lr, eps=config.eps, weight_decay=config.weight_decay
-        )
-        self.ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_json)
+            groups, lr=config.lr, eps=config.eps, weight_decay=config.weight_decay,
+            fused=self.never_waits or None,
+        )  # fmt: skip
+        # Its timer waits for the device at every step, and nobody sees what it measures.
+        ds_json = {"timers": {"throughput": {"enabled": False}}, **ds_json}
+        if self.never_waits:  # so would this do, for nothing: one bucket holds all
+            ds_json["zero_optimization"] = {**zero, "overlap_comm": False}
+        seen = FlatModel(self.flats, getattr(model, EXPERT_PARALLEL, None)) if self.flats else model
+        self.ds, *_ = deepspeed.initialize(model=seen, optimizer=optimizer, config=ds_json)
+        for flat in self.flats:
+            flat.share()
+        self.model: nn.Module = model if self.flats else self.ds
         self.dtype = next(model.parameters()).dtype
+        self._norm, self._clip = torch.zeros((), device=self.device), config.clip
+        if self.never_waits:
+            _leave_to_optimizer(self.ds.optimizer)
 
     @contextmanager
     def closing(self) -> Iterator[None]:
@@ -87,9 +109,60 @@ class Engine(ZeroState):
         for cell in getattr(method, "__closure__", None) or ():  # it is wrapped
             getattr(cell.cell_contents, "cache_clear", int)()
 
-    def grad_norm(self) -> float:
-        """Norm of the global gradient of the last update, before clipping."""
-        return float(self.ds.get_global_grad_norm() or 0.0)
+    def _flatten(self, groups: Sequence[dict[str, Any]]) -> list[Flat]:
+        """Puts one flat tensor into each group, in place of its parameters."""
+        names, flats = {p: name for name, p in self.trainables.items()}, []
+        for group in groups:
+            flats.append(Flat({names[parameter]: parameter for parameter in group["params"]}))
+            group["params"] = [flats[-1].parameter]
+        return flats
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of a micro-batch's loss, averaged over ranks and micro-batches."""
+        if not self.flats:
+            self.ds.backward(loss)
+            return
+        pieces = self.ds.gradient_accumulation_steps()
+        (loss if pieces == 1 else loss / pieces).backward()
+        gradients = [flat.take_gradient() for flat in self.flats]
+        self.ds.backward(self.ds(gradients), scale_wrt_gas=False)
+
+    def step(self) -> None:
+        """Ends a micro-batch; the last one of a step updates, unless its norm is not finite."""
+        if self.never_waits and self.ds.is_gradient_accumulation_boundary():
+            self._measure()
+        self.ds.step()
+
+    def grad_norm(self) -> Tensor:
+        """Norm of the global gradient of the last update, before clipping: fp32, on the device."""
+        if self.never_waits:
+            return self._norm
+        return torch.tensor(float(self.ds.get_global_grad_norm() or 0.0), device=self.device)
+
+    def applied(self) -> Tensor:
+        """Whether the last update was one: whether its norm is finite; on the device."""
+        return self._applied if self.never_waits else self.grad_norm() < torch.inf
+
+    @torch.no_grad()
+    def _measure(self) -> None:
+        """Tells Adam's kernel what to divide gradients by, and whether to do nothing at all.
+
+        Every number of the gradient is in the share of one rank, experts' too.
+        """
+        norms = torch.stack(torch._foreach_norm(self._gradients(), dtype=torch.float64))
+        self._norm = add_up(norms.dot(norms)).sqrt().float()
+        self._applied = self._norm < torch.inf
+        adam = self.ds.basic_optimizer
+        adam.found_inf = self._applied.logical_not().float()
+        if self._clip:
+            adam.grad_scale = ((self._norm + 1e-6) / self._clip).clamp(min=1.0)
+
+    def _gradients(self) -> list[Tensor]:
+        """This rank's share of the gradient that the next update takes."""
+        zero = self.ds.optimizer
+        if isinstance(zero, BF16_Optimizer):
+            return list(zero.fp32_groups_gradient_flat_partition)
+        return [part for parts in zero.averaged_gradients.values() for part in parts]
 
     @contextmanager
     def checks_gradients(self) -> Iterator[None]:
@@ -114,6 +187,30 @@ class Engine(ZeroState):
                 f"{len(self.trainables)} trainable tensors) in the first step; these would never "
                 "train"
             )
+
+
+def _leave_to_optimizer(zero: Any) -> None:
+    """Has a ZeRO-1 or 2 optimizer hand gradients over as they are.
+
+    What it would do about their norm waits for the device, four times a step.
+    """
+    if not isinstance(zero, BF16_Optimizer):
+        zero.check_grad_overflow = zero.compute_grad_norm = False
+        zero.clip_grad = 0.0
+        zero._update_model_bit16_weights = lambda _: None  # they are where they were
+        zero.scaled_global_norm = lambda: 0.0  # releases before 0.19 ask for it all the same
+        return
+
+    @torch.no_grad()
+    def step() -> None:
+        for master, gradient in zip(
+            zero.fp32_groups_flat_partition, zero.fp32_groups_gradient_flat_partition, strict=True
+        ):
+            master.grad = gradient.to(master.dtype)
+        zero.optimizer.step()
+        zero.update_lp_params()
+
+    zero.step = step
 
 
 def _spread(model: nn.Module, ds_json: dict[str, Any], device: torch.device) -> None:

@@ -20,21 +20,36 @@ import torch
 from torch import Tensor
 
 
+@torch.no_grad()
+def lerp(values: Sequence[Tensor], ends: Sequence[Tensor], share: Tensor) -> None:
+    """Moves values by a share of the way to their ends, in place and without a look at it."""
+    for value, end in zip(values, ends, strict=True):  # one of each parameter group
+        value.lerp_(end.detach(), share.to(value))
+
+
 @dataclass
 class Mean:
-    """The running mean of `count` lists of tensors; None before the first."""
+    """The running mean of `count` lists of tensors; None before the first.
+
+    `more` counts on the device what came since `count`.
+    """
 
     count: int = 0
     values: list[Tensor] | None = None
+    more: Tensor | None = None
 
-    @torch.no_grad()
-    def add(self, tensors: Sequence[Tensor]) -> None:
-        """Takes one more list into the mean, in place and without waiting for the device."""
-        self.count += 1
+    def add(self, tensors: Sequence[Tensor], applied: Tensor) -> None:
+        """Takes one more list into the mean if `applied`, without waiting for the device."""
         if self.values is None:
             self.values = [tensor.detach().clone() for tensor in tensors]
-        else:
-            torch._foreach_lerp_(self.values, list(tensors), 1 / self.count)
+        more = applied.double()
+        self.more = more if self.more is None else self.more + more
+        lerp(self.values, tensors, more / (self.more + self.count).clamp(min=1))
+
+    def read(self) -> "Mean":
+        """The same with all in `count`."""
+        count = self.count if self.more is None else self.count + int(self.more)
+        return Mean(count, self.values if count else None)
 
     @torch.no_grad()
     def __add__(self, other: "Mean") -> "Mean":
@@ -73,21 +88,21 @@ class Swad:
     waiting: tuple[Mean, ...] = ()
     open: Mean = field(default_factory=Mean)
 
-    def add(self, weights: Sequence[Tensor]) -> None:
-        """Notes the weights after a step."""
+    def add(self, weights: Sequence[Tensor], applied: Tensor) -> None:
+        """Notes the weights after a step that was `applied`."""
         if self.end is None:
-            self.open.add(weights)
+            self.open.add(weights, applied)
 
     def mean(self) -> Mean:
         """The average of a run that ends here."""
-        return sum((*self.waiting, self.open), start=self.kept)
+        return sum((*self.waiting, self.open.read()), start=self.kept)
 
     def closed(self, loss: float) -> "Swad":
         """What follows from an evaluation with this validation loss; this one stays as it was."""
         if self.end is not None:
             return self
         losses = (*self.losses, loss if isfinite(loss) else inf)
-        now = replace(self, losses=losses, waiting=(*self.waiting, self.open), open=Mean())
+        now = replace(self, losses=losses, waiting=(*self.waiting, self.open.read()), open=Mean())
         return now._within() if self.start is not None else now._before()
 
     def _before(self) -> "Swad":
@@ -131,7 +146,7 @@ class Swad:
     def means(self) -> dict[str, Mean]:
         """Its parts, by name."""
         waiting = {f"waiting{number}": mean for number, mean in enumerate(self.waiting)}
-        return {"kept": self.kept, "open": self.open, **waiting}
+        return {"kept": self.kept, "open": self.open.read(), **waiting}
 
     def restored(self, facts: dict[str, Any], values: Mapping[str, list[Tensor] | None]) -> "Swad":
         """With these settings, and what `facts` and `means` told."""

@@ -4,8 +4,9 @@ DeepSpeed keeps fp32 masters and Adam's moments in flat partitions; here they be
 per trainable name on the CPU of every rank, and go back.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 import moa
+from trainer.engine.flat import Flat
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EXPERT_PARALLEL = "expert_parallel"
@@ -34,23 +36,41 @@ class ZeroState:
     module: nn.Module
     trainables: Mapping[str, nn.Parameter]
     """name -> parameter, in the model's order"""
+    flats: Sequence[Flat]
+    """what DeepSpeed holds of them; empty at ZeRO-3, where it holds each by itself"""
 
     def masters(self) -> dict[str, Tensor]:
         """fp32 values of all trainables, and as it is what training moves without a gradient."""
         places = moa.adapter_state_dict(self.module)
         moved = {n: t.detach().cpu().clone() for n, t in places.items() if n not in self.trainables}
-        full = {n: _on_cpu(safe_get_full_fp32_param(p)) for n, p in self.trainables.items()}
-        return _whole(self.module, moved | full)
+        return _whole(self.module, moved | self._full(safe_get_full_fp32_param))
 
     def moments(self) -> dict[str, Tensor]:
         """Adam's moments as `name|exp_avg` and `name|exp_avg_sq`."""
         _link(self.ds.optimizer)
-        local = {
-            f"{name}|{moment}": _on_cpu(safe_get_full_optimizer_state(parameter, moment))
-            for name, parameter in self.trainables.items()
+        found = {
+            moment: self._full(lambda p, moment=moment: safe_get_full_optimizer_state(p, moment))  # type: ignore[misc]
             for moment in MOMENTS
         }
+        local = {f"{n}|{moment}": found[moment][n] for n in self.trainables for moment in MOMENTS}
         return _whole(self.module, local)
+
+    def _full(self, get: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
+        """What DeepSpeed gives for what it holds, by name and on the CPU."""
+        if not self.flats:
+            return {name: _on_cpu(get(p)) for name, p in self.trainables.items()}
+        found: dict[str, Tensor] = {}
+        for flat in self.flats:
+            found |= flat.cut(_on_cpu(get(flat.parameter)))
+        return {name: found[name].clone() for name in self.trainables}
+
+    def _units(self) -> Iterator[tuple[nn.Parameter, Callable[[Mapping[str, Tensor]], Tensor]]]:
+        """What DeepSpeed holds, and how its whole value comes from those by name."""
+        for flat in self.flats:
+            if not any(map(_is_idle, flat.named)):  # a rank without experts has a group of its own
+                yield flat.parameter, flat.joined
+        for name, parameter in self.trainables.items() if not self.flats else ():
+            yield parameter, itemgetter(name)
 
     def write(
         self, masters: Mapping[str, Tensor], moments: Mapping[str, Tensor], step: int
@@ -59,19 +79,20 @@ class ZeroState:
 
         The model got its weights before, but an engine in bf16 made its masters from rounded ones.
         """
+        fused = self.ds.basic_optimizer.defaults["fused"]  # then steps are counted on the device
         for flat in _flat_masters(self.ds.optimizer):
             # Adam makes its state at its first step; the setters below need it now.
             self.ds.basic_optimizer.state[flat] = {
-                "step": torch.tensor(float(step)),
+                "step": torch.tensor(float(step), device=flat.device if fused else "cpu"),
                 **{moment: torch.zeros_like(flat) for moment in MOMENTS},
             }
         _link(self.ds.optimizer)
-        for name, parameter in self.trainables.items():
-            if _is_idle(name):
-                continue
-            _write_one(parameter, masters[name], None)
+        for parameter, whole in self._units():
+            _write_one(parameter, whole(masters), None)
             for moment in MOMENTS:
-                _write_one(parameter, moments[f"{name}|{moment}"], moment)
+                ending = f"|{moment}"
+                own = {k.removesuffix(ending): t for k, t in moments.items() if k.endswith(ending)}
+                _write_one(parameter, whole(own), moment)
         self.ds.global_steps = step
 
     def flat_masters(self) -> list[Tensor]:
@@ -87,9 +108,8 @@ class ZeroState:
     def shares_of(self, values: Mapping[str, Tensor]) -> list[Tensor]:
         """Whole values in the layout of `flat_masters`; the inverse of `whole`."""
         with self._lent() as masters:
-            for name, parameter in self.trainables.items():
-                if not _is_idle(name):
-                    _write_one(parameter, values[name], None)
+            for parameter, whole in self._units():
+                _write_one(parameter, whole(values), None)
             return [flat.clone() for flat in masters]
 
     @contextmanager

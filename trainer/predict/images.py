@@ -16,7 +16,7 @@ from shards.read.subset import read_list
 from shards.stream.bad_samples import BadSample
 from shards.stream.batches import Batch, LoadedImage, made, stack
 from shards.stream.one_image import OpenedImage, open_image
-from shards.write.image_folder import EXTENSIONS
+from shards.write.listing import EXTENSIONS
 from trainer.process.errors import ConfigError
 
 

@@ -179,14 +179,15 @@ class Stopping:
         yield
         self.longest[part] = max(self.longest[part], self.clock() - started)
 
-    def votes_in_step(self, evaluates: bool) -> list[float]:
+    def votes_in_step(self, evaluates: bool, behind: int = 0) -> list[float]:
         """This rank's votes in a step, one number per reason, to be summed over the ranks.
 
-        Up to the votes of the next step there is the rest of this one, the next one, and an
-        evaluation between them if the step `evaluates`.
+        They are counted `behind` steps later. Up to the next ones there is the rest of this step,
+        the next one, and an evaluation between them if the step `evaluates`.
         """
         between: list[Part] = ["evaluation"] if evaluates else []
-        return self._votes("step", *between, "step")
+        later: list[Part] = ["step"] * (1 + behind)
+        return self._votes("step", *between, *later)
 
     def _votes(self, *parts: Part) -> list[float]:
         """The time limit leaves room for the longest of each part so far, and for a save."""

@@ -23,15 +23,18 @@ class BadImages:
         self.stream, self.limit = stream, limit
         self.domains = stream.index.domains
         self.total = bad_samples.counts_from_names(named, self.domains)
-        self._new = torch.zeros_like(self.total)
+        self._new: Tensor | None = None
 
     def note(self, bad: Sequence[bad_samples.BadSample]) -> None:
         """Adds what this rank met in one batch."""
-        self._new += bad_samples.count_bad(bad, len(self.domains))
+        if bad:
+            new = bad_samples.count_bad(bad, len(self.domains))
+            self._new = new if self._new is None else self._new + new
 
-    def of_step(self) -> Tensor:
-        """What this rank met since the last step, flat, to be summed over the ranks."""
-        return self._new.flatten()
+    def of_step(self) -> list[float]:
+        """What this rank met since the last call, to be summed over the ranks."""
+        new, self._new = self._new, None
+        return [0.0] * self.total.numel() if new is None else new.double().flatten().tolist()
 
     def end_step(self, step: int, summed: Sequence[float]) -> None:
         """Adds what all ranks met in a step.
@@ -39,8 +42,8 @@ class BadImages:
         Raises:
             DamagedDataError: too many images of a domain had to be replaced; on all ranks alike.
         """
-        self.total += torch.tensor(summed, dtype=self.total.dtype).view_as(self.total)
-        self._new.zero_()
+        if any(summed):
+            self.total += torch.tensor(summed, dtype=self.total.dtype).view_as(self.total)
         stream, drawn = self.stream, (step + 1) * self.stream.batch_per_domain
         sizes = {domain: stream.num_train(domain) for domain in stream.sources}
         bad_samples.check_bad_fraction(

@@ -1,7 +1,7 @@
 """`Trainer`: the loop from a start step to the last, with evaluation and checkpoints."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -16,19 +16,27 @@ from trainer.checkpoint import checkpoint
 from trainer.checkpoint.run_folder import SPEED, RunFolder
 from trainer.checkpoint.save_queue import SaveQueue
 from trainer.engine.averaging import Averages
-from trainer.engine.collectives import differentiable_sum, from_main, sum_numbers, sum_over_ranks
+from trainer.engine.collectives import (
+    add_up,
+    differentiable_sum,
+    from_main,
+    sum_numbers,
+    sum_over_ranks,
+)
 from trainer.engine.engine import Engine
 from trainer.evaluate.evaluator import Evaluator
 from trainer.monitor.monitor import Monitor
 from trainer.prepare.parts import Parts
-from trainer.process.stopping import EvaluationBrokenOff, Stopped, Stopping, shielded
+from trainer.process.stopping import REASONS, EvaluationBrokenOff, Stopped, Stopping, shielded
 from trainer.process.watchdog import COMPUTING, EVALUATING, LOADING, SAVING, Watchdog
 from trainer.process.world import World
 from trainer.train.ahead import Ahead, Ready
 from trainer.train.bad_images import BadImages
+from trainer.train.behind import BEHIND, Behind
 from trainer.train.best import Best, is_left_out
-from trainer.train.nonfinite import NonfiniteSteps, as_json, poisoned
+from trainer.train.nonfinite import NonfiniteSteps, poisoned
 from trainer.train.resume import state_of
+from trainer.train.rows import Rows
 from trainer.train.validation import Validation
 
 
@@ -70,7 +78,10 @@ class Trainer:
         self.evaluation_due = due and self._evaluates_after(self.step - 1)
         self.first_step = self.saved_step = self.step
         self.images_timed, self.seconds_timed = 0, 0.0
-        self._unwritten: Callable[[], object] = int  # what to call for the last step's row
+        self.behind = Behind()
+        ranks = torch.arange(world.size, device=engine.device)[:, None]
+        self._others = ranks != world.rank
+        self.rows = Rows(folder)
 
     def train(self, monitor: Monitor | None) -> None:
         """Runs the remaining steps; `monitor` is given on the main rank only.
@@ -85,6 +96,7 @@ class Trainer:
                 pin_memory=self.engine.device.type == "cuda",
             )
         )  # fmt: skip
+        self.rows = Rows(self.folder, monitor)
         self.stopping.begin(partial(sum_numbers, device=self.engine.device))
         self.stopping.agree_on_signals()
         self.evaluate_or_stop(self.step - 1, monitor)  # an evaluation that a stop broke off
@@ -92,7 +104,8 @@ class Trainer:
         try:
             self._steps(batches, monitor)
         finally:
-            self.write_down()
+            self.behind.read()
+            self.rows.write()
         self.watch.note(EVALUATING)
         try:
             self.validation.close(last, monitor)
@@ -103,47 +116,22 @@ class Trainer:
         train = self.config.train
         while self.step < train.steps:
             step, started = self.step, time.perf_counter()
+            self.evaluation_due = self._evaluates_after(step)
+            saves = (step + 1) % self.config.checkpoint.every == 0 or step + 1 == train.steps
             with self.stopping.timed("step"):
-                row, waited = self.train_step(batches)
+                waited = self.train_step(batches)
+                self.step = step + 1
+                if self.evaluation_due or saves or self.stopping.reason:
+                    self.behind.read()
             took = time.perf_counter() - started
-            self.step = step + 1
             if step > self.first_step:  # the first step of a start also pays for warming up
                 self.images_timed += self.stream.global_batch
                 self.seconds_timed += took
-            if monitor is not None:
-                self._record(row, took, waited, monitor)
+            self.rows.tell(step, self.stream.global_batch, took, waited, self.engine.module)
             self.saves.check()
-            self.evaluation_due = self._evaluates_after(step)
             self.evaluate_or_stop(step, monitor)
-            if self.step % self.config.checkpoint.every == 0 or self.step == train.steps:
+            if saves:
                 self.save_checkpoint()
-
-    def write_down(self) -> None:
-        """Writes the last step's row and curves, if they are not there yet.
-
-        On a shared file system that takes its time; a GPU has the next step to do meanwhile.
-        """
-        write, self._unwritten = self._unwritten, int
-        write()
-
-    def _record(self, row: dict[str, Any], took: float, waited: float, monitor: Monitor) -> None:
-        """Keeps a step that took `took` seconds, `waited` of them for data, to be written down."""
-        step = row["step"]
-        perf = {
-            "img_s": self.stream.global_batch / took,
-            "step_ms": 1000 * took,
-            "data_wait_ms": 1000 * waited,
-        }
-        shows_routing = step % monitor.every == 0 or step == self.config.train.steps - 1
-        routing = moa.routing_stats(self.engine.module) if shows_routing else None
-
-        def write() -> None:
-            self.folder.append(self.folder.metrics, as_json(row))
-            monitor.step(row, perf)
-            if routing is not None:
-                monitor.routing(step, routing)
-
-        self._unwritten = write
 
     def _evaluates_after(self, step: int) -> bool:
         train = self.config.train
@@ -155,7 +143,7 @@ class Trainer:
         If they do so amid the evaluation, nothing of it is kept and it stays due.
         """
         if self.evaluation_due and not self.stopping.reason:
-            self.write_down()
+            self.rows.write()
             # The speed of training since the start, evaluations left out.
             speed = {SPEED: self.images_timed / self.seconds_timed} if self.images_timed else {}
             self.watch.note(EVALUATING)
@@ -174,17 +162,16 @@ class Trainer:
         # A rank that left before the main one has saved would make the launcher end that one.
         raise Stopped(from_main(self.stopping.farewell(self.step, kept)))
 
-    def train_step(self, batches: Iterator[Batch]) -> tuple[dict[str, Any], float]:
-        """One optimizer step: its `metrics.jsonl` row, and the seconds spent waiting for data.
+    def train_step(self, batches: Iterator[Batch]) -> float:
+        """One optimizer step; the seconds spent waiting for data. Its row is known later.
 
         Raises:
-            TrainingInvalidError: one step too many is not finite, or (first step) gradients are
-                missing.
-            DamagedDataError: too many images had to be replaced.
+            TrainingInvalidError: `BEHIND` steps ago, one step too many was not finite; or now, in
+                the first step, gradients are missing.
+            DamagedDataError: too many images had been replaced by then.
         """
-        pieces, waited = self.config.train.accumulation, 0.0
-        sums = torch.zeros(2, device=self.engine.device)
-        for _ in range(pieces):
+        waited, losses = 0.0, []
+        for _ in range(self.config.train.accumulation):
             self.watch.note(LOADING, self.step)
             started = time.perf_counter()
             ready = self.ahead.take(batches)
@@ -192,66 +179,76 @@ class Trainer:
             self.bad_images.note(ready.batch.bad)
             self.watch.note(COMPUTING)
             with self.engine.checks_gradients() if self.step == 0 else nullcontext():
-                sums += self._micro_step(ready)
+                losses.append(self._micro_step(ready))
             self.watch.note(LOADING)
             started = time.perf_counter()
             self.ahead.fetch(batches)  # a device is computing meanwhile
             waited += time.perf_counter() - started
             self.watch.note(COMPUTING)
-        self.write_down()
-        ce, aux, losses = self._agree(sums / pieces)
-        norm = self.engine.grad_norm()
-        left_out = self.nonfinite.left_out(self.step, losses, norm)
-        moa.update_balance(self.engine.module, torch.zeros_like if left_out else sum_over_ranks)
-        if not left_out:
-            self.validation.averages.update()
+        self.behind.read(leave=BEHIND - 1)
+        self.rows.write()
+        self._send(losses[0] if len(losses) == 1 else torch.stack(losses).mean(0))
+        applied = self.engine.applied()
+        moa.update_balance(self.engine.module, lambda load: sum_over_ranks(load) * applied)
+        self.validation.averages.update(applied)
+        return waited
+
+    def _send(self, losses: torch.Tensor) -> None:
+        """Sends what the ranks found out in a step, in one vector and one collective.
+
+        Every rank's own [ce, aux], votes on stopping, counts of bad images; and the norm.
+        """
+        evaluates = self._evaluates_after(self.step)
+        votes = self.stopping.votes_in_step(evaluates, BEHIND)
+        counted = torch.tensor([*votes, *self.bad_images.of_step()])
+        counted = counted.to(losses.device, non_blocking=True)
+        own = losses.masked_fill(self._others, 0.0)  # [ranks, 2], also if not finite
+        total = add_up(torch.cat([own.flatten(), counted]))
+        known = {"step": self.step, "lr": float(self.engine.ds.get_lr()[0])}
+        norm = self.engine.grad_norm().view(1)
+        self.behind.send(torch.cat([total, norm]), partial(self._learn, known))
+
+    def _learn(self, known: dict[str, Any], numbers: list[float]) -> None:
+        """Acts on what `_send` has sent, on all ranks alike, and makes the row of it."""
+        ranks, step = self.world.size, known["step"]
+        by_rank, rest, norm = numbers[: 2 * ranks], numbers[2 * ranks : -1], numbers[-1]
+        ce, aux = sum(by_rank[::2]) / ranks, sum(by_rank[1::2]) / ranks
+        losses = [own_ce + own_aux for own_ce, own_aux in zip(*[iter(by_rank)] * 2, strict=True)]
+        self.stopping.decide(rest[: len(REASONS)])
+        self.bad_images.end_step(step, rest[len(REASONS) :])
+        self.nonfinite.note(step, losses, norm)
         # Only the main rank writes rows down.
-        digest = {"batch_digest": self.stream.batch_digest(self.step)} if self.world.is_main else {}
-        row = {
-            "step": self.step,
+        digest = {"batch_digest": self.stream.batch_digest(step)} if self.world.is_main else {}
+        self.rows.known.append({
+            "step": step,
             "loss": ce + aux,
             "ce": ce,
             "aux_loss": aux,
-            "lr": float(self.engine.ds.get_lr()[0]),
+            "lr": known["lr"],
             "grad_norm": norm,
             **digest,
             **self.nonfinite.columns(),
             **self.bad_images.columns(),
-        }
-        return row, waited
-
-    def _agree(self, sums: torch.Tensor) -> tuple[float, float, list[float]]:
-        """The global means of [ce, aux] and every rank's own loss.
-
-        Votes on stopping and the counts of bad images go along, in one collective and one read.
-        """
-        ranks = self.world.size
-        losses = sums.new_zeros(ranks)
-        losses[self.world.rank] = sums.sum()
-        votes = sums.new_tensor(self.stopping.votes_in_step(self._evaluates_after(self.step)))
-        bad = self.bad_images.of_step().to(sums)
-        total: list[float] = sum_over_ranks(torch.cat([sums, losses, votes, bad])).tolist()
-        end = 2 + ranks + len(votes)
-        self.stopping.decide(total[2 + ranks : end])
-        self.bad_images.end_step(self.step, total[end:])
-        return total[0] / ranks, total[1] / ranks, total[2 : 2 + ranks]
+        })  # fmt: skip
 
     def _micro_step(self, ready: Ready) -> torch.Tensor:
         """Forward, backward and (after the last piece) update; [ce, aux] of this rank's piece."""
         engine, seed, batch = self.engine, self.config.train.seed, ready.batch
         position = moa.RoutingPosition(seed, self.step, batch.first_slot, len(batch.labels))
         moa.set_routing_position(engine.module, position)
-        scores = engine.ds(ready.images)  # [B, C]
+        scores = engine.model(ready.images)  # [B, C]
         ce = F.cross_entropy(scores.float(), ready.labels)
         aux = moa.aux_loss(engine.module, differentiable_sum)
-        engine.ds.backward(poisoned(ce + aux))  # averaged over ranks and micro-batches
-        engine.ds.step()
-        return torch.stack([ce.detach(), aux.detach().to(ce.dtype)])
+        engine.backward(poisoned(ce + aux))  # averaged over ranks and micro-batches
+        engine.step()
+        with torch.no_grad():
+            return torch.stack([ce, aux.to(ce.dtype)])
 
     def save_checkpoint(self) -> None:
         """Writes a checkpoint; a collective."""
         self.watch.note(SAVING)
-        self.write_down()
+        self.behind.read()
+        self.rows.write()
         with self.stopping.timed("save"):
             masters, moments = self.engine.masters(), self.engine.moments()
             averages = self.validation.averages.tensors()

@@ -1,8 +1,8 @@
 """Steps whose loss or gradient is not finite: found alike on all ranks, left out or the end.
 
 No such step reaches a parameter: a rank whose loss is not finite makes its gradient so
-(`poisoned`), the gradients' reduction carries that to every rank, and DeepSpeed leaves out a step
-whose gradient norm is not finite. That costs no collective of its own.
+(`poisoned`), the gradients' reduction carries that to every rank, and the engine leaves out a step
+whose gradient norm is not finite. That costs no collective of its own, and is told afterwards.
 """
 
 import json
@@ -56,14 +56,14 @@ class NonfiniteSteps:
         self.stream, self.folder, self.world = stream, folder, world
         self.allowed, self.skipped = allowed, skipped
 
-    def left_out(self, step: int, losses: Sequence[float], norm: float) -> bool:
-        """Whether the engine left the step out, by every rank's loss and the gradient's norm.
+    def note(self, step: int, losses: Sequence[float], norm: float) -> None:
+        """Tells by every rank's loss and the gradient's norm if the engine left the step out.
 
         Raises `TrainingInvalidError`: it is one too many; on all ranks alike.
         """
         ranks = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
         if not ranks and math.isfinite(norm):
-            return False
+            return
         if ranks:
             where = ", ".join(f"rank {rank} ({losses[rank]})" for rank in ranks)
             what = f"step {step}: loss not finite on {where}"
@@ -84,7 +84,6 @@ class NonfiniteSteps:
                 "%s; left out, %d of %d that train.skip_nonfinite allows; sample keys in %s",
                 what, self.skipped, self.allowed, path,
             )  # fmt: skip
-        return True
 
     def columns(self) -> dict[str, int]:
         """The count as a column of a row, once there is something to count."""

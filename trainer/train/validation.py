@@ -70,8 +70,8 @@ class Validation:
         if monitor is not None:
             monitor.evaluating()
         cells = self._cells()
-        with self.insight.watching(self.engine.ds, step) as seen:
-            counts, losses = seen.evaluator.with_losses(self.engine.ds, cells)
+        with self.insight.watching(self.engine.model, step) as seen:
+            counts, losses = seen.evaluator.with_losses(self.engine.model, cells)
         regular = step % self.config.train.eval_every == 0
         averages = self.averages.after(self._loss(losses), regular)
         found = accuracies(counts) | self._of_averages(averages, cells)
@@ -108,8 +108,8 @@ class Validation:
         for step in from_main(list(missing)):
             own = step == last
             held = nullcontext() if own else self.engine.holding(from_main(selected.tensors))
-            with held, self.insight.watching(self.engine.ds, step) as seen:
-                found = accuracies(seen.evaluator(self.engine.ds, cells))
+            with held, self.insight.watching(self.engine.model, step) as seen:
+                found = accuracies(seen.evaluator(self.engine.model, cells))
             if own:
                 found |= self._of_averages(self.averages, cells)
             if monitor is not None:
@@ -144,7 +144,7 @@ class Validation:
         found = {}
         for name, values in averages.whole().items():
             with self.engine.holding(values):
-                columns = accuracies(self.evaluator(self.engine.ds, cells))
+                columns = accuracies(self.evaluator(self.engine.model, cells))
             for key, value in columns.items():
                 found[f"moa/{name}/{key.removeprefix('moa/')}"] = value
         return found
@@ -177,7 +177,7 @@ def evaluate_zero_shot(
     LoRA experts add nothing yet, Kronecker experts next to nothing. The file is `zero_shot.json`,
     not `results.jsonl`: selection, ours as DomainBed's, would take the row for a trained step.
     """
-    columns = accuracies(evaluator(engine.ds))
+    columns = accuracies(evaluator(engine.model))
     if world.is_main:
         row = result_row(parts, folder.path, 0, columns)
         replace_text(folder.path / ZERO_SHOT, json.dumps(row) + "\n")

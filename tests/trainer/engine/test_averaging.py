@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
 
 from moa.files.reading import read_adapter
 from shards import DataConfig, open_shards
@@ -19,6 +20,7 @@ from trainer.config.averages import AverageConfig
 from trainer.engine.averaging import Ema
 from trainer.engine.swad import Swad
 
+APPLIED = torch.tensor(True)
 AVERAGING = {
     "average__ema": "true", "average__ema_decay": "0.7", "average__swad": "true",
     "average__swad_n_converge": "2", "average__swad_n_tolerance": "2",
@@ -57,7 +59,7 @@ def after(losses: Sequence[float], **settings: Any) -> tuple[Swad, list[list[flo
         for _ in range(1 + i % 3):
             number += 1
             segments[-1].append(float(number))
-            swad.add([torch.tensor([float(number)], dtype=torch.float64)])
+            swad.add([torch.tensor([float(number)], dtype=torch.float64)], APPLIED)
         swad = swad.closed(loss)
     return swad, segments
 
@@ -110,21 +112,43 @@ def test_any_curve_gives_what_the_algorithm_says() -> None:
 
 def test_an_evaluation_leaves_the_average_before_as_it_was() -> None:
     swad, _ = after([1.0, 1.0, 1.0, 1.0])
-    swad.add([torch.tensor([100.0], dtype=torch.float64)])
+    swad.add([torch.tensor([100.0], dtype=torch.float64)], APPLIED)
     before = mean_of(swad), swad.facts()
     swad.closed(1.0)
-    swad.closed(9.0).add([torch.zeros(1, dtype=torch.float64)])
+    swad.closed(9.0).add([torch.zeros(1, dtype=torch.float64)], APPLIED)
     assert (mean_of(swad), swad.facts()) == before
 
 
-def test_ema_equals_its_formula() -> None:
+@pytest.mark.parametrize("warmup", [True, False])
+def test_averages_are_of_the_steps_that_were_applied(warmup: bool) -> None:
+    """As timm and a plain mean have them of those steps alone."""
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(2, 50, generator=generator) for _ in range(30)]
-    ema = Ema(list(weights[0]), AverageConfig(ema=True, ema_decay=0.8))
-    for weight in weights:
-        ema.update(list(weight))
-    expected = ema_of(weights, 0.8).float()
-    torch.testing.assert_close(torch.stack(ema.values), expected, rtol=1e-5, atol=1e-6)
+    left_out = {0, 1, 7, 29}
+    config = AverageConfig(ema=True, ema_decay=0.8, ema_warmup=warmup)
+    ema, swad = Ema(list(weights[0]), config), Swad()
+    timm = ModelEmaV3(held(weights[0]), decay=0.8, use_warmup=warmup)
+    for step, weight in enumerate(weights):
+        applied = torch.tensor(step not in left_out)
+        ema.update(list(weight), applied)
+        swad.add(list(weight), applied)
+        if applied:
+            timm.update(held(weight), step=int(ema.count))
+    assert int(ema.count) == swad.mean().count == 26
+    expected = torch.stack(list(timm.module.parameters()))
+    torch.testing.assert_close(torch.stack(ema.values), expected, rtol=1e-6, atol=1e-7)
+    kept = [weight for step, weight in enumerate(weights) if step not in left_out]
+    values = swad.mean().values
+    assert values is not None
+    torch.testing.assert_close(torch.stack(values), torch.stack(kept).mean(0), rtol=0, atol=1e-6)
+    if warmup:
+        torch.testing.assert_close(
+            expected.detach(), ema_of(kept, 0.8).float(), rtol=1e-5, atol=1e-6
+        )
+
+
+def held(weights: Tensor) -> nn.Module:
+    return nn.ParameterList([nn.Parameter(weight, requires_grad=False) for weight in weights])
 
 
 @pytest.mark.parametrize(

@@ -122,11 +122,11 @@ def test_ranks_are_added_up_and_agree(damaged: ShardIndex) -> None:
 
     ranks[0].note([sample(0), sample(0), sample(1)])
     ranks[1].note([sample(1)])
-    together = ranks[0].of_step() + ranks[1].of_step()
+    together = [sum(counts) for counts in zip(*(r.of_step() for r in ranks), strict=True)]
     for rank in ranks:
-        rank.end_step(4, together.tolist())
+        rank.end_step(4, together)
     for rank in ranks:
         assert rank.state() == {"plain/crc32": 2, "plain/undecodable": 2, "inverted/crc32": 2}
         rank.note([sample(1)] * 9)
         with pytest.raises(DamagedDataError, match="'inverted': 11 of 24 images"):
-            rank.end_step(5, rank.of_step().tolist())
+            rank.end_step(5, rank.of_step())

@@ -18,7 +18,7 @@ from trainer.train.ahead import Ready
 from trainer.train.loop import Trainer
 
 
-def test_rows_are_written_while_the_next_step_is_under_way(
+def test_rows_are_written_while_later_steps_are_under_way(
     few: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between a step's vote and the next forward a GPU would wait for the file system.
@@ -32,7 +32,7 @@ def test_rows_are_written_while_the_next_step_is_under_way(
     events: list[str] = []
     monkeypatch.setattr(moa, "compile_blocks", partial(moa.compile_blocks, backend="eager"))
     monkeypatch.setenv("MOA_CACHE", str(tmp_path / "cache"))
-    forward, vote, append = Trainer._micro_step, Trainer._agree, RunFolder.append
+    forward, vote, append = Trainer._micro_step, Trainer._send, RunFolder.append
 
     def seen_forward(self: Trainer, ready: Ready) -> Any:
         events.append("forward")
@@ -48,7 +48,7 @@ def test_rows_are_written_while_the_next_step_is_under_way(
         append(self, path, row)
 
     monkeypatch.setattr(Trainer, "_micro_step", seen_forward)
-    monkeypatch.setattr(Trainer, "_agree", seen_vote)
+    monkeypatch.setattr(Trainer, "_send", seen_vote)
     monkeypatch.setattr(RunFolder, "append", seen_append)
     more = {"train__steps": "4", "train__eval_every": "100", "moa__method": "moa_lora"}
     more["model__compile"] = "blocks"
@@ -57,8 +57,8 @@ def test_rows_are_written_while_the_next_step_is_under_way(
     assert events == [
         "forward", "vote", "metrics", "results",  # an evaluation follows
         "forward", "vote",
-        "forward", "metrics", "vote",
-        "forward", "metrics", "vote", "metrics", "results",
+        "forward", "vote",
+        "forward", "metrics", "vote", "metrics", "metrics", "results",
     ]  # fmt: skip
     assert [row["step"] for row in rows(output / "metrics.jsonl")] == [0, 1, 2, 3]
     assert os.environ["NCCL_DEBUG"] == "WARN", "the default of a run"
