@@ -56,7 +56,8 @@ from trainer.plan.table import show_table
 from trainer.plan.whole_table import POOLS, makespan, plan_table
 from trainer.prepare.backbone import outline
 from trainer.prepare.batches import batch_arithmetic
-from trainer.prepare.footprint import FLOPS, Footprint, forward_only, measure
+from trainer.prepare.footprint import Footprint, forward_only, measure
+from trainer.prepare.meter import FLOPS
 from trainer.prepare.parts import build
 from trainer.process.world import World
 
