@@ -11,7 +11,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +35,6 @@ from trainer.config.command_line import parse
 from trainer.config.run_config import RunConfig, flat
 from trainer.engine import collectives
 from trainer.prepare.parts import build
-from trainer.process.device import device_of
 from trainer.process.stopping import Stopping
 from trainer.process.world import ALONE
 from trainer.train.assembly import train
@@ -49,10 +48,10 @@ UNTIMED = 4
 """Steps after a pause, in which what loaders made meanwhile is used up."""
 COUNTED = 3
 NEVER = 10**6
-OFF = ("model.compile", "train.graph")
 MODES = {
-    "compiled": {"model.compile": "blocks"},
-    "graphed": {"train.graph": "on"},
+    "eager": {"model.compile": "off", "train.graph": "off"},
+    "compiled": {"model.compile": "blocks", "train.graph": "off"},
+    "graphed": {"model.compile": "off", "train.graph": "on"},
     "compiled, graphed": {"model.compile": "blocks", "train.graph": "on"},
 }
 
@@ -85,10 +84,13 @@ class Job:
 
 
 def modes() -> dict[str, dict[str, str]]:
-    """Ways to launch a step and their settings, of those that this trainer's runs have."""
+    """The ways to launch a step that this trainer's runs have, with their settings."""
     known = flat(RunConfig()).keys()
-    off: dict[str, str] = {name: "off" for name in OFF if name in known}
-    return {"eager": off} | {n: off | more for n, more in MODES.items() if more.keys() <= known}
+    return {
+        mode: {name: value for name, value in each.items() if name in known}
+        for mode, each in MODES.items()
+        if all(name in known for name, value in each.items() if value != "off")
+    }
 
 
 def measure(job: Job) -> Comparison:
@@ -125,7 +127,6 @@ def _measure(job: Job) -> Comparison:
     # The others' turns are waiting for data to the run, which would warn of it.
     logging.getLogger("trainer").setLevel(logging.ERROR)
     collectives.start(ALONE)
-    device = device_of(ALONE)
     with tempfile.TemporaryDirectory() as path:
         root = Path(path)
         if not job.digits:
@@ -137,14 +138,11 @@ def _measure(job: Job) -> Comparison:
             BARE: (make_step(METHOD, job.setting), Waited(())),
             PLAIN: (make_step(REFERENCE, job.setting, stock), stock),
         }
-        turns = _Turns(others, job, device)
-        stream: Any = _Stream(parts.stream, turns.taken)
+        turns: Any = _Turns(parts.stream, others, job)
         folder, console = RunFolder(root / "run"), Console(file=io.StringIO())
         try:
             with folder.claimed():
-                train(
-                    replace(parts, stream=stream), ALONE, folder, Start(), console, Stopping(True)
-                )
+                train(replace(parts, stream=turns), ALONE, folder, Start(), console, Stopping(True))
         except _Measured:
             pass
         collectives.stop()
@@ -189,46 +187,31 @@ class _Turn(NamedTuple):
     waited: float
 
 
-class _Loader:
-    """A loader whose batches come by way of `through`."""
+class _Turns:
+    """Times the run from within its loader, and lets the others take their turn there.
 
-    worker_init_fn: Any = None
-    """Set by who shields its processes from signals."""
+    It stands in for the run's stream and for the loader that this would make.
+    """
 
-    def __init__(self, loader: Any, through: Callable[[Any], Iterator[Batch]]) -> None:
-        self.loader, self.through = loader, through
+    worker_init_fn: Any = None  # set by who shields loader processes from signals
 
-    def __iter__(self) -> Iterator[Batch]:
-        self.loader.worker_init_fn = self.worker_init_fn
-        return self.through(self.loader)
-
-
-class _Stream:
-    """A stream like another one, but for what its loaders' batches come through."""
-
-    def __init__(self, stream: DomainStream, through: Callable[[Any], Iterator[Batch]]) -> None:
-        self.stream, self.through = stream, through
+    def __init__(
+        self, stream: DomainStream, others: Mapping[str, tuple[Work, Waited[Any]]], job: Job
+    ) -> None:
+        self.stream, self.others, self.job = stream, others, job
+        self.spent: dict[str, list[_Turn]] = {name: [] for name in (RUN, *others)}
+        self.counts: dict[str, dict[str, float | str]] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
-    def loader(self, *args: Any, **options: Any) -> _Loader:
-        return _Loader(self.stream.loader(*args, **options), self.through)
+    def loader(self, *args: Any, **options: Any) -> "_Turns":
+        self.batches = self.stream.loader(*args, **options)
+        return self
 
-
-class _Turns:
-    """Times the run from within its loader, and lets the others take their turn there."""
-
-    def __init__(
-        self, others: Mapping[str, tuple[Work, Waited[Any]]], job: Job, device: torch.device
-    ) -> None:
-        self.others, self.job, self.device = others, job, device
-        self.spent: dict[str, list[_Turn]] = {name: [] for name in (RUN, *others)}
-        self.counts: dict[str, dict[str, float | str]] = {}
-
-    def taken(self, loader: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches of the run's loader."""
-        batches = Waited(loader)
+    def __iter__(self) -> Iterator[Batch]:
+        self.batches.worker_init_fn = self.worker_init_fn
+        batches = Waited(self.batches)
         script = self._script(batches)
         for batch in batches:
             next(script)
@@ -236,6 +219,7 @@ class _Turns:
 
     def _script(self, waited: Waited[Batch]) -> Iterator[None]:
         """What happens whenever the run has taken a batch: nothing, at each `yield`."""
+        device = torch.device(self.job.setting.device)
         for _ in range(self.job.rounds):
             yield from [None] * UNTIMED
             with self._timed(RUN, waited):
@@ -247,17 +231,17 @@ class _Turns:
                     for _ in range(self.job.steps):
                         work()
         yield from [None] * UNTIMED
-        with counted(self.device, COUNTED) as self.counts[RUN]:
+        with counted(device, COUNTED) as self.counts[RUN]:
             yield from [None] * COUNTED
         for name, (work, _) in self.others.items():
-            with counted(self.device, COUNTED) as self.counts[name]:
+            with counted(device, COUNTED) as self.counts[name]:
                 for _ in range(COUNTED):
                     work()
         raise _Measured
 
     @contextmanager
     def _timed(self, name: str, waited: Waited[Any]) -> Iterator[None]:
-        synchronize = torch.get_device_module(self.device).synchronize
+        synchronize = torch.get_device_module(self.job.setting.device).synchronize
         synchronize()
         wall, cpu, seconds = time.perf_counter(), time.process_time(), waited.seconds
         yield
