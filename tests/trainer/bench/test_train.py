@@ -15,7 +15,11 @@ from trainer.config.run_config import RunConfig, flat
 JOB = Job(Setting("vit_embedded", 2, "cpu", torch.float32), "eager", rounds=2, steps=3, workers=1)
 
 
-def test_a_run_beside_its_bare_step_and_a_plain_loop(tmp_path: Path) -> None:
+def test_a_run_beside_its_bare_step_and_a_plain_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Here, where everything is imported.
+    monkeypatch.setattr(bench_train, "in_fresh_process", lambda work, *args: work(*args))
     target = tmp_path / "figures.json"
     short = ["--rounds", "1", "--steps", "2", "--backbones", "vit_embedded", "--batches", "2"]
     assert bench.main(["--part", "train", "--digits", *short, "--json", str(target)]) == 0
