@@ -23,6 +23,7 @@ import moa
 from moa.layers import precision
 from tests.support import warm
 from tests.support.trainer_fixtures import RUN, arguments, environment, launch, launch_anew, rows
+from trainer.bench.counting import counted
 
 assert torch.cuda.is_available(), "torch finds no GPU, which these checks are about"
 GPU = torch.device("cuda")
@@ -134,6 +135,18 @@ def test_compiled_blocks_train_alike(method: str, checkpointing: bool) -> None:
             losses.append(loss.item())
     assert losses[:4] == pytest.approx(losses[4:], rel=1e-4)
     assert losses[3] < losses[0]
+
+
+def test_a_step_is_counted_as_it_was_launched() -> None:
+    """What is counted of a step are its kernels, their launches and the host's waits."""
+    x = torch.ones(512, 512, device=GPU)
+    with counted(GPU, 2) as found:
+        for _ in range(2):
+            (x + x).sum().item()
+    assert found["kernels"] >= found["launches"] >= 2
+    assert found["host waits"] == 1
+    assert found["busy ms"] > 0
+    assert found["waited ms"] > 0
 
 
 RUNS = {

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.trainer_fixtures import ROOT
+from trainer.bench.__main__ import parser
 
 HALF_WAY = """#!/bin/sh
 if [ "$2" = venv ]; then mkdir -p "$3/bin" && touch "$3/bin/python" && exit 1; fi
@@ -40,6 +41,20 @@ def test_clean_keeps_the_results(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     assert make(tmp_path, "clean").returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
+
+
+def test_a_report_is_made_although_checks_fail(tmp_path: Path) -> None:
+    python, calls = tmp_path / "python", tmp_path / "calls"
+    python.write_text(f'#!/bin/sh\necho "$*" >>{calls}\ncase "$*" in *pytest*) exit 3; esac\n')
+    python.chmod(0o755)
+    result = make(tmp_path, "gpu-report", f"BIN={tmp_path}", "--old-file=.venv/.installed-test")
+    assert "Error 3" in result.stderr
+    checks, report = calls.read_text().splitlines()
+    assert checks == "-m pytest tests/gpu_checks.py"
+    *_, flags = report.partition("-m trainer.bench ")
+    given = parser().parse_args(flags.split())
+    assert (given.part, given.device) == (["report"], "cuda")
+    assert (tmp_path / given.json).parent.is_dir()
 
 
 def test_gpu_checks_are_the_documented_ones() -> None:

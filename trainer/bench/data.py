@@ -152,14 +152,9 @@ def _webdataset(index: ShardIndex, transform: Any) -> Work:
 
 def _image_folder(images: Path) -> Work:
     """DomainBed's chain: Pillow throughout, one dataset per domain, draws with replacement."""
-    chain = [
-        transforms.RandomResizedCrop(224, scale=(0.7, 1.0)), transforms.RandomHorizontalFlip(),
-        transforms.ColorJitter(0.3, 0.3, 0.3, 0.3), transforms.RandomGrayscale(),
-        transforms.ToTensor(), transforms.Normalize(MEAN, STD),
-    ]  # fmt: skip
     loaders = []
     for name in DOMAINS:
-        folder = datasets.ImageFolder(images / name, transform=transforms.Compose(chain))
+        folder = datasets.ImageFolder(images / name, transform=domainbed_chain())
         draws = torch.utils.data.RandomSampler(folder, replacement=True, num_samples=10**6)
         loaders.append(iter(torch.utils.data.DataLoader(folder, PER_DOMAIN, sampler=draws)))
 
@@ -169,6 +164,15 @@ def _image_folder(images: Path) -> Work:
                 next(loader)
 
     return work
+
+
+def domainbed_chain(side: int = 224) -> transforms.Compose:
+    """DomainBed's augmentation, from a Pillow image to float32 [3, side, side]."""
+    return transforms.Compose([
+        transforms.RandomResizedCrop(side, scale=(0.7, 1.0)), transforms.RandomHorizontalFlip(),
+        transforms.ColorJitter(0.3, 0.3, 0.3, 0.3), transforms.RandomGrayscale(),
+        transforms.ToTensor(), transforms.Normalize(MEAN, STD),
+    ])  # fmt: skip
 
 
 def _first_batch(index: ShardIndex, step: int = 0) -> None:

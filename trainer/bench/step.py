@@ -4,20 +4,19 @@ The frozen backbone has random weights; images are noise. A step is forward, bac
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import moa
 import trainer.prepare.vit_embedded  # noqa: F401  (registers the embedded backbone)
+from trainer.bench.counting import OperationCounter, counted
 from trainer.bench.timing import Comparison, Work, in_fresh_process, interleaved, milliseconds
 from trainer.monitor.efficiency import highest_resident
 from trainer.prepare.footprint import blank_images, fused_attention
@@ -47,6 +46,13 @@ class Setting:
     compiled: bool = False
     checkpointing: bool = False
     alone: bool = False
+    methods: tuple[str, ...] = ()
+    """Those of `METHODS` to measure; all if none is named."""
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The methods that are measured."""
+        return self.methods or tuple(METHODS)
 
     def __str__(self) -> str:
         """Title of the table."""
@@ -67,7 +73,7 @@ def measure(setting: Setting, rounds: int) -> Comparison:
     if setting.alone:
         table, peaks = _alone(setting, rounds)
     else:
-        works = {name: make_step(name, setting) for name in METHODS}
+        works = {name: make_step(name, setting) for name in setting.rows}
         table, peaks = interleaved(works, rounds, device), _peaks_on_cpu(setting)
     reference = table[REFERENCE]["ms"]
     for name, row in table.items():
@@ -91,9 +97,9 @@ def _alone(setting: Setting, rounds: int) -> tuple[Comparison, dict[str, int]]:
     table: Comparison = {}
     on_gpu = setting.device == "cuda"
     peaks = {} if on_gpu else _peaks_on_cpu(setting)
-    for name in METHODS:
+    for name in setting.rows:
         try:
-            table[name] = {"ms": _time_of(name, setting, rounds)}
+            table[name] = _time_of(name, setting, rounds)
             if on_gpu:
                 peaks[name] = torch.cuda.max_memory_allocated()
         except torch.OutOfMemoryError:
@@ -103,25 +109,37 @@ def _alone(setting: Setting, rounds: int) -> tuple[Comparison, dict[str, int]]:
     return table, peaks
 
 
-def _time_of(name: str, setting: Setting, rounds: int) -> float:
-    """Milliseconds; the model goes with this function, be it with an error, before the next's."""
-    work, in_a_row = make_step(name, setting), 1
+def _time_of(name: str, setting: Setting, rounds: int) -> dict[str, float | str]:
+    """Milliseconds, and on a GPU what `counted` finds.
+
+    The model goes with this function, be it with an error, before the next's.
+    """
+    work, device = make_step(name, setting), torch.device(setting.device)
     work()
-    if setting.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # a step's peak, not the compiler's
-        in_a_row = IN_FLIGHT
-    device = torch.device(setting.device)
-    return milliseconds(lambda: [work() for _ in range(in_a_row)], rounds, device) / in_a_row
+    if setting.device != "cuda":
+        return {"ms": milliseconds(work, rounds, device)}
+    torch.cuda.reset_peak_memory_stats()  # a step's peak, not the compiler's
+    ms = milliseconds(lambda: [work() for _ in range(IN_FLIGHT)], rounds, device) / IN_FLIGHT
+    with counted(device, IN_FLIGHT) as found:
+        for _ in range(IN_FLIGHT):
+            work()
+    return {"ms": ms, **found}
 
 
 def _peaks_on_cpu(setting: Setting) -> dict[str, int]:
     """Bytes by method; none when compiled, as a compiler's memory would hide that of the step."""
-    names = () if setting.compiled else METHODS
+    names = () if setting.compiled else setting.rows
     return {name: in_fresh_process(peak, name, setting) for name in names}
 
 
-def make_step(name: str, setting: Setting) -> Work:
-    """Builds a model and returns one training step of it."""
+def make_step(
+    name: str, setting: Setting, batches: Iterator[tuple[Tensor, Tensor]] | None = None
+) -> Work:
+    """Builds a model and returns one training step of it.
+
+    It takes normalised images [b, 3, H, W] and labels below 10 from `batches`; by default it has
+    noise on the device.
+    """
     torch.manual_seed(0)
     device = torch.device(setting.device)
     with device:  # filling billions of weights on a CPU takes longer than the measurement
@@ -129,8 +147,9 @@ def make_step(name: str, setting: Setting) -> Work:
     model.to(device, setting.dtype).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters) if parameters else None
-    images = torch.randn_like(blank_images(model, setting.batch)).requires_grad_(not parameters)
-    labels = torch.randint(10, (setting.batch,), device=device)
+    if batches is None:
+        noise = torch.randn_like(blank_images(model, setting.batch)).requires_grad_(not parameters)
+        batches = itertools.repeat((noise, torch.randint(10, (setting.batch,), device=device)))
     if setting.compiled:
         # What was compiled for other methods counts against a limit, beyond which nothing more is.
         torch.compiler.reset()
@@ -141,7 +160,10 @@ def make_step(name: str, setting: Setting) -> Work:
     def work() -> None:
         if METHODS[name] is not None:  # as the trainer does
             moa.set_routing_position(model, moa.RoutingPosition(0, next(steps), 0))
-        loss = F.cross_entropy(model(images).float(), labels) + moa.aux_loss(model)
+        images, labels = (tensor.to(device, non_blocking=True) for tensor in next(batches))
+        loss = F.cross_entropy(model(images.to(setting.dtype)).float(), labels) + moa.aux_loss(
+            model
+        )
         if optimizer is not None:
             optimizer.zero_grad()
         torch.autograd.backward(loss)
@@ -179,22 +201,6 @@ def peak(name: str, setting: Setting) -> int:
     return max(1, highest_resident() - imported)  # a tiny model hides below the imports' peak
 
 
-_COMPUTES_NOTHING = ("empty", "new_empty", "_unsafe_view", "promote_types")
-
-
-class _OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the operations that compute something."""
-
-    operations = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> object:
-        free = func.is_view or func.overloadpacket.__name__.startswith(_COMPUTES_NOTHING)
-        self.operations += not free
-        return func(*args, **(kwargs or {}))
-
-
 @cache
 def step_flops(name: str, backbone: str) -> int:
     """Floating point operations of one image's forward and backward, without recomputation."""
@@ -211,7 +217,7 @@ def step_operations(name: str, backbone: str, dtype: torch.dtype) -> int:
     Not counted are views, allocations, the optimizer and what activation checkpointing repeats. On
     the meta device, so that any machine counts alike; a GPU multiplies bf16 by a few more.
     """
-    step, counter = _step_on_meta(name, backbone, dtype), _OperationCounter()  # type: ignore[no-untyped-call]
+    step, counter = _step_on_meta(name, backbone, dtype), OperationCounter()  # type: ignore[no-untyped-call]
     with fused_attention(), counter:
         step()
     return counter.operations

@@ -65,6 +65,7 @@ def test_steps_of_all_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for row in rows.values():
         assert set(row) == {"ms", "ratio", "img/s", "MFU", "operations", "peak GiB", "peak ratio"}
     assert "moa_kron" in capsys.readouterr().out
+    assert "| moa_kron" in target.with_suffix(".md").read_text()
 
 
 def test_steps_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,6 +124,8 @@ def test_what_is_missing_shows_before_anything_is_measured(
     code, told = refused([*both, "--json", str(target)], monkeypatch, capsys)
     assert (code, told.split()[1]) == (73, "--json:")
     assert str(target) in told
+    code, told = refused([*both, "--json", str(tmp_path / "figures.md")], monkeypatch, capsys)
+    assert (code, told.split()[1]) == (2, "--json:")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, told = refused(["--device", "cuda"], monkeypatch, capsys)
     assert (code, told.split()[1]) == (2, "--device:")
@@ -242,4 +245,6 @@ def test_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         bench.main(["--part", "everything"])
     assert caught.value.code == 2
-    assert "legal are layer, step, engine, checkpoint, data" in capsys.readouterr().err
+    assert (
+        "legal are layer, step, engine, checkpoint, data, train, report" in capsys.readouterr().err
+    )

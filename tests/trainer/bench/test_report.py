@@ -1,0 +1,61 @@
+"""The prepared measurement of a GPU: its order, its end, and what fails in it."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from trainer.bench import report
+from trainer.bench.step import REFERENCE, Setting
+from trainer.bench.train import METHOD, Job
+
+JOB = Job(Setting("", 0, "cpu", torch.bfloat16), "eager", rounds=1, steps=1, workers=1)
+
+
+@pytest.fixture(autouse=True)
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Setting]:
+    """The settings of steps that were measured; whole runs fail."""
+    found: list[Setting] = []
+
+    def steps(setting: Setting, _: int) -> Any:
+        found.append(setting)
+        return {REFERENCE: {"ms": 2.0}, METHOD: {"ms": 4.0}}
+
+    def broken(job: Job) -> Any:
+        raise ValueError(f"no {job.setting.backbone}")
+
+    def through(cases: Any, _: int) -> Any:
+        yield {"steps": {str(cases[0]): {"ms": 5.0}}}
+
+    monkeypatch.setattr(report.step, "matmul_flops", lambda *_: 1e12)
+    monkeypatch.setattr(report.step, "measure", steps)
+    monkeypatch.setattr(report.train, "measure", broken)
+    monkeypatch.setattr(report.engine, "measure", through)
+    return found
+
+
+def test_the_rest_is_measured_although_a_part_fails(measured: list[Setting]) -> None:
+    found: list[report.Tables] = []
+    with pytest.raises(RuntimeError, match=r"\nwhole run, vit_large.*\nwhole run, vit_gigantic"):
+        found.extend(report.measure(JOB, report.GPU_SIZES))
+    tables = {title: rows for each in found for title, rows in each.items()}
+    large, giant = report.GPU_SIZES
+    sizes = [(large, 20), (giant, 10), (giant, 64), (large, 64), (large, 160)]
+    done = [(each.backbone, each.batch, each.compiled) for each in measured]
+    assert done[:5] == [(*size, False) for size in sizes]
+    assert sorted(done[5:]) == sorted((*size, True) for size in sizes)
+    assert all(each.methods == (REFERENCE, METHOD) and each.alone for each in measured)
+    (against,) = (rows for title, rows in tables.items() if title.startswith("engine"))
+    assert [row.get("ratio") for row in against.values()] == [None, 5 / 4]
+
+
+def test_nothing_is_begun_when_the_time_is_over(
+    measured: list[Setting], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "MINUTES", -1.0)
+    first, last = report.measure(JOB, report.GPU_SIZES)
+    assert measured == []
+    assert list(first) == ["machine"]
+    ((title, left),) = last.items()
+    assert title.startswith("left out")
+    assert len(left) == 5 + 2 * len(report.train.modes()) + 1 + 5
