@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
 from typing import Any
 
 import timm
@@ -17,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import moa
 from moa.layers.layer import moa_layers
+from trainer.prepare.operations import computes, question, repeated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,13 +85,6 @@ FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
 }
 """FLOPs of an operation from its arguments, as torch counts them."""
-_COMPUTES_NOTHING = ("empty", "new_empty", "_unsafe_view", "promote_types")
-
-
-@cache
-def computes(func: Any) -> bool:
-    """Whether an operation launches something: views and allocations do not."""
-    return not (func.is_view or func.overloadpacket.__name__.startswith(_COMPUTES_NOTHING))
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own base
@@ -120,7 +112,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own 
     ) -> Any:
         kwargs = kwargs or {}
         self.operations += computes(func)
-        key = _question(func, args, kwargs)
+        key = question(func, args, kwargs)
         if key in self._answers:
             flops, fresh = self._answers[key]
             result = fresh()
@@ -128,7 +120,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own 
             result, flops = func(*args, **kwargs), 0
             if (count := FLOPS.get(func._overloadpacket)) is not None:
                 flops = count(*args, **kwargs, out_val=result)
-            if key is not None and (fresh := _repeated(result, args)):
+            if key is not None and (fresh := repeated(result, args)):
                 self._answers[key] = flops, fresh
         self.flops += flops
         for value in result if isinstance(result, tuple | list) else (result,):
@@ -150,55 +142,6 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own 
         self._seen[key] = weakref.ref(storage, freed)
         self._live += size
         self.peak = max(self.peak, self._live)
-
-
-def _question(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """All that the shapes of a result depend on; None if it is more than shapes, or cannot be told.
-
-    Operations that write into an argument, or whose result may be a view of one, are not asked for.
-    """
-    if not _makes_new(func):
-        return None
-    try:
-        key = (func, _described(args), _described(tuple(kwargs.items())))
-        hash(key)
-    except TypeError:
-        return None
-    return key
-
-
-@cache
-def _makes_new(func: Any) -> bool:
-    schema = func._schema
-    return not any(part.alias_info for part in (*schema.arguments, *schema.returns))
-
-
-def _described(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        if value.device.type != "meta":
-            raise TypeError("has contents")
-        return value.shape, value.stride(), value.storage_offset(), value.dtype
-    if isinstance(value, tuple | list):
-        return tuple(map(_described, value))
-    return type(value), value  # 1, 1.0 and True are equal, and give results of different types
-
-
-def _repeated(result: Any, args: tuple[Any, ...]) -> Callable[[], Any] | None:
-    """Makes such a result again; None unless it is tensors in storages of their own."""
-    parts = result if isinstance(result, tuple) else (result,)
-    known = {t.untyped_storage()._cdata for t in tree_leaves(args) if isinstance(t, Tensor)}
-    makers = []
-    for part in parts:
-        if not isinstance(part, Tensor) or part.device.type != "meta":
-            return None
-        shape, stride, dtype = part.shape, part.stride(), part.dtype
-        make = partial(torch.empty_strided, shape, stride, dtype=dtype, device="meta")
-        storage = part.untyped_storage()
-        if storage._cdata in known or storage.nbytes() != make().untyped_storage().nbytes():
-            return None
-        known.add(storage._cdata)
-        makers.append(make)
-    return (lambda: tuple(m() for m in makers)) if isinstance(result, tuple) else makers[0]
 
 
 def storages_of(model: nn.Module) -> set[int]:
