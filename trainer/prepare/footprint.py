@@ -14,19 +14,10 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-<<<<<<< HEAD
 
 import moa
 from moa.layers.layer import moa_layers
 from trainer.prepare.meter import Meter, storages_of
-=======
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
-
-import moa
-from moa.layers.layer import moa_layers
-from trainer.prepare.operations import computes, question, repeated
->>>>>>> w2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,86 +70,6 @@ def measure(model: nn.Module, micro_batch: int, eval_batch: int) -> Footprint:
     )
 
 
-<<<<<<< HEAD
-=======
-_aten = torch.ops.aten
-FLOPS: dict[Any, Callable[..., int]] = {
-    # Some releases of torch count the attention of GPUs but not that of CPUs, which is the same.
-    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
-        _aten._scaled_dot_product_flash_attention
-    ],
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        _aten._scaled_dot_product_flash_attention_backward
-    ],
-    **flop_registry,
-}
-"""FLOPs of an operation from its arguments, as torch counts them."""
-
-
-class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own base
-    """Counts, while active, live bytes of tensors that are not the model's, FLOPs and operations.
-
-    Whoever runs forward and backward sets `forward` to the FLOPs of the one in between. On the meta
-    device an operation is asked once for the shapes it gives to the same arguments, since asking
-    takes most of the time and the blocks of a transformer are alike.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = self.flops = self.forward = self.operations = 0
-        self._live, self._known = 0, storages_of(model)
-        self._answers: dict[Any, tuple[int, Any]] = {}
-        self._seen: dict[int, weakref.ref[Any]] = {}
-
-    @property
-    def backward(self) -> int:
-        """FLOPs since forward was over."""
-        return self.flops - self.forward
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        self.operations += computes(func)
-        key = question(func, args, kwargs)
-        if key in self._answers:
-            flops, fresh = self._answers[key]
-            result = fresh()
-        else:
-            result, flops = func(*args, **kwargs), 0
-            if (count := FLOPS.get(func._overloadpacket)) is not None:
-                flops = count(*args, **kwargs, out_val=result)
-            if key is not None and (fresh := repeated(result, args)):
-                self._answers[key] = flops, fresh
-        self.flops += flops
-        for value in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(value, Tensor):
-                self.note(value)
-        return result
-
-    def note(self, tensor: Tensor) -> None:
-        """Counts the storage of `tensor` until it is freed; views of one storage count once."""
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._seen or key in self._known:
-            return
-
-        def freed(_: Any) -> None:
-            del self._seen[key]
-            self._live -= size
-
-        self._seen[key] = weakref.ref(storage, freed)
-        self._live += size
-        self.peak = max(self.peak, self._live)
-
-
-def storages_of(model: nn.Module) -> set[int]:
-    """Identities of the storages of a model's parameters and buffers."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return {tensor.untyped_storage()._cdata for tensor in tensors}
-
-
->>>>>>> w2
 def _step(model: nn.Module, batch: int) -> tuple[Meter, int]:
     """Meter of forward and backward, and the bytes that forward kept."""
     meter, saved, own = Meter(model), {}, storages_of(model)
