@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_COMPUTES_NOTHING = ("empty", "new_empty", "_unsafe_view", "promote_types")
+from trainer.prepare.meter import computes
+
 _READS = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select")
 _ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 _CALLS = ("cuda_runtime", "cuda_driver")
@@ -27,9 +28,8 @@ class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
-        name = func.overloadpacket.__name__
-        self.operations += not (func.is_view or name.startswith(_COMPUTES_NOTHING))
-        self.reads += name in _READS
+        self.operations += computes(func)
+        self.reads += func.overloadpacket.__name__ in _READS
         return func(*args, **(kwargs or {}))
 
 
