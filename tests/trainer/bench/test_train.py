@@ -60,9 +60,9 @@ def test_all_take_turns_in_every_round() -> None:
     with pytest.raises(bench_train._Measured):
         got.extend(turns.loader(0, 10))
     round_ = bench_train.UNTIMED + JOB.steps
-    assert calls == [BARE] * round_ + [PLAIN] * round_ + calls[: 2 * round_] + [
-        *[BARE] * bench_train.COUNTED, *[PLAIN] * bench_train.COUNTED,
-    ]  # fmt: skip
+    turn = [BARE] * (1 + JOB.steps) + [PLAIN] * round_  # nothing is made for the bare step
+    counted = [BARE] * bench_train.COUNTED + [PLAIN] * bench_train.COUNTED
+    assert calls == JOB.rounds * turn + counted
     assert got == list(range(1, len(got) + 1))
     steps = JOB.rounds * round_ + bench_train.UNTIMED + bench_train.COUNTED
     assert len(got) == steps == stream.taken - 1
