@@ -23,6 +23,7 @@ from trainer.bench import (
     step as bench_step,
 )
 from trainer.bench.timing import in_fresh_process, interleaved
+from trainer.process.errors import FAILED
 
 
 def test_variants_of_the_layer_compute_the_same() -> None:
@@ -145,9 +146,10 @@ def test_what_is_there_is_shown_and_written_although_the_rest_fails(
     monkeypatch.setattr(bench_layer, "measure", lambda *_: {"first": {"row": {"ms": 1.5}}})
     monkeypatch.setattr(bench_checkpoint, "measure", broken)
     target = tmp_path / "figures.json"
-    with pytest.raises(RuntimeError, match="later"):
-        bench.main(["--part", "layer", "checkpoint", "--json", str(target)])
-    assert "first" in capsys.readouterr().out
+    assert bench.main(["--part", "layer", "checkpoint", "--json", str(target)]) == FAILED
+    told = capsys.readouterr()
+    assert "first" in told.out
+    assert "RuntimeError: later" in told.err
     assert json.loads(target.read_text()) == {"first": {"row": {"ms": 1.5}}}
 
 
