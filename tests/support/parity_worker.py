@@ -183,7 +183,8 @@ def under_engine(config: RunConfig) -> dict[str, Any]:
         warm = step > 1 and config.model.compile == "blocks"
         once = torch.compiler.set_stance("fail_on_recompile") if warm else nullcontext()
         seen = Dispatched()
-        last = seen.watching() if step == STEPS - 1 else nullcontext()
+        watched = step == STEPS - 1 and config.model.compile == "off"  # it would be compiled anew
+        last = seen.watching() if watched else nullcontext()
         with Reductions() as reductions, once, last:
             trainer.train_step(batches)
         trainer.step = step + 1

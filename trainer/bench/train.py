@@ -46,7 +46,7 @@ RUN, BARE = f"whole run, {METHOD}", f"bare step, {METHOD}, images in memory"
 PLAIN = "plain loop, webdataset, PEFT LoRA"
 UNTIMED = 4
 """Steps after a pause, in which what loaders made meanwhile is used up."""
-COUNTED = 3
+COUNTED = 2
 NEVER = 10**6
 MODES = {
     "eager": {"model.compile": "off", "train.graph": "off"},
@@ -225,7 +225,7 @@ class _Turns:
             with self._timed(RUN, waited):
                 yield from [None] * self.job.steps
             for name, (work, own) in self.others.items():
-                for _ in range(UNTIMED):
+                for _ in range(1 if name == BARE else UNTIMED):
                     work()
                 with self._timed(name, own):
                     for _ in range(self.job.steps):

@@ -30,8 +30,8 @@ def test_a_run_beside_its_bare_step_and_a_plain_loop(
         assert row["host ms"] == pytest.approx(row["ms"] - row["data wait ms"])
     assert first[BARE]["speed, to bare"] == first[PLAIN]["speed, to PEFT's loop"] == 1
     assert first[BARE]["data wait ms"] == 0
-    # The loop and the engine ask for more than forward, backward and Adam.
-    assert first[RUN]["operations"] > first[BARE]["operations"] > 300
+    # The engine has one flat tensor; a plain Adam goes through them all.
+    assert first[BARE]["operations"] > first[RUN]["operations"] > 300
 
 
 class Loader:
@@ -60,9 +60,9 @@ def test_all_take_turns_in_every_round() -> None:
     with pytest.raises(bench_train._Measured):
         got.extend(turns.loader(0, 10))
     round_ = bench_train.UNTIMED + JOB.steps
-    assert calls == [BARE] * round_ + [PLAIN] * round_ + calls[: 2 * round_] + [
-        *[BARE] * bench_train.COUNTED, *[PLAIN] * bench_train.COUNTED,
-    ]  # fmt: skip
+    turn = [BARE] * (1 + JOB.steps) + [PLAIN] * round_  # nothing is made for the bare step
+    counted = [BARE] * bench_train.COUNTED + [PLAIN] * bench_train.COUNTED
+    assert calls == JOB.rounds * turn + counted
     assert got == list(range(1, len(got) + 1))
     steps = JOB.rounds * round_ + bench_train.UNTIMED + bench_train.COUNTED
     assert len(got) == steps == stream.taken - 1

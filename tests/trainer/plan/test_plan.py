@@ -372,7 +372,7 @@ def test_swad_never_holds_more_copies_than_planned(losses: list[float]) -> None:
     config, most = AverageConfig(swad=True, swad_n_converge=2, swad_n_tolerance=4), 0
     swad = Swad(config.swad_n_converge, config.swad_n_tolerance, config.swad_tolerance_ratio)
     for loss in losses:
-        swad.add([torch.ones(3)])
+        swad.add([torch.ones(3)], torch.tensor(True))
         most = max(most, sum(mean.values is not None for mean in swad.means().values()))
         swad = swad.closed(loss)
         assert len(swad.means()) <= config.swad_copies
