@@ -251,7 +251,7 @@ def five_requeues_in_a_row_equal_one_run(place: Place) -> None:
     with frozen(run):
         cluster.run("scancel", "--signal=USR1", "--batch", job.number)
         job.wait_for_text("SIGUSR1: forwarded to the tasks")
-    job.wait_for_text("slurm: requeued: saved")
+    job.wait_for_state("PENDING")  # SLURM may end the script before it has said so
     saved = latest_step(run)
     assert saved > 5
     job.start_again()
@@ -267,7 +267,6 @@ def five_requeues_in_a_row_equal_one_run(place: Place) -> None:
     with frozen(run):  # five minutes before the time limit
         cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=5")
         job.wait_for_text("SIGUSR1: forwarded to the tasks", times=2)
-    job.wait_for_text("slurm: requeued", times=2)
     job.wait_for_state("PENDING")
     cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=60", "ReqNodeList=d1")
     job.start_again()
