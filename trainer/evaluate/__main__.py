@@ -12,9 +12,10 @@ from pathlib import Path
 
 from shards.config import DataConfig
 from trainer.config.command_line import command_parser
+from trainer.engine.leaving import conclude_together
 from trainer.evaluate.flags import add_pace_flags, add_shared_flags
-from trainer.process.ending import conclude, leave
-from trainer.process.world import World, world_from_environment
+from trainer.process.ending import leave
+from trainer.process.world import World
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,19 +63,10 @@ def run(args: argparse.Namespace, world: World) -> None:
         report(found, args)
 
 
-def leave_group() -> None:
-    """Leaves the processes' group, when nothing of the evaluation is left."""
-    from trainer.engine import collectives
-
-    collectives.stop()
-
-
 def main(argv: Sequence[str]) -> int:
     """Command line; returns the exit code."""
     args = parser().parse_args(argv)
-    world = world_from_environment()
-    afterwards = leave_group if world.size > 1 else lambda: None
-    return conclude(lambda: run(args, world), world, afterwards=afterwards)
+    return conclude_together(lambda world: run(args, world))
 
 
 if __name__ == "__main__":

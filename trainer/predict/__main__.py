@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.config.command_line import command_parser
+from trainer.engine.leaving import conclude_together
 from trainer.evaluate import flags
-from trainer.evaluate.__main__ import leave_group
-from trainer.process.ending import conclude, leave
+from trainer.process.ending import leave
 from trainer.process.errors import ConfigError
-from trainer.process.world import World, world_from_environment
+from trainer.process.world import World
 
 if TYPE_CHECKING:
     from trainer.predict.images import Images
@@ -112,9 +112,7 @@ def _told(rows: Iterable["Prediction"], images: "Images", out: Path) -> Iterator
 def main(argv: Sequence[str]) -> int:
     """Command line; returns the exit code."""
     args = parser().parse_args(argv)
-    world = world_from_environment()
-    afterwards = leave_group if world.size > 1 else lambda: None
-    return conclude(lambda: run(args, world), world, afterwards=afterwards)
+    return conclude_together(lambda world: run(args, world))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from trainer.config.command_line import parse
 from trainer.config.run_config import RunConfig
+from trainer.engine.leaving import leave_group
 from trainer.process.ending import conclude
 from trainer.process.slurm import watch_job
 from trainer.process.stopping import Stopping, seconds_of
@@ -35,13 +36,6 @@ def main(argv: Sequence[str]) -> int:
         return conclude(action, world, stopping, leave_group)
     finally:
         stopping.release()
-
-
-def leave_group() -> None:
-    """Leaves the processes' group, when nothing of the run is left."""
-    from trainer.engine import collectives
-
-    collectives.stop()
 
 
 def run(config: RunConfig, world: World, stopping: Stopping) -> None:
