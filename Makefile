@@ -67,11 +67,11 @@ lint: $(VENV)/.installed-dev
 	fi
 
 reference: $(VENV)/.installed-core
-	$(BIN)/python -m trainer.reference flags > docs/reference.md
-	$(BIN)/python -m trainer.reference modules > docs/modules.md
+	$(BIN)/python docs/pages.py flags > docs/reference.md
+	$(BIN)/python docs/pages.py modules > docs/modules.md
 
 backbones: $(VENV)/.installed-core
-	$(BIN)/python -m trainer.reference backbones > docs/backbones.md
+	$(BIN)/python docs/pages.py backbones > docs/backbones.md
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m trainer.bench

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from glob import glob
+from importlib.util import module_from_spec, spec_from_file_location
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,16 @@ from tests.support.docs_blocks import PAGES, ROOT, Block, blocks
 from tests.support.image_folders import make_own_images
 from tests.support.shards_fixtures import few_digits
 from tests.support.trainer_fixtures import launch
-from trainer import reference
 from trainer.config.command_line import parse
 from trainer.evaluate.members import base_of, read_members
 from trainer.plan.__main__ import read_command_line
 from trainer.sweep import slurm_array
 
+_PLACE = spec_from_file_location("pages", ROOT / "docs" / "pages.py")
+assert _PLACE is not None
+assert _PLACE.loader is not None
+pages = module_from_spec(_PLACE)
+_PLACE.loader.exec_module(pages)
 ALL = [block for page in PAGES for block in blocks(page)]
 RUNNING = sorted({block.page for block in ALL if not block.needs})
 SHELL = set(
@@ -63,7 +68,7 @@ def check_command(words: list[str]) -> None:
     elif words[:3] == ["python", "-m", "trainer.sweep.slurm_array"]:
         slurm_array.read_command_line(words[3:])
     elif words[:2] == ["python", "-m"] and words[2].partition(".")[0] in ("trainer", "shards"):
-        module = reference.command_module(words[2])
+        module = pages.command_module(words[2])
         if hasattr(module, "parser"):
             module.parser().parse_args(words[3:])
     elif words[:2] != ["python", "-c"]:
@@ -178,8 +183,7 @@ def test_the_loop_of_your_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("name", "made"),
-    [("reference.md", reference.flags_page), ("modules.md", reference.modules_page)],
+    ("name", "made"), [("reference.md", pages.flags_page), ("modules.md", pages.modules_page)]
 )
 def test_page_is_what_the_code_says(name: str, made: Callable[[], str]) -> None:
     assert (ROOT / "docs" / name).read_text(encoding="utf-8") == made(), "run `make reference`"

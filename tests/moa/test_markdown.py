@@ -16,7 +16,7 @@ from moa import MoAConfig, Origin
 from moa.files.card import model_card
 from moa.files.markdown import visible
 from moa.files.reading import AdapterInfo
-from trainer.tables import Table
+from trainer.process.tables import Table
 
 PIECES = (
     *"|`*_[]()<>&\\#~!:/.-=+'\"{}%$@^,;? \n\t\0\u2028\u202e", "\r\n", "\x1b[31m",

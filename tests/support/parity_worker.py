@@ -28,7 +28,8 @@ from shards import finish_images  # noqa: E402
 from shards.stream.batches import Batch  # noqa: E402
 from tests.support.dispatched import Dispatched  # noqa: E402
 from trainer.checkpoint.run_folder import RunFolder  # noqa: E402
-from trainer.config.run_config import ROOT, ModelConfig, OptimConfig, RunConfig, TrainConfig  # noqa: E402
+from trainer.config.optim import OptimConfig  # noqa: E402
+from trainer.config.run_config import ROOT, ModelConfig, RunConfig, TrainConfig  # noqa: E402
 from trainer.engine import collectives  # noqa: E402
 from trainer.engine.engine import Engine  # noqa: E402
 from trainer.prepare.parts import Parts, build  # noqa: E402

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from trainer.config.command_line import CommandParser
 from trainer.process.ending import conclude, leave
 from trainer.process.errors import ConfigError, OutputError
+from trainer.process.tables import Table, output_console
 from trainer.process.world import ALONE
-from trainer.tables import Table, output_console
 
 if TYPE_CHECKING:
     from trainer.bench.step import Setting

@@ -14,7 +14,9 @@ from shards.addresses import without_secrets
 from shards.config import DataConfig
 from trainer.config.averages import AverageConfig
 from trainer.config.class_texts import read_class_names, read_templates
-from trainer.config.limits import ABOVE_0, COUNT, FROM_0, NUMBER, SECONDS, SEED, out_of_range
+from trainer.config.limits import COUNT, NUMBER, SECONDS, SEED, out_of_range
+from trainer.config.objective import ObjectiveConfig
+from trainer.config.optim import OptimConfig
 from trainer.config.resume_rules import FIXED
 from trainer.process.errors import ConfigError, did_you_mean, noted
 from trainer.process.stopping import seconds_of
@@ -66,28 +68,6 @@ class ModelConfig:
             for name in ("text_model", "prompts", "class_names")
             if getattr(self, name) != getattr(ModelConfig, name)
         ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """The optimizer; its engine settings stay in the DeepSpeed JSON."""
-
-    name: Literal["adam", "adamw"] = "adam"
-    """torch's Adam, or AdamW with decoupled weight decay"""
-    lr: float = 5e-5
-    """constant learning rate"""
-    weight_decay: float = 0.0
-    """weight decay"""
-    eps: float = 1e-8
-    """Adam's denominator offset"""
-    clip: float = 0.0
-    """largest global gradient norm; 0 turns clipping off"""
-
-    def problems(self) -> list[str]:
-        """Every range problem, one line each."""
-        return out_of_range(
-            "optim", self, lr=ABOVE_0, eps=ABOVE_0, weight_decay=FROM_0, clip=FROM_0
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +169,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     moa: MoAConfig = field(default_factory=MoAConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

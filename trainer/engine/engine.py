@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import moa
 from moa.layers.layer import moa_layers
 from trainer.checkpoint.checkpoint import Checkpoint
-from trainer.config.run_config import OptimConfig
+from trainer.config.optim import OptimConfig
 from trainer.engine.collectives import add_up
 from trainer.engine.flat import Flat, FlatModel
 from trainer.engine.zero_state import EXPERT_PARALLEL, ZeroState

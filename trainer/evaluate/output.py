@@ -14,7 +14,7 @@ from trainer.evaluate.members import SOUP, not_trained_on, write_member
 from trainer.evaluate.predictions import Figures
 from trainer.prepare.provenance import shareable, shown_command
 from trainer.process.errors import cannot_write
-from trainer.tables import Table, output_console
+from trainer.process.tables import Table, output_console
 
 FORMAT_VERSION = 1
 

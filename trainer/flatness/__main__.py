@@ -18,8 +18,8 @@ from trainer.config.command_line import CommandParser
 from trainer.evaluate.flags import add_shared_flags
 from trainer.process.ending import conclude, leave
 from trainer.process.errors import ConfigError, cannot_write
+from trainer.process.tables import Table, output_console
 from trainer.process.world import ALONE
-from trainer.tables import Table, output_console
 
 NUMBERS: tuple[tuple[str, float, float, str], ...] = (
     ("samples", 32, 1, "samples of each domain"),

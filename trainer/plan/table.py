@@ -9,7 +9,7 @@ from trainer.plan.planning import SHARING, Plan
 from trainer.plan.scaling import Prediction
 from trainer.plan.whole_table import POOLS, TablePlan
 from trainer.prepare.batches import Batches
-from trainer.tables import Table, output_console
+from trainer.process.tables import Table, output_console
 
 Rows = list[tuple[str, str, str]]
 """What, how much, and how it comes about."""

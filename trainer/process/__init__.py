@@ -1,1 +1,1 @@
-"""This process: rank and world, signals, watchdog, exit codes."""
+"""This process: rank and world, signals, watchdog, exit codes, tables shown."""

@@ -17,6 +17,7 @@ from trainer.config.command_line import command_parser, words
 from trainer.evaluate.selection import RULES
 from trainer.process.ending import conclude
 from trainer.process.errors import CheckpointError, ConfigError
+from trainer.process.tables import output_console
 from trainer.process.world import ALONE
 from trainer.report.comparability import check_comparable, mixed_rows, renamed
 from trainer.report.formats import comparison_table, result_table, score_data, table_data
@@ -25,7 +26,6 @@ from trainer.report.scores import LAST, Score, scores
 from trainer.report.significance import Comparison, compare
 from trainer.report.tables import ResultTable, averages_table, dataset_table
 from trainer.sweep.slurm_array import progress_lines
-from trainer.tables import output_console
 
 
 @dataclass

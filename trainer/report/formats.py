@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+from trainer.process.tables import Table
 from trainer.report.scores import Score
 from trainer.report.significance import Comparison
 from trainer.report.tables import Cell, ResultTable
-from trainer.tables import Table
 
 
 def cell_text(cell: Cell, repetitions: int) -> str:

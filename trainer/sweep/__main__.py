@@ -17,9 +17,9 @@ from pathlib import Path
 from trainer.config.command_line import command_parser, parse
 from trainer.config.run_config import ROOT
 from trainer.process.ending import conclude
+from trainer.process.tables import output_console
 from trainer.process.world import ALONE
 from trainer.sweep import grid
-from trainer.tables import output_console
 
 
 def parser() -> argparse.ArgumentParser:

@@ -9,7 +9,7 @@ from moa.files.saving import WEIGHTS_FILE
 from trainer.checkpoint.run_folder import SPEED, RunFolder, read_rows
 from trainer.evaluate.selection import Row, training_domain_validation, validation_accuracy
 from trainer.prepare.parts import Parts
-from trainer.tables import Table
+from trainer.process.tables import Table
 
 
 def show_result(parts: Parts, folder: RunFolder, console: Console) -> None:

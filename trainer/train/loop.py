@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch.nn import functional as F
 
 import moa
 from shards import Batch
@@ -16,13 +15,7 @@ from trainer.checkpoint import checkpoint
 from trainer.checkpoint.run_folder import SPEED, RunFolder
 from trainer.checkpoint.save_queue import SaveQueue
 from trainer.engine.averaging import Averages
-from trainer.engine.collectives import (
-    add_up,
-    differentiable_sum,
-    from_main,
-    sum_numbers,
-    sum_over_ranks,
-)
+from trainer.engine.collectives import add_up, from_main, sum_numbers, sum_over_ranks
 from trainer.engine.engine import Engine
 from trainer.evaluate.evaluator import Evaluator
 from trainer.monitor.monitor import Monitor
@@ -30,11 +23,12 @@ from trainer.prepare.parts import Parts
 from trainer.process.stopping import REASONS, EvaluationBrokenOff, Stopped, Stopping, shielded
 from trainer.process.watchdog import COMPUTING, EVALUATING, LOADING, SAVING, Watchdog
 from trainer.process.world import World
-from trainer.train.ahead import Ahead, Ready
+from trainer.train.ahead import Ahead
 from trainer.train.bad_images import BadImages
 from trainer.train.behind import BEHIND, Behind
 from trainer.train.best import Best, is_left_out
-from trainer.train.nonfinite import NonfiniteSteps, poisoned
+from trainer.train.micro_step import MicroStep
+from trainer.train.nonfinite import NonfiniteSteps
 from trainer.train.resume import state_of
 from trainer.train.rows import Rows
 from trainer.train.validation import Validation
@@ -81,7 +75,7 @@ class Trainer:
         self.behind = Behind()
         ranks = torch.arange(world.size, device=engine.device)[:, None]
         self._others = ranks != world.rank
-        self.rows = Rows(folder)
+        self.rows, self.micro_step = Rows(folder), MicroStep(parts, engine)
 
     def train(self, monitor: Monitor | None) -> None:
         """Runs the remaining steps; `monitor` is given on the main rank only.
@@ -179,7 +173,7 @@ class Trainer:
             self.bad_images.note(ready.batch.bad)
             self.watch.note(COMPUTING)
             with self.engine.checks_gradients() if self.step == 0 else nullcontext():
-                losses.append(self._micro_step(ready))
+                losses.append(self.micro_step(ready, self.step))
             self.watch.note(LOADING)
             started = time.perf_counter()
             self.ahead.fetch(batches)  # a device is computing meanwhile
@@ -230,19 +224,6 @@ class Trainer:
             **self.nonfinite.columns(),
             **self.bad_images.columns(),
         })  # fmt: skip
-
-    def _micro_step(self, ready: Ready) -> torch.Tensor:
-        """Forward, backward and (after the last piece) update; [ce, aux] of this rank's piece."""
-        engine, seed, batch = self.engine, self.config.train.seed, ready.batch
-        position = moa.RoutingPosition(seed, self.step, batch.first_slot, len(batch.labels))
-        moa.set_routing_position(engine.module, position)
-        scores = engine.model(ready.images)  # [B, C]
-        ce = F.cross_entropy(scores.float(), ready.labels)
-        aux = moa.aux_loss(engine.module, differentiable_sum)
-        engine.backward(poisoned(ce + aux))  # averaged over ranks and micro-batches
-        engine.step()
-        with torch.no_grad():
-            return torch.stack([ce, aux.to(ce.dtype)])
 
     def save_checkpoint(self) -> None:
         """Writes a checkpoint; a collective."""

@@ -13,12 +13,13 @@ import moa
 from moa import MoAConfig
 from tests.support.dispatched import Dispatched
 from trainer.checkpoint.run_folder import RunFolder
-from trainer.config.run_config import ModelConfig, OptimConfig, RunConfig, TrainConfig
+from trainer.config.optim import OptimConfig
+from trainer.config.run_config import ModelConfig, RunConfig, TrainConfig
 from trainer.engine import collectives
 from trainer.engine.engine import Engine
 from trainer.prepare.parts import build
 from trainer.process.world import World
-from trainer.train import loop
+from trainer.train import loop, micro_step
 from trainer.train.behind import BEHIND, Behind
 
 ALONE = World(0, 1, 0, 1)
@@ -60,7 +61,7 @@ def steps(
             patch.setattr(torch.autograd, "backward", of_model)
             patch.setattr(F, "cross_entropy", seen.leaving_out(F.cross_entropy))
             patch.setattr(moa, "aux_loss", seen.leaving_out(moa.aux_loss))
-            patch.setattr(loop, "poisoned", seen.leaving_out(loop.poisoned))
+            patch.setattr(micro_step, "poisoned", seen.leaving_out(micro_step.poisoned))
             patch.setattr(engine.module, "forward", seen.leaving_out(engine.module.forward))
             trainer.ahead.fetch(batches)  # a loader's work
             patch.setattr(trainer.ahead, "fetch", lambda _: None)

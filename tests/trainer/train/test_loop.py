@@ -16,6 +16,7 @@ from trainer.checkpoint.run_folder import RunFolder
 from trainer.train import session
 from trainer.train.ahead import Ready
 from trainer.train.loop import Trainer
+from trainer.train.micro_step import MicroStep
 
 
 def test_rows_are_written_while_later_steps_are_under_way(
@@ -32,11 +33,11 @@ def test_rows_are_written_while_later_steps_are_under_way(
     events: list[str] = []
     monkeypatch.setattr(moa, "compile_blocks", partial(moa.compile_blocks, backend="eager"))
     monkeypatch.setenv("MOA_CACHE", str(tmp_path / "cache"))
-    forward, vote, append = Trainer._micro_step, Trainer._send, RunFolder.append
+    forward, vote, append = MicroStep.__call__, Trainer._send, RunFolder.append
 
-    def seen_forward(self: Trainer, ready: Ready) -> Any:
+    def seen_forward(self: MicroStep, ready: Ready, step: int) -> Any:
         events.append("forward")
-        return forward(self, ready)
+        return forward(self, ready, step)
 
     def seen_vote(self: Trainer, sums: Any) -> Any:
         events.append("vote")
@@ -47,7 +48,7 @@ def test_rows_are_written_while_later_steps_are_under_way(
         events.append(path.stem)
         append(self, path, row)
 
-    monkeypatch.setattr(Trainer, "_micro_step", seen_forward)
+    monkeypatch.setattr(MicroStep, "__call__", seen_forward)
     monkeypatch.setattr(Trainer, "_send", seen_vote)
     monkeypatch.setattr(RunFolder, "append", seen_append)
     more = {"train__steps": "4", "train__eval_every": "100", "moa__method": "moa_lora"}

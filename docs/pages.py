@@ -1,4 +1,4 @@
-"""`python -m trainer.reference`: the pages of the documentation that are made from the code.
+"""`python docs/pages.py`: the pages of the documentation that are made from the code.
 
 `flags` is every flag of every command, from the dataclasses and parsers; `modules` is every source
 file with the first line of its docstring. A test compares the committed pages with these.
@@ -20,7 +20,7 @@ from docstring_parser import parse_from_object
 
 from trainer.config.command_line import describe_type
 from trainer.config.run_config import ROOT, RunConfig
-from trainer.tables import Table
+from trainer.process.tables import Table
 
 FLAGS = """# Flags
 
@@ -139,7 +139,7 @@ PAGES = {"flags": flags_page, "modules": modules_page, "backbones": backbones_pa
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(prog="python -m trainer.reference", description=__doc__)
+    result = argparse.ArgumentParser(prog="python docs/pages.py", description=__doc__)
     result.add_argument("page", choices=list(PAGES), help="which page to print")
     return result
 

@@ -7,7 +7,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from trainer.tables import WIDTH, Table
+from trainer.process.tables import WIDTH, Table
 
 PATH = "/scratch/" + "very_long_folder/" * 12 + "adapter"
 NAMES = Table(
