@@ -139,6 +139,35 @@ touch "$FOLDER/started"; while :; do /bin/sleep 0.05; done
 """
 
 
+@pytest.mark.parametrize(
+    ("variables", "code", "runs"),
+    [
+        ({}, 0, ["trainer/run.py"]),
+        ({"DOCTOR": "0"}, 0, ["trainer/run.py"]),
+        ({"DOCTOR": "1"}, 0, ["-m trainer.doctor", "trainer/run.py"]),
+        ({"DOCTOR": "1", **AGAIN}, 0, ["trainer/run.py"]),
+        ({"DOCTOR": "1", "BAD": "73"}, 73, ["-m trainer.doctor"]),
+        ({"DOCTOR": "1", "BAD": "138", **USR1}, 75, ["-m trainer.doctor"]),
+    ],
+)
+def test_the_doctor_comes_before_the_first_start(
+    tmp_path: Path, variables: Mapping[str, str], code: int, runs: list[str]
+) -> None:
+    srun = """
+    echo "${*#--}" | grep -o -e '-m trainer.doctor' -e 'trainer/run.py' >>"$FOLDER/runs"
+    case $* in *doctor*) exit "${BAD:-0}" ;; esac"""
+    script = """
+    doctor_then_run() { doctor; stopped=$STOPPED; launch trainer/run.py; }
+    settings=(); STOPPED=${STOPPED:-}; doctor_then_run"""
+    if "STOPPED" in variables:  # the warning comes meanwhile
+        script = script.replace("doctor;", "launch -m trainer.doctor; stopped=$STOPPED; doctor;")
+    result = shell(tmp_path, script, programs={"srun": srun}, **variables)
+    assert result.returncode == code, result.stderr
+    assert (tmp_path / "runs").read_text().splitlines() == runs
+    refused = "not started: the doctor ended with code 73, see its table above; not requeued. DOC"
+    assert (refused in result.stderr) is (code == 73)
+
+
 def test_a_warning_that_srun_swallowed_comes_again(tmp_path: Path) -> None:
     script = """
     (until [ -e "$FOLDER/started" ]; do /bin/sleep 0.05; done; kill -USR1 $$) &
