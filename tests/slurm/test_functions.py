@@ -139,6 +139,16 @@ touch "$FOLDER/started"; while :; do /bin/sleep 0.05; done
 """
 
 
+# Notes what it starts; a doctor that is warned of the time limit meanwhile ends by the signal.
+SRUN = """
+echo "$*" | grep -o -e '-m trainer.doctor' -e 'trainer/run.py' >>"$FOLDER/runs"
+case $* in *doctor*)
+  [ -z "${WARNED:-}" ] || { kill -USR1 $PPID; exec /bin/sleep 9; }
+  exit "$BAD" ;;
+esac
+"""
+
+
 @pytest.mark.parametrize(
     ("variables", "code", "runs"),
     [
@@ -147,21 +157,15 @@ touch "$FOLDER/started"; while :; do /bin/sleep 0.05; done
         ({"DOCTOR": "1"}, 0, ["-m trainer.doctor", "trainer/run.py"]),
         ({"DOCTOR": "1", **AGAIN}, 0, ["trainer/run.py"]),
         ({"DOCTOR": "1", "BAD": "73"}, 73, ["-m trainer.doctor"]),
-        ({"DOCTOR": "1", "BAD": "138", **USR1}, 75, ["-m trainer.doctor"]),
+        ({"DOCTOR": "1", "WARNED": "yes"}, 75, ["-m trainer.doctor"]),
     ],
 )
 def test_the_doctor_comes_before_the_first_start(
     tmp_path: Path, variables: Mapping[str, str], code: int, runs: list[str]
 ) -> None:
-    srun = """
-    echo "${*#--}" | grep -o -e '-m trainer.doctor' -e 'trainer/run.py' >>"$FOLDER/runs"
-    case $* in *doctor*) exit "${BAD:-0}" ;; esac"""
-    script = """
-    doctor_then_run() { doctor; stopped=$STOPPED; launch trainer/run.py; }
-    settings=(); STOPPED=${STOPPED:-}; doctor_then_run"""
-    if "STOPPED" in variables:  # the warning comes meanwhile
-        script = script.replace("doctor;", "launch -m trainer.doctor; stopped=$STOPPED; doctor;")
-    result = shell(tmp_path, script, programs={"srun": srun}, **variables)
+    script = "settings=(); doctor; launch trainer/run.py"
+    programs = {"srun": SRUN, "sleep": "exit 1"}
+    result = shell(tmp_path, script, programs=programs, **{"BAD": "0", **variables})
     assert result.returncode == code, result.stderr
     assert (tmp_path / "runs").read_text().splitlines() == runs
     refused = "not started: the doctor ended with code 73, see its table above; not requeued. DOC"

@@ -31,6 +31,8 @@ def _row(lines: Sequence[tuple[int, Line]], told: Told) -> Row:
     alike = sum(line.level == worst.level for _, line in lines)
     if len(lines) > 1 and len({(line.level, line.found) for _, line in lines}) == 1:
         return Row(worst, f"all {len(lines)}")
+    if len(lines) == 1 and worst.level == "ok":
+        return Row(worst, "")
     more = f", {worst.level} on {alike - 1} more" if alike > 1 and worst.level != "ok" else ""
     return Row(worst, f"rank {rank} ({told[rank][0]}){more}")
 
