@@ -31,11 +31,11 @@ def checks(main: bool) -> list[Check]:
 
     found = [
         Check("SLURM", slurm, 10.0),
-        Check("GPU", gpus, 60.0),
-        Check("operators", operators, 60.0),
+        Check("GPU", gpus, 30.0),
+        Check("operators", operators, 20.0),
         Check("limits", limits, 10.0),
         Check("shards", data.shards, 60.0),
-        Check("plan", data.plan, 60.0),
+        Check("plan", data.plan, 30.0),
         Check("cores", cores, 10.0),
         Check("reading", data.reading, 60.0),
         Check("weights", data.weights, 20.0, by_main=True),
@@ -80,10 +80,11 @@ def conclusion(told: Told, world: World, seconds: float) -> int:
         table(found, world.size).show(console)
         console.out(verdict(found))
     else:
+        place = f"rank {world.rank} ({told[world.rank][0]})"
         for line in (row.line for row in found if row.line.level != "ok"):
-            place = f"rank {world.rank} ({told[world.rank][0]})"
             text = f"{place}: {line.check}: {line.level}: {line.found}; {line.remedy}\n"
             sys.stderr.write(text)
+        sys.stderr.write(f"{place}: leaves in {seconds:.0f} s, after the main rank's table\n")
         sys.stderr.flush()
         time.sleep(seconds)
     return code(found)

@@ -6,6 +6,8 @@ import resource
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 
 from trainer.doctor.lines import Level, Line, Subject
@@ -22,11 +24,9 @@ FILES_PER_LOADER = 16
 def software(subject: Subject) -> Iterator[Line]:
     """Whether torch and DeepSpeed can be imported, and in which time."""
     started = time.monotonic()
-    import deepspeed
-    import torch
-
+    import_module("trainer.engine.collectives")
     seconds = time.monotonic() - started
-    versions = f"torch {torch.__version__}, deepspeed {deepspeed.__version__}"
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed"))
     slow = seconds > 60
     yield Line(
         check="software", found=f"{versions}, imported in {seconds:.1f} s", worse=seconds,

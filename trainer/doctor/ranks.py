@@ -3,10 +3,10 @@
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
-from trainer.doctor.lines import Check, Level, Line, Subject
-from trainer.process.errors import PEER_LOST
+from trainer.doctor.lines import Check, Level, Line, Subject, failed
+from trainer.process.errors import PEER_LOST, ConfigError
 
 Told = dict[int, tuple[str, list[Line]]]
 """Rank -> its host, its lines."""
@@ -25,7 +25,13 @@ def meet(subject: Subject) -> Iterator[Line]:
     from trainer.engine.rendezvous import Board
 
     started = time.monotonic()
-    subject.board = Board(subject.world, MEETING)
+    try:
+        subject.board = Board(subject.world, MEETING)
+    except ConfigError as error:
+        line = failed("rendezvous", error)
+        remedy = "a node up, a port open and an address that all nodes reach: the main rank's; "
+        yield line if subject.world.is_main else replace(line, remedy=remedy + line.remedy)
+        return
     seconds = time.monotonic() - started
     found = f"{subject.world.size} processes, the main one reached in {seconds:.1f} s"
     yield Line(check="rendezvous", found=found, worse=seconds)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -87,11 +88,14 @@ class Board:
     def __init__(self, world: World, limit: float) -> None:
         self.world = world
         served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun
+        serves = world.is_main and not served
         with meeting(world, 0):
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            if not serves:
+                _reach(host, port, limit)
             store = dist.TCPStore(  # type: ignore[attr-defined]
-                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world.size,
-                world.is_main and not served, timedelta(seconds=limit), wait_for_workers=False,
-            )  # fmt: skip
+                host, port, world.size, serves, timedelta(seconds=limit), wait_for_workers=False
+            )
         self._store = dist.PrefixStore("board", store)  # type: ignore[attr-defined]
 
     def tell(self, name: str, note: object) -> None:
@@ -126,6 +130,22 @@ class Board:
             numbers[0].item()  # waits for all of it
         others = 2 * (self.world.size - 1) / self.world.size
         return REPEATS * others * size / (time.monotonic() - started)
+
+
+def _reach(host: str, port: int, limit: float) -> None:
+    """Waits until somebody listens; torch would print a stack, and try for longer than it is told.
+
+    Raises `ValueError`: nobody does.
+    """
+    end = time.monotonic() + limit
+    while True:
+        try:
+            socket.create_connection((host, port), max(0.1, end - time.monotonic())).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise ValueError(error.strerror or str(error)) from error
+            time.sleep(0.2)
 
 
 def _say(line: str) -> None:

@@ -64,7 +64,7 @@ def test_alone(
         assert f"│ {check} " in shown
     assert ", 0 failures\n" in shown
     assert not os.listdir(tmp_path), "nothing is left"
-    assert doctor.main(["--data.wrkers=3"]) == 2
+    assert doctor.main(["--data.worker=3"]) == 2
     assert doctor.main(["--data.root=/nowhere", "--data.dataset=folder"]) == 2
     shown = capsys.readouterr().out
     assert "/nowhere" in shown
