@@ -29,8 +29,8 @@ Made from the code by `make reference`. Every setting of a run is a flag
 what the command line says comes last. `--recipe NAME_OR_FILE` picks the recipe (default:
 `embedded`). That one also lies under every command that names no other: 201 steps of 8 images per
 domain, learning rate 0.002, an evaluation and a checkpoint every 50 steps. For work of your own
-start from a recipe ([recipes.md](recipes.md)) or give these. `python -m trainer.plan` takes all of
-these flags, too.
+start from a recipe ([recipes.md](recipes.md)) or give these. `python -m trainer.plan` and
+`python -m trainer.doctor` take all of these flags, too.
 """
 
 MODULES = """# Modules

@@ -172,14 +172,26 @@ attend() { # COMMAND [WORD...]
   return "$code"
 }
 
+# What all tasks will meet, before the first start; a failure ends the job here.
+doctor() {
+  local code
+  if [ "${DOCTOR:-0}" = 0 ] || [ "${SLURM_RESTART_COUNT:-0}" != 0 ]; then return 0; fi
+  launch -m trainer.doctor
+  code=$?
+  if [ "$code" != 0 ] && [ -z "$stopped" ]; then
+    die "$code" "not started: the doctor ended with code $code, see its table above; not requeued. \
+DOCTOR=0 starts all the same"
+  fi
+}
+
 # One task per GPU, each of which sees all GPUs of its node.
-launch() {
+launch() { # PROGRAM...
   # Tasks beside this script end when it does, even if SLURM cannot reach them any more.
   export MOA_JOB_SCRIPT="${SLURMD_NODENAME:-}:$$"
   # All variables: SLURM passes on an --export of sbatch, which would keep from the tasks what was set
   # here and in site.env.
   attend srun --export=ALL --kill-on-bad-exit=1 --gpu-bind=none \
-    --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${python[@]}" trainer/run.py "${settings[@]}"
+    --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${python[@]}" "$@" "${settings[@]}"
 }
 
 # SLURM's warning before the time limit, or a user's: the tasks save and leave with code 75.
@@ -333,7 +345,8 @@ train() { # needs `settings`, see complete
     "$SLURM_JOB_NODELIST, rendezvous $MASTER_ADDR:$MASTER_PORT"
   plan
   stage
-  launch
+  doctor
+  launch trainer/run.py
   conclude $?
 }
 

@@ -16,9 +16,8 @@ ORDER = {
     "moa": "files > model, parallel > layers > config > blocks > errors",
     "shards": "writer > opening > embedded > write, stream > read, pixels > config > datasets > "
     "addresses, randomness, durable, errors",
-    "trainer": "run > bench > train > monitor, report, export, flatness, "
-    "predict > sweep, evaluate > pretrain_embedded, plan, engine > prepare, checkpoint > config > "
-    "process",
+    "trainer": "run > bench > train > monitor, report, export, flatness, predict, doctor > sweep, "
+    "evaluate > pretrain_embedded, plan, engine > prepare, checkpoint > config > process",
 }
 """Folders and files of each package: an import goes from the left of a `>` to its right only."""
 
@@ -46,6 +45,7 @@ COMMANDS = (
     ["trainer/run.py"],
     ["-m", "trainer.evaluate"],
     ["-m", "trainer.predict"],
+    ["-m", "trainer.doctor"],
     ["-m", "trainer.export"],
     ["-m", "trainer.flatness"],
     ["-m", "trainer.plan"],

@@ -307,14 +307,16 @@ def two_tasks_train_as_without_slurm(place: Place) -> None:
     run = place.folder / "run"
     job = Job(
         place.cluster, place.folder / "log", "domainnet_vitl", TWO_NODES,
-        settings(run, place.shards), **left_by_another_launcher,
+        settings(run, place.shards), DOCTOR="1", **left_by_another_launcher,
     )  # fmt: skip
     facts = job.wait_for_state("COMPLETED", "FAILED")
     assert facts["JobState"] == "COMPLETED", job.text()
     assert facts["NumNodes"] == "2"
     assert_same(run, place.reference.result())
     text = job.text()
-    assert text.index("trainable numbers") < text.index("curves: tensorboard")
+    assert text.index("trainable numbers") < text.index("2 on ") < text.index("curves: tensorboard")
+    assert "2 on 1 host, all heard" in text, "of two nodes, but of one machine in truth"
+    assert ", 0 failures" in text
     assert "slurm: finished:" in text
 
 

@@ -139,6 +139,39 @@ touch "$FOLDER/started"; while :; do /bin/sleep 0.05; done
 """
 
 
+# Notes what it starts; a doctor that is warned of the time limit meanwhile ends by the signal.
+SRUN = """
+echo "$*" | grep -o -e '-m trainer.doctor' -e 'trainer/run.py' >>"$FOLDER/runs"
+case $* in *doctor*)
+  [ -z "${WARNED:-}" ] || { kill -USR1 $PPID; exec /bin/sleep 9; }
+  exit "$BAD" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "code", "runs"),
+    [
+        ({}, 0, ["trainer/run.py"]),
+        ({"DOCTOR": "0"}, 0, ["trainer/run.py"]),
+        ({"DOCTOR": "1"}, 0, ["-m trainer.doctor", "trainer/run.py"]),
+        ({"DOCTOR": "1", **AGAIN}, 0, ["trainer/run.py"]),
+        ({"DOCTOR": "1", "BAD": "73"}, 73, ["-m trainer.doctor"]),
+        ({"DOCTOR": "1", "WARNED": "yes"}, 75, ["-m trainer.doctor"]),
+    ],
+)
+def test_the_doctor_comes_before_the_first_start(
+    tmp_path: Path, variables: Mapping[str, str], code: int, runs: list[str]
+) -> None:
+    script = "settings=(); doctor; launch trainer/run.py"
+    programs = {"srun": SRUN, "sleep": "exit 1"}
+    result = shell(tmp_path, script, programs=programs, **{"BAD": "0", **variables})
+    assert result.returncode == code, result.stderr
+    assert (tmp_path / "runs").read_text().splitlines() == runs
+    refused = "not started: the doctor ended with code 73, see its table above; not requeued. DOC"
+    assert (refused in result.stderr) is (code == 73)
+
+
 def test_a_warning_that_srun_swallowed_comes_again(tmp_path: Path) -> None:
     script = """
     (until [ -e "$FOLDER/started" ]; do /bin/sleep 0.05; done; kill -USR1 $$) &

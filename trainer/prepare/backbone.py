@@ -125,15 +125,22 @@ def create_backbone(config: ModelConfig, num_classes: int, seed: int) -> Backbon
     return Backbone(model, name, _data_config(model), moa.base_hash(model), projection)
 
 
+def hub_weights(name: str) -> tuple[str, bool]:
+    """The hub's repository of a model's weights, empty if none; whether they are in the cache."""
+    source = timm.get_pretrained_cfg(name)
+    if source is None or not source.hf_hub_id:
+        return "", False
+    files = [source.hf_hub_filename] if source.hf_hub_filename else HUB_FILES
+    cached = any(huggingface_hub.try_to_load_from_cache(source.hf_hub_id, f) for f in files)
+    return source.hf_hub_id, cached
+
+
 def _announce(name: str) -> None:
     """Says on the main rank what the hub is asked for, which takes its time, if only to fail."""
-    source = timm.get_pretrained_cfg(name)
-    if source is None or not source.hf_hub_id or not world_from_environment().is_main:
-        return
-    files = [source.hf_hub_filename] if source.hf_hub_filename else HUB_FILES
-    if not any(huggingface_hub.try_to_load_from_cache(source.hf_hub_id, f) for f in files):
+    source, cached = hub_weights(name)
+    if source and not cached and world_from_environment().is_main:
         where = huggingface_hub.constants.HF_HUB_CACHE
-        log.warning("fetching the weights of %s from %s into %s", name, source.hf_hub_id, where)
+        log.warning("fetching the weights of %s from %s into %s", name, source, where)
 
 
 @contextmanager
