@@ -49,7 +49,9 @@ class StaticRouting:
 
     def end(self) -> None:
         """Adds up what that forward has counted, and keeps what else it left."""
-        counted = [chosen for layer in self._balanced if (chosen := layer.take_chosen()) is not None]
+        counted = [
+            chosen for layer in self._balanced if (chosen := layer.take_chosen()) is not None
+        ]
         if counted:
             torch._foreach_add_(self._chosen, counted)
         self._left = [layer._routed for layer in self.layers]
