@@ -7,8 +7,8 @@ from torch.nn import functional as F
 import moa
 from trainer.engine.collectives import differentiable_sum
 from trainer.engine.engine import Engine
+from trainer.prepare.ahead import Ready
 from trainer.prepare.parts import Parts
-from trainer.train.ahead import Ready
 from trainer.train.graphed import graphed_as_set
 from trainer.train.nonfinite import poisoned
 
