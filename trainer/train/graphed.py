@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import moa
 from moa.model.static_routing import StaticRouting
@@ -52,53 +52,63 @@ class Graphed:
     """Runs `compute` over copies of its inputs that stay where they are, on a GPU as one launch.
 
     Args:
-        compute: losses of a micro-batch from tensors on the device, of which the first counts its
-            images; leaves the gradient with the engine, and looks at no tensor's numbers.
+        model: with adapters or without, where it computes.
+        compute: from tensors on the model's device, of which the first counts its images, to one
+            without graph; looks at no number of a tensor, and depends on no number in Python that
+            changes. What else it leaves lies in tensors that stay.
         falls_back: whether it may run without a graph if it turns out that it cannot be captured.
     """
 
-    def __init__(self, engine: Engine, compute: Callable[..., Tensor], falls_back: bool) -> None:
-        self.engine, self.falls_back = engine, falls_back
-        self.compute, self.routing = compute, StaticRouting(engine.module)
+    def __init__(
+        self, model: nn.Module, compute: Callable[..., Tensor], falls_back: bool = False
+    ) -> None:
+        self.model, self.compute, self.falls_back = model, compute, falls_back
+        self.routing = StaticRouting(model)
         self._inputs: list[Tensor] = []
-        self._losses: Tensor
+        self._result: Tensor
         self._launch: Launch | None = None
 
     def __call__(self, inputs: Sequence[Tensor], position: moa.RoutingPosition) -> Tensor:
-        """The losses of a micro-batch that stands at `position`."""
+        """What `compute` gives for a micro-batch that stands at `position`.
+
+        Raises `ConfigError`: it cannot be captured; or torch's own error, where memory is short.
+        """
         anew = _layout(inputs) != _layout(self._inputs)
         if anew:
             self._inputs = [torch.empty_like(given) for given in inputs]
-        for place, given in zip(self._inputs, inputs, strict=True):
-            place.copy_(given)
+        with torch.no_grad():
+            for place, given in zip(self._inputs, inputs, strict=True):
+                place.copy_(given)
         self.routing.place(position)
         if anew or self._launch is None:
             self._launch = self._captured()
         self._launch()
         self.routing.leave()
-        return self._losses.clone()  # the next launch writes there
+        return self._result.clone()  # the next launch writes there
 
     def _run(self) -> None:
         self.routing.begin(len(self._inputs[0]))
-        self._losses = self.compute(*self._inputs)
+        self._result = self.compute(*self._inputs)
         self.routing.end()
 
     def _captured(self) -> Launch:
-        device = self.engine.device
+        device = self._inputs[0].device
         try:
             with self.routing.not_counting():
                 return captured(self._run, device)
         except RuntimeError as error:
             torch.get_device_module(device).synchronize()
-            self.engine.module.zero_grad()
+            self.model.zero_grad()
             reason = str(error).partition("\n")[0]
-            if not self.falls_back:
-                raise ConfigError(
-                    f"train.graph: on, but this step cannot be captured ({reason}); use "
-                    "--train.graph auto or off"
-                ) from error
-            log.warning("no CUDA graph, since the step cannot be captured (%s)", reason)
-            return self._run
+            if self.falls_back:
+                log.warning("no CUDA graph, since the step cannot be captured (%s)", reason)
+                return self._run
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ConfigError(
+                f"train.graph: on, but this step cannot be captured ({reason}); use --train.graph "
+                "auto or off"
+            ) from error
 
 
 def _layout(tensors: Sequence[Tensor]) -> list[object]:
@@ -113,7 +123,7 @@ def graphed_as_set(parts: Parts, engine: Engine, compute: Callable[..., Tensor])
         where = "one CUDA graph" if on_gpu else "in static buffers, without a graph on a CPU,"
         first = "; the first step, which checks gradients, not yet"
         log.info("train.graph: forward and backward are %s%s", where, first)
-        return Graphed(engine, compute, falls_back=config.train.graph == "auto")
+        return Graphed(engine.module, compute, falls_back=config.train.graph == "auto")
     found = obstacle(config, sharded)
     if found and on_gpu and config.train.graph == "auto":
         log.info("train.graph: no CUDA graph, since there is %s", found[0])
