@@ -4,6 +4,7 @@ A replay is of a recording in which Python has no part any more, as in a CUDA gr
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from trainer.engine import collectives
 from trainer.engine.engine import Engine
 from trainer.prepare.parts import build
 from trainer.prepare.text_head import fill_head
+from trainer.process.errors import ConfigError
 from trainer.process.world import World
 from trainer.train import graphed
 from trainer.train.loop import Trainer
@@ -39,28 +41,34 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def alone() -> Iterator[None]:
     collectives.start(ALONE)
     yield
     collectives.stop()
 
 
-def trained(folder: Path, method: str, graph: str) -> dict[str, Any]:
+def trained(
+    folder: Path,
+    method: str,
+    graph: str,
+    around: Callable[[int], AbstractContextManager[object]] = lambda _: nullcontext(),
+) -> dict[str, Any]:
     """What four steps of two micro-batches leave, the third of which is left out."""
     config = RunConfig(
         moa=MoAConfig(method=method, **METHODS[method]),  # type: ignore[arg-type]
         optim=OptimConfig(clip=0.5, lr=1e-2),
         average=AverageConfig(ema=True),
         train=TrainConfig(
-            steps=STEPS, batch_per_domain=2, accumulation=2, seed=7, skip_nonfinite=1, graph=graph  # type: ignore[arg-type]
+            steps=STEPS, batch_per_domain=2, accumulation=2, seed=7, precision="fp32",
+            skip_nonfinite=1, graph=graph,  # type: ignore[arg-type]
         ),
     )  # fmt: skip
     parts = build(config, ALONE)
     if method == "moa_lora":
         torch.manual_seed(0)
         with torch.no_grad():
-            fill_head(parts.model.head, torch.randn(10, 8), nn.Linear(128, 8), scale=3.0)  # type: ignore[arg-type]
+            fill_head(parts.model.head, torch.randn(10, 8), nn.Linear(128, 8), 3.0)  # type: ignore[arg-type]
     engine = Engine(parts.model, config.optim, parts.ds_json, ALONE, config.moa)
     run = RunFolder(folder)
     run.path.mkdir(exist_ok=True)
@@ -71,7 +79,8 @@ def trained(folder: Path, method: str, graph: str) -> dict[str, Any]:
     batches = broken(iter(loader))
     stats: list[dict[str, Any]] = []
     for step in range(STEPS):
-        trainer.train_step(batches)
+        with around(step):
+            trainer.train_step(batches)
         trainer.step = step + 1
         layers = moa.routing_stats(engine.module)
         stats.append({name: {k: t.clone() for k, t in s.items()} for name, s in layers.items()})
@@ -93,6 +102,7 @@ def equal(found: Any, expected: Any) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("method", METHODS)
 def test_static_buffers_and_replays_train_as_written(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -112,3 +122,32 @@ def test_static_buffers_and_replays_train_as_written(
     assert len(captures) == 1
     if method == "moa_lora":
         assert any(bias.any() for bias in written["biases"].values())
+
+
+def test_other_shapes_are_captured_anew_and_what_cannot_be_is_run_as_written(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, position = nn.Linear(2, 1), moa.RoutingPosition(0, 0, 0)
+    shapes: list[int] = []
+
+    def refused(work: Callable[[], object], _: torch.device) -> Callable[[], object]:
+        shapes.append(len(step._inputs[0]))
+        raise RuntimeError("operation not permitted\nCUDA kernel errors might be")
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        return model(x).sum().detach()
+
+    monkeypatch.setattr(graphed, "captured", refused)
+    step = graphed.Graphed(model, compute, falls_back=True)
+    for images in (3, 3, 4):
+        x = torch.randn(images, 2)
+        assert step([x], position) == compute(x)
+    assert shapes == [3, 4]
+    assert [record.getMessage() for record in caplog.records] == [
+        "no CUDA graph, since the step cannot be captured (operation not permitted)"
+    ] * 2
+    step = graphed.Graphed(model, compute)
+    with pytest.raises(
+        ConfigError, match=r"train\.graph: on, .* permitted\); use --train\.graph auto"
+    ):
+        step([x], position)
