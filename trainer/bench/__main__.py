@@ -214,7 +214,7 @@ def _show(measured: "dict[str, Comparison]") -> None:
 def _table(title: str, rows: "dict[str, dict[str, float | str]]") -> Table:
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     lines = [[name, *(_text(row.get(c, "")) for c in columns)] for name, row in rows.items()]
-    return Table(["variant", *columns], lines, title, align="lr")
+    return Table(["variant", *columns], lines, title, align="lr" if columns else "l")
 
 
 def _text(value: float | str) -> str:

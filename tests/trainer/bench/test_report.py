@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from trainer.bench import report
+from trainer.bench.__main__ import _show
 from trainer.bench.step import REFERENCE, Setting
 from trainer.bench.train import METHOD, Job
 
@@ -68,10 +69,16 @@ def test_the_rest_is_measured_although_a_part_fails(
 
 
 def test_nothing_is_begun_when_the_time_is_over(
-    measured: list[Setting], monkeypatch: pytest.MonkeyPatch
+    measured: list[Setting], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(report, "MINUTES", -1.0)
-    first, without, best, last = report.measure(JOB, report.GPU_SIZES)
+    found = list(report.measure(JOB, report.GPU_SIZES))
+    for tables in found:
+        _show(tables)
+    shown = capsys.readouterr().out
+    assert "compiled, graphed" in shown
+    assert "vit_large_patch14_clip_224, batch 160" in shown
+    first, without, best, last = found
     assert measured == []
     assert list(first) == ["machine"]
     assert list(without["left out without a GPU"]) == ["compiled, graphed", "graphed"]
