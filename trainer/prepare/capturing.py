@@ -13,10 +13,12 @@ def obstacle(config: RunConfig, sharded: bool) -> tuple[str, str] | None:
     fetches = "ZeRO-3, which fetches weights while a step runs"
     exchanges = f"moa.ep_size {ep_size}, whose ranks exchange experts or tokens while a step runs"
     asks = "model.grad_checkpointing, which asks for a random generator's state"
+    repeats = f"objective.name {config.objective.name}, whose step is more than one forward"
     for is_so, what, remedy in (
         (sharded, fetches, "ds_config ds_configs/zero2.json"),
         (ep_size > 1, exchanges, "moa.ep_size 1"),
         (config.model.grad_checkpointing, asks, "model.grad_checkpointing false"),
+        (config.objective.name != "erm", repeats, "objective.name erm"),
     ):
         if is_so:
             return what, f"--{remedy}"

@@ -1,9 +1,13 @@
 """A graph asked for where it cannot be is refused before the weights are read, with what helps."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 
 from trainer.config.command_line import parse
-from trainer.prepare.capturing import is_captured
+from trainer.config.run_config import RunConfig
+from trainer.prepare.capturing import is_captured, obstacle
 from trainer.prepare.parts import build
 from trainer.process.errors import ConfigError
 from trainer.process.world import World
@@ -34,6 +38,16 @@ def test_what_no_graph_can_repeat(flag: str, told: str, remedy: str, few: dict[s
     for more, captured in ((["--train.graph=auto"], False), (remedy.split(), True)):
         config = build(parse([*own, *more]), ONE_OF_TWO).config
         assert is_captured(config, sharded and not captured, on_gpu=True) is captured
+
+
+def test_an_objective_of_several_passes() -> None:
+    config = replace(RunConfig(), objective=SimpleNamespace(name="irm"))  # type: ignore[arg-type]
+    found = obstacle(config, sharded=False)
+    assert found == (
+        "objective.name irm, whose step is more than one forward",
+        "--objective.name erm",
+    )
+    assert obstacle(RunConfig(), sharded=False) is None
 
 
 def test_auto_is_for_gpus() -> None:
