@@ -10,8 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -23,7 +26,10 @@ import moa
 from moa.layers import precision
 from tests.support import warm
 from tests.support.trainer_fixtures import RUN, arguments, environment, launch, launch_anew, rows
+from tests.trainer.train.test_graphed import ALONE, STEPS, trained
 from trainer.bench.counting import counted
+from trainer.engine import collectives
+from trainer.train import graphed
 
 assert torch.cuda.is_available(), "torch finds no GPU, which these checks are about"
 GPU = torch.device("cuda")
@@ -137,6 +143,43 @@ def test_compiled_blocks_train_alike(method: str, checkpointing: bool) -> None:
     assert losses[3] < losses[0]
 
 
+@pytest.mark.parametrize("method", ["moa_lora", "moa_kron", "multi_lora"])
+def test_a_graph_trains_as_written(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step whose micro-batches are one CUDA graph trains as written and waits for nothing.
+
+    It is captured once. A step is left out, and the bias of the balance moves.
+    """
+    captures: list[object] = []
+    launched: dict[str, float | str] = {}
+    captured = graphed.captured
+
+    def once(*args: Any) -> Any:
+        captures.append(args)
+        return captured(*args)
+
+    @contextmanager
+    def watched(step: int) -> Iterator[None]:
+        torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
+        with counted(GPU, 1) if step == STEPS - 1 else nullcontext({}) as found:
+            yield
+            torch.cuda.set_sync_debug_mode("default")
+        launched.update(found)
+
+    collectives.start(ALONE)
+    try:
+        written = trained(tmp_path / "off", method, "off")
+        monkeypatch.setattr(graphed, "captured", once)
+        found = trained(tmp_path / "on", method, "on", watched)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        collectives.stop()
+    torch.testing.assert_close(found, written, rtol=1e-4, atol=1e-6, equal_nan=True)
+    assert len(captures) == 1
+    assert float(launched["kernels"]) > 3 * float(launched["launches"])
+
+
 def test_a_step_is_counted_as_it_was_launched() -> None:
     """What is counted of a step are its kernels, their launches and the host's waits."""
     x = torch.ones(512, 512, device=GPU)
@@ -152,6 +195,7 @@ def test_a_step_is_counted_as_it_was_launched() -> None:
 RUNS = {
     "cpu": ({}, 0, {"CUDA_VISIBLE_DEVICES": ""}),
     "gpu": ({}, 0, {}),
+    "as written": ({"train__graph": "off"}, 0, {}),
     "deepspeed": ({}, 1, {}),
     **{
         name: ({"ds_config": f"ds_configs/{name}.json"}, 0, {})
@@ -191,6 +235,7 @@ def losses(folder: Path) -> list[float]:
     ("name", "other", "tolerance"),
     [
         ("gpu", "cpu", 1e-4),
+        ("as written", "gpu", 1e-5),
         *((name, "gpu", 1e-4) for name in (
             "deepspeed", "zero1", "zero2_offload", "zero3", "zero3_offload", "workers",
             "checkpointing",

@@ -3,7 +3,7 @@
 Letters: E experts, L adapted layers.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -29,10 +29,15 @@ def set_routing_position(model: nn.Module, position: RoutingPosition | None) -> 
             layer.noise_key = layer.shared_noise = layer.num_images = None
         return
     keys = noise_keys(position, len(layers)).to(layers[0].base.weight.device, non_blocking=True)
+    set_noise_keys(layers, keys, position.images)
+
+
+def set_noise_keys(layers: Sequence[MoALinear], keys: Tensor, images: int | None) -> None:
+    """Has the next forward of a model's layers draw by keys [L, KEY_WORDS] on their device."""
     noise = LayersNoise(keys)
     for number, (layer, key) in enumerate(zip(layers, keys.unbind(), strict=True)):
         layer.noise_key, layer.shared_noise = key, partial(noise.normal, number)
-        layer.num_images = position.images
+        layer.num_images = images
 
 
 def aux_loss(model: nn.Module, sum_over_ranks: SumOverRanks | None = None) -> Tensor:

@@ -49,6 +49,7 @@ def run_config(
     checkpointing: bool = False,
     compile: Literal["off", "blocks"] = "off",
     precision: Literal["fp32", "bf16"] = "fp32",
+    graph: Literal["off", "on"] = "off",
     **adapters: Any,
 ) -> RunConfig:
     return RunConfig(
@@ -61,6 +62,7 @@ def run_config(
             accumulation=accumulation,
             seed=7,
             precision=precision,
+            graph=graph,
             skip_nonfinite=2,
         ),
     )

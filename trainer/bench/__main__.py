@@ -63,6 +63,9 @@ def _check(args: argparse.Namespace, parts: Sequence[str]) -> None:
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device: 'cuda', but torch finds no GPU; use --device cpu")
+    if args.graph and (args.device == "cpu" or args.checkpointing):
+        other = "--checkpointing" if args.checkpointing else "--device cpu"
+        raise ConfigError(f"--graph: no CUDA graph can be with {other}; leave one of them out")
     if compared := sorted(WITH_PEFT.intersection(parts)):
         if importlib.util.find_spec("peft") is None:
             others = " ".join(part for part in PARTS if part not in WITH_PEFT)
@@ -121,6 +124,7 @@ def parser() -> argparse.ArgumentParser:
     )
     for name, what in {
         "--compile": "for step and train: each table also with torch.compile",
+        "--graph": "for step and train, on a GPU: each table also as one CUDA graph",
         "--checkpointing": "for step and train: with activation checkpointing",
         "--alone": "for step: one method after the other, as on a GPU",
         "--digits": "for train and report: embedded digits in place of JPEGs of 400 to 600 px",
@@ -163,8 +167,8 @@ def _measure(part: str, args: argparse.Namespace) -> "Iterator[dict[str, Compari
             yield {str(setting): bench.measure(setting, args.rounds)}
     elif part == "train":
         for setting in _settings(args, (20,)):
-            for mode in bench.modes():
-                if ("compiled" in mode) == setting.compiled:
+            for mode in bench.modes(args.device):
+                if setting.in_mode(mode) == setting:
                     job = bench.Job(setting, mode, *_length(args))
                     yield {str(job): bench.measure(job)}
     elif part == "report":
@@ -184,7 +188,7 @@ def _length(args: argparse.Namespace) -> tuple[int, int, int, bool]:
 
 
 def _settings(args: argparse.Namespace, on_gpu: Sequence[int]) -> "Iterator[Setting]":
-    """Every backbone with every batch, by default these on a GPU; with --compile each twice."""
+    """Every backbone with every batch, by default these on a GPU, in the modes asked for."""
     import torch
 
     from trainer.bench.step import Setting
@@ -192,12 +196,13 @@ def _settings(args: argparse.Namespace, on_gpu: Sequence[int]) -> "Iterator[Sett
     gpu = args.device == "cuda"
     precision = args.precision or ("bf16" if gpu else "fp32")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    for backbone, batch, compiled in itertools.product(
+    for backbone, batch, graphed, compiled in itertools.product(
         args.backbones or (LARGE if gpu else ("vit_base_patch16_clip_224",)),
         args.batches or (on_gpu if gpu else (4,)),
+        (False, True) if args.graph else (False,),
         (False, True) if args.compile else (False,),
     ):
-        more = (compiled, args.checkpointing, gpu or args.alone)
+        more = (compiled, args.checkpointing, gpu or args.alone, graphed)
         yield Setting(backbone, batch, args.device, dtype, *more)
 
 
@@ -209,7 +214,7 @@ def _show(measured: "dict[str, Comparison]") -> None:
 def _table(title: str, rows: "dict[str, dict[str, float | str]]") -> Table:
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     lines = [[name, *(_text(row.get(c, "")) for c in columns)] for name, row in rows.items()]
-    return Table(["variant", *columns], lines, title, align="lr")
+    return Table(["variant", *columns], lines, title, align="lr" if columns else "l")
 
 
 def _text(value: float | str) -> str:

@@ -35,6 +35,8 @@ def measure(job: train.Job, sizes: Mapping[str, Sequence[int]]) -> Iterator[Tabl
     day = time.strftime("%Y-%m-%d")
     yield {"machine": {name: {"torch": torch.__version__, "day": day, "TFLOP/s": tflops}}}
     done: Tables = {}
+    if missing := train.MODES.keys() - train.modes(job.setting.device).keys():
+        yield {"left out without a GPU": {mode: {} for mode in sorted(missing)}}
     for title, work in _plan(job, sizes, done):
         if time.monotonic() - started > 60 * MINUTES:
             late.append(title)
@@ -45,35 +47,69 @@ def measure(job: train.Job, sizes: Mapping[str, Sequence[int]]) -> Iterator[Tabl
             failed.append(f"{title}: {type(error).__name__}: {error}")
         else:
             yield {title: done[title]}
+    yield {"each in its best mode": _best(done, _settings(job, sizes))}
     if late:
         yield {f"left out after {MINUTES:g} minutes": {title: {} for title in late}}
     if failed:
         raise RuntimeError("could not be measured:\n" + "\n".join(failed))
 
 
+def _settings(job: train.Job, sizes: Mapping[str, Sequence[int]]) -> list[Setting]:
+    """Of all sizes, in no mode yet."""
+    alone = replace(job.setting, alone=True, methods=(REFERENCE, train.METHOD))
+    return [replace(alone, backbone=name, batch=n) for name, row in sizes.items() for n in row]
+
+
 def _plan(
     job: train.Job, sizes: Mapping[str, Sequence[int]], done: Mapping[str, Comparison]
 ) -> Plan:
-    """In order of value: smallest batches, whole runs, the engine, larger batches, compiled."""
-    alone = replace(job.setting, alone=True, methods=(REFERENCE, train.METHOD))
-    settings = [replace(alone, backbone=name, batch=n) for name, row in sizes.items() for n in row]
+    """In order of value: smallest batches, whole runs, the engine, larger batches.
+
+    What must be compiled first comes later.
+    """
+    settings = _settings(job, sizes)
     first = [setting for setting in settings if setting.batch == sizes[setting.backbone][0]]
     largest = settings[-1]  # the engine's cost grows with the backbone
-    later = sorted(set(settings) - {*first, largest}, key=settings.index)
+    modes = sorted(train.modes(job.setting.device), key=lambda mode: "compiled" in mode)
+    quick = [mode for mode in modes if "compiled" not in mode]
 
-    def steps(*chosen: Setting) -> Plan:
-        for setting in chosen:
-            yield str(setting), partial(step.measure, setting, job.rounds)
+    def steps(chosen: Sequence[Setting], *modes: str) -> Plan:
+        for mode in modes:
+            for setting in (each.in_mode(mode) for each in chosen):
+                yield str(setting), partial(step.measure, setting, job.rounds)
 
-    yield from steps(*first)
-    for mode in train.modes():
+    yield from steps(first, *quick)
+    for mode in modes:
         for setting in first:
-            run = replace(job, setting=replace(setting, compiled="compiled" in mode), mode=mode)
+            run = replace(job, setting=setting.in_mode(mode), mode=mode)
             yield str(run), partial(train.measure, run)
-    yield from steps(largest)
+    yield from steps([largest], "eager")
     title = f"engine against bare step, {largest.backbone}, batch {largest.batch}"
     yield title, partial(_engine, largest, job.rounds, done)
-    yield from steps(*later, *(replace(s, compiled=True) for s in (*first, *later, largest)))
+    yield from steps(first, *modes[len(quick) :])
+    later = [setting for setting in settings if setting not in first]
+    yield from steps([setting for setting in later if setting != largest], "eager")
+    yield from steps(later, *modes[1:])
+
+
+def _best(done: Mapping[str, Comparison], settings: Sequence[Setting]) -> Comparison:
+    """Of each size PEFT LoRA and `moa_kron` in the fastest of their modes that were measured."""
+    rows: Comparison = {}
+    for setting in settings:
+        row: dict[str, float | str] = {}
+        for method in (REFERENCE, train.METHOD):
+            tables = ((mode, done.get(str(setting.in_mode(mode)), {})) for mode in train.MODES)
+            times = {mode: table[method]["ms"] for mode, table in tables if method in table}
+            known = {mode: ms for mode, ms in times.items() if not isinstance(ms, str)}
+            if known:
+                mode = min(known, key=lambda mode: known[mode])
+                word = method.split()[0]
+                row |= {f"{word} ms": known[mode], f"{word} mode": mode}
+        if len(row) == 4:
+            peft, _, own, _ = row.values()
+            row["ratio"] = float(own) / float(peft)
+        rows[f"{setting.backbone}, batch {setting.batch}"] = row
+    return rows
 
 
 def _engine(setting: Setting, rounds: int, done: Mapping[str, Comparison]) -> Comparison:

@@ -5,7 +5,7 @@ The frozen backbone has random weights; images are noise. A step is forward, bac
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import timm
@@ -20,6 +20,7 @@ from trainer.bench.counting import OperationCounter, counted
 from trainer.bench.timing import Comparison, Work, in_fresh_process, interleaved, milliseconds
 from trainer.monitor.efficiency import highest_resident
 from trainer.prepare.footprint import blank_images, fused_attention
+from trainer.train.graphed import Graphed
 
 REFERENCE = "PEFT LoRA r=8, qkv of all blocks"
 METHODS = {
@@ -46,8 +47,14 @@ class Setting:
     compiled: bool = False
     checkpointing: bool = False
     alone: bool = False
+    graphed: bool = False
+    """Forward, backward and Adam as one CUDA graph."""
     methods: tuple[str, ...] = ()
     """Those of `METHODS` to measure; all if none is named."""
+
+    def in_mode(self, mode: str) -> "Setting":
+        """The same in one of `trainer.bench.train.MODES`."""
+        return replace(self, compiled="compiled" in mode, graphed="graphed" in mode)
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -58,7 +65,7 @@ class Setting:
         """Title of the table."""
         parts = ["training step", self.backbone, f"batch {self.batch}", self.device]
         parts.append(str(self.dtype).removeprefix("torch."))
-        parts += ["torch.compile"] * self.compiled
+        parts += ["torch.compile"] * self.compiled + ["CUDA graph"] * self.graphed
         return ", ".join(parts + ["activation checkpointing"] * self.checkpointing)
 
 
@@ -135,7 +142,7 @@ def _peaks_on_cpu(setting: Setting) -> dict[str, int]:
 def make_step(
     name: str, setting: Setting, batches: Iterator[tuple[Tensor, Tensor]] | None = None
 ) -> Work:
-    """Builds a model and returns one training step of it.
+    """Builds a model and returns one training step of it, which gives the loss.
 
     It takes normalised images [b, 3, H, W] and labels below 10 from `batches`; by default it has
     noise on the device.
@@ -146,29 +153,38 @@ def make_step(
         model = _model(name, setting)
     model.to(device, setting.dtype).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters) if parameters else None
+    capturable = setting.graphed and device.type == "cuda"
+    optimizer = torch.optim.Adam(parameters, capturable=capturable) if parameters else None
     if batches is None:
-        noise = torch.randn_like(blank_images(model, setting.batch)).requires_grad_(not parameters)
+        noise = torch.randn_like(blank_images(model, setting.batch))
         batches = itertools.repeat((noise, torch.randint(10, (setting.batch,), device=device)))
     if setting.compiled:
         # What was compiled for other methods counts against a limit, beyond which nothing more is.
         torch.compiler.reset()
         moa.compile_blocks(model)
 
-    steps = itertools.count()
-
-    def work() -> None:
-        if METHODS[name] is not None:  # as the trainer does
-            moa.set_routing_position(model, moa.RoutingPosition(0, next(steps), 0))
-        images, labels = (tensor.to(device, non_blocking=True) for tensor in next(batches))
-        loss = F.cross_entropy(model(images.to(setting.dtype)).float(), labels) + moa.aux_loss(
-            model
-        )
+    def compute(images: Tensor, labels: Tensor) -> Tensor:
+        scores = model(images.requires_grad_(not parameters))
+        loss = F.cross_entropy(scores.float(), labels) + moa.aux_loss(model)
         if optimizer is not None:
             optimizer.zero_grad()
         torch.autograd.backward(loss)
         if optimizer is not None:
             optimizer.step()
+        return loss.detach()
+
+    steps = itertools.count()
+    graphed = Graphed(model, compute) if setting.graphed else None
+
+    def work() -> Tensor:
+        position = moa.RoutingPosition(0, next(steps), 0)
+        images, labels = (tensor.to(device, non_blocking=True) for tensor in next(batches))
+        inputs = (images.to(setting.dtype), labels)
+        if graphed is not None:
+            return graphed(inputs, position)
+        if METHODS[name] is not None:  # as the trainer does
+            moa.set_routing_position(model, position)
+        return compute(*inputs)
 
     return work
 

@@ -32,7 +32,6 @@ from trainer.bench.step import REFERENCE, Setting, make_step
 from trainer.bench.timing import Comparison, Work, in_fresh_process
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.command_line import parse
-from trainer.config.run_config import RunConfig, flat
 from trainer.engine import collectives
 from trainer.prepare.parts import build
 from trainer.process.stopping import Stopping
@@ -62,7 +61,7 @@ class Job:
 
     Attributes:
         setting: what the bare step shares with the run.
-        mode: one of `modes()`.
+        mode: one of `MODES`.
         rounds: turns of each variant.
         steps: steps of a turn.
         workers: loader processes.
@@ -83,14 +82,10 @@ class Job:
         return f"whole run, {about}, {self.mode}, {images}, loader processes: {self.workers}"
 
 
-def modes() -> dict[str, dict[str, str]]:
-    """The ways to launch a step that this trainer's runs have, with their settings."""
-    known = flat(RunConfig()).keys()
-    return {
-        mode: {name: value for name, value in each.items() if name in known}
-        for mode, each in MODES.items()
-        if all(name in known for name, value in each.items() if value != "off")
-    }
+def modes(device: str) -> dict[str, dict[str, str]]:
+    """The ways to launch a step that runs have there, with their settings; graphs are for GPUs."""
+    on_gpu = device == "cuda"
+    return {mode: each for mode, each in MODES.items() if on_gpu or each["train.graph"] == "off"}
 
 
 def measure(job: Job) -> Comparison:
@@ -116,7 +111,7 @@ def settings(job: Job, folder: Path) -> dict[str, Any]:
         "train.precision": "bf16" if job.setting.dtype == torch.bfloat16 else "fp32",
         "train.batch_per_domain": job.setting.batch, "train.eval_batch": job.setting.batch,
         "train.steps": NEVER, "train.eval_every": NEVER, "checkpoint.every": NEVER,
-        "eval.mode": "selection", "output_dir": folder / "run", **modes()[job.mode],
+        "eval.mode": "selection", "output_dir": folder / "run", **MODES[job.mode],
     }  # fmt: skip
 
 

@@ -36,6 +36,8 @@ def setting_type(key: str) -> Any:
 SECTIONS = {key.partition(".")[0] for key in flat(RunConfig()) if "." in key}
 TEXTS = {key for key in flat(RunConfig()) if setting_type(key) in (str, str | None)}
 """Settings that are texts: taken as they stand, whatever a YAML reader would see in them."""
+WORDS = {key for key in flat(RunConfig()) if get_origin(setting_type(key)) is Literal}
+"""Settings of which a few words are legal; `on` and `off` are two, though YAML's truth values."""
 
 
 def expanded(argv: Sequence[str]) -> Iterator[str]:
@@ -192,6 +194,8 @@ def _texts(content: dict[str, Any], as_written: dict[str, Any]) -> Iterator[tupl
         if key in TEXTS and isinstance(text := as_written.get(name), str):
             yield key, os.path.expanduser(text)  # a number, a date or `no` is a text here, too
             continue
+        if isinstance(value, bool) and key in WORDS:
+            value = as_written[name]
         text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True)
         yield key, text.removesuffix("...\n").strip()
 

@@ -91,6 +91,9 @@ class TrainConfig:
     """seed of the 80/20 split of every domain, DomainBed's trial seed"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto is bf16 on a GPU and fp32 on a CPU; fills the auto entries of the DeepSpeed JSON"""
+    graph: Literal["auto", "on", "off"] = "auto"
+    """on: forward and backward of a micro-batch are launched as one CUDA graph; auto is on for a
+    GPU where that can be; the result is the same"""
     time_limit: str | None = None
     """save and exit 75 before this much time has passed since the start, such as 3h30m, 45m or
     SLURM's 1-12:00:00; it leaves room for the longest step, evaluation and save so far"""

@@ -119,13 +119,24 @@ class Engine(ZeroState):
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of a micro-batch's loss, averaged over ranks and micro-batches."""
+        self.differentiate(loss)
+        self.add_gradient()
+
+    def differentiate(self, loss: Tensor) -> None:
+        """What of `backward` takes the loss alone, and a CUDA graph can repeat; at ZeRO-3 all."""
         if not self.flats:
             self.ds.backward(loss)
             return
         pieces = self.ds.gradient_accumulation_steps()
         (loss if pieces == 1 else loss / pieces).backward()
-        gradients = [flat.take_gradient() for flat in self.flats]
-        self.ds.backward(self.ds(gradients), scale_wrt_gas=False)
+        for flat in self.flats:
+            flat.take_gradient()
+
+    def add_gradient(self) -> None:
+        """What is left of `backward`."""
+        if self.flats:
+            gradients = [flat.gradient for flat in self.flats]
+            self.ds.backward(self.ds(gradients), scale_wrt_gas=False)
 
     def step(self) -> None:
         """Ends a micro-batch; the last one of a step updates, unless its norm is not finite."""

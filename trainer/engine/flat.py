@@ -16,6 +16,7 @@ class Flat:
 
     Attributes:
         parameter: all their numbers, [N].
+        gradient: what `take_gradient` has found; it stays where it is.
     """
 
     def __init__(self, named: Mapping[str, nn.Parameter]) -> None:
@@ -25,8 +26,8 @@ class Flat:
         for mark in ("allreduce", "group_name"):  # by which DeepSpeed knows experts
             if hasattr(members[0], mark):
                 setattr(self.parameter, mark, getattr(members[0], mark))
-        self._gradient = torch.zeros_like(self.parameter)
-        self._places = list(self.cut(self._gradient).values())
+        self.gradient = torch.zeros_like(self.parameter)
+        self._places = list(self.cut(self.gradient).values())
         self.share()
 
     def share(self) -> None:
@@ -52,13 +53,13 @@ class Flat:
         """The parameters' gradients in one piece; they have none any more."""
         given = [p.grad for p in self.named.values()]
         if any(gradient is None for gradient in given):
-            self._gradient.zero_()
+            self.gradient.zero_()
         pairs = [(place, g) for place, g in zip(self._places, given, strict=True) if g is not None]
         if pairs:
             torch._foreach_copy_([place for place, _ in pairs], [g for _, g in pairs])
         for parameter in self.named.values():
             parameter.grad = None
-        return self._gradient  # autograd copies what somebody else holds
+        return self.gradient  # autograd copies what somebody else holds
 
 
 class FlatModel(nn.Module):

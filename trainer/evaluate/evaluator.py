@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shards import Batch, Decoder, ShardIndex, finish_images, loader_transform
+from shards import Decoder, ShardIndex, loader_transform
 from shards.randomness import Int64Array
 from shards.stream.bad_samples import check_unusable
 from shards.stream.batches import BatchLoader
 from shards.stream.evaluation import EvaluationBatches, split_places
 from shards.stream.worker_faults import check_shared_memory
+from trainer.prepare.ahead import Ahead, Ready
 from trainer.process.stopping import shielded
 from trainer.process.world import World
 
@@ -104,12 +105,13 @@ class Evaluator:
 
     def batches(
         self, models: Sequence[nn.Module], places: Sequence[DomainSplit]
-    ) -> Iterator[tuple[int, Batch]]:
+    ) -> Iterator[tuple[int, Ready]]:
         """This rank's batches of some splits, to be shown to `models`; a collective.
 
-        Each comes with the number of its split among `places`; `images` brings it to the device.
-        All ranks run it to its end, and each model's forward, which may be a collective of its own
-        (ZeRO-3, all_to_all), equally often: a rank with a batch less shows a blank image instead.
+        Each comes with the number of its split among `places`, and is brought to the device while
+        the one before is computed. All ranks run it to its end, and each model's forward, which may
+        be a collective of its own (ZeRO-3, all_to_all), equally often: a rank with a batch less
+        shows a blank image instead.
 
         Raises `EvaluationBrokenOff`: `pause` ended it.
         """
@@ -117,10 +119,12 @@ class Evaluator:
         shares = [loading.batches.names(*place) for place in places]  # type: ignore[arg-type]
         loading.wanted[:] = chain.from_iterable(names for names, _ in shares)
         remaining = shielded(loading.loader)
+        ahead = Ahead(self.device, self.dtype, self.data_config)
         for number, (names, most) in enumerate(shares):
             for done in range(1, most + 1):
                 if done <= len(names):
-                    yield number, next(remaining)
+                    yield number, ahead.take(remaining)
+                    ahead.fetch(remaining)  # whoever took it has launched its computation
                 else:
                     size: Any = self.data_config["input_size"]
                     blank = torch.zeros(1, *size, dtype=self.dtype, device=self.device)
@@ -129,10 +133,6 @@ class Evaluator:
                 if done % PAUSE_EVERY == 0:
                     self.pause()
             self.pause()
-
-    def images(self, batch: Batch) -> Tensor:
-        """The images of a batch on the device, normalised, as models take them."""
-        return finish_images(batch, self.device, self.data_config).to(self.dtype)
 
     def _loading(self) -> "Loading":
         settings = (
@@ -170,14 +170,13 @@ class Evaluator:
         """[splits, 4] float64: correct, all, unusable, summed loss of this rank's shares."""
         # whole up to 2^53
         total = torch.zeros(len(places), 4, dtype=torch.float64, device=self.device)
-        for number, batch in self.batches([model], places):
+        for number, (batch, images, labels) in self.batches([model], places):
             counts = total[number]
-            scores = model(self.images(batch))
-            labels = batch.labels.to(self.device, non_blocking=True)
+            scores = model(images)
             if self.note is not None:
                 self.note(int(batch.domains[0]), labels, scores)
             counts[0] += (scores.argmax(1) == labels).sum()
-            counts[1] += len(batch.labels)
+            counts[1] += len(labels)
             counts[2] += batch.substituted
             if self.losses:
                 counts[3] += F.cross_entropy(scores.float(), labels, reduction="sum")

@@ -79,7 +79,9 @@ def read_sharding(content: dict[str, Any], world_size: int) -> Sharding:
     )
     # Stage 1 in bf16 with fp32 accumulation is DeepSpeed's bf16 optimizer: it accumulates in place.
     in_place = stage == 1 and bf16 and accumulation == 4 and not optimizer_offloaded
-    buckets = 2 if stage < 3 and zero.get("overlap_comm", False) else 1
+    # Without offload the engine switches `overlap_comm` off: one bucket holds all.
+    overlaps = stage < 3 and optimizer_offloaded and zero.get("overlap_comm", False)
+    buckets = 2 if overlaps else 1
     if in_place or not zero.get("contiguous_gradients", True):
         buckets = 0
     return Sharding(
@@ -95,25 +97,30 @@ def read_sharding(content: dict[str, Any], world_size: int) -> Sharding:
     )
 
 
-def memory_terms(weights: Weights, sharding: Sharding, footprint: Footprint) -> tuple[Term, ...]:
+def memory_terms(
+    weights: Weights, sharding: Sharding, footprint: Footprint, graphed: bool = False
+) -> tuple[Term, ...]:
     """All terms. Their sum is an upper bound: not every term is at its largest at the same time.
 
-    Evaluation replaces the activations of training while it runs; only the larger counts.
+    Evaluation replaces the activations of training while it runs; only the larger counts. With
+    `graphed` both count: a CUDA graph keeps its memory.
     """
     return (
         *_weight_terms(weights, sharding),
         *_optimizer_terms(weights, sharding),
-        *_activation_terms(footprint),
+        *_activation_terms(footprint, graphed),
         Term("CUDA context, cuBLAS, NCCL", CONTEXT_BYTES, "gpu", "allowance"),
     )
 
 
-def _activation_terms(footprint: Footprint) -> Iterator[Term]:
+def _activation_terms(footprint: Footprint, graphed: bool) -> Iterator[Term]:
     training, n = footprint.peak, footprint.images
     kept, more = min(footprint.kept, training), footprint.evaluation - training
     yield Term("activations kept for backward", kept, "gpu", f"measured, {n} images")
     yield Term("workspace of forward and backward", training - kept, "gpu", "peak beyond the kept")
-    if more > 0:
+    if graphed:
+        yield Term("evaluation", footprint.evaluation, "gpu", "beside what the CUDA graph keeps")
+    elif more > 0:
         yield Term("evaluation beyond training", more, "gpu", "a larger batch, no graph")
 
 

@@ -25,6 +25,7 @@ from trainer.plan.scaling import FLOPS, Load, Prediction, Rates, load_of, predic
 from trainer.plan.sizes import adapter_file_bytes, checkpoint_bytes, roles, weights_of
 from trainer.prepare.backbone import outline
 from trainer.prepare.batches import Batches, batch_arithmetic
+from trainer.prepare.capturing import check_captured, is_captured
 from trainer.prepare.compiling import check_compiled
 from trainer.prepare.footprint import Footprint, measure
 from trainer.prepare.parts import check_expert_parallel
@@ -88,19 +89,21 @@ def make_plan(config: RunConfig, request: Request) -> Plan:
     footprint = measure(model, batches.micro_batch, config.train.eval_batch)
     weights = weights_of(model)
     kept = kept_terms(weights, sharding, config.average)
-    memory = (*memory_terms(weights, sharding, footprint), *kept)
+    on_gpu = all(step.device == "cuda" for step in request.measured)
+    graphed = is_captured(config, sharding.stage == 3, on_gpu)
+    memory = (*memory_terms(weights, sharding, footprint, graphed), *kept)
     used, rates = gpu_bytes(memory), Rates(flops=FLOPS[sharding.precision])
     if request.measured:
         rates = measured_rates(request.measured, config, rates)
     # The embedded digits are of a few hundred bytes each.
     loaders = 0 if config.data.dataset == "digits" else max(1, config.data.workers)
-    load = load_of(model, footprint, batches, sharding, loaders)
+    load = load_of(model, footprint, batches, sharding, loaders, graphed)
     layers = [layer for _, layer in moa_layers(model)]
     seen, width = footprint.tokens * batches.per_process, sharding.working_bytes
     shares = (n for n in batches.legal_world_sizes if not n % load.ep_size)
     shares = (n for n in shares if not batches.global_batch // n % batches.accumulation)
     return Plan(
-        run=_settings(config, sharding, len(report.layers), classes),
+        run=_settings(config, sharding, len(report.layers), classes, graphed),
         roles=roles(model),
         total=report.total,
         adapter_bytes=adapter_file_bytes(tensors),
@@ -135,16 +138,19 @@ def _sharding(config: RunConfig, world: int, global_batch: int, trainable: int) 
     sharding = read_sharding(content, world)
     check_expert_parallel(config.moa, world, sharding.stage == 3)
     check_compiled(config, sharding.stage == 3)
+    check_captured(config, sharding.stage == 3)
     return sharding
 
 
-def _settings(config: RunConfig, sharding: Sharding, layers: int, classes: int) -> dict[str, Any]:
+def _settings(
+    config: RunConfig, sharding: Sharding, layers: int, classes: int, graphed: bool
+) -> dict[str, Any]:
     """Those that decide about the rest."""
     return {
         "backbone": config.model.backbone, "method": config.moa.method,
         "adapted_layers": layers if config.moa.adapts else 0, "classes": classes,
         "precision": sharding.precision, "grad_checkpointing": config.model.grad_checkpointing,
-        "compile": config.model.compile,
+        "compile": config.model.compile, "graph": "on" if graphed else "off",
         "zero_stage": sharding.stage, "world_size": sharding.world_size,
         "averages": ", ".join(config.average.names) or "none",
     }  # fmt: skip

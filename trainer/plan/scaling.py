@@ -27,6 +27,8 @@ nothing allows TF32.
 
 LOOP_OPERATIONS = 64
 """Operations of engine, optimizer and loop beside forward and backward."""
+GRAPH_OPERATIONS = 8
+"""What takes their place with a CUDA graph: its launch, and the copies into and out of buffers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,8 @@ class Load:
     """None if the experts are not shared."""
     operations: int = 0
     """Launched by the host in all micro-batches and between them."""
+    graphed: bool = False
+    """Whether one of them is a CUDA graph of a micro-batch's forward and backward."""
     loaders: int = 0
     """Processes that decode images for one GPU; 0 where that takes no time."""
 
@@ -117,7 +121,12 @@ class Prediction:
 
 
 def load_of(
-    model: nn.Module, footprint: Footprint, batches: Batches, sharding: Sharding, loaders: int
+    model: nn.Module,
+    footprint: Footprint,
+    batches: Batches,
+    sharding: Sharding,
+    loaders: int,
+    graphed: bool = False,
 ) -> Load:
     """The load of a planned run, whose injected model stands on the meta device.
 
@@ -132,6 +141,7 @@ def load_of(
         sent = traffic(layers, tokens * batches.per_process, ep_size, width, pieces)
         expert_bytes = sent[transport]
     parameters = list(model.parameters())
+    each = GRAPH_OPERATIONS if graphed else footprint.operations
     return Load(
         images=batches.per_process,
         flops=footprint.forward + footprint.backward + footprint.recomputed,
@@ -144,7 +154,8 @@ def load_of(
         accumulation=pieces,
         ep_size=ep_size,
         transport=transport,
-        operations=pieces * footprint.operations + LOOP_OPERATIONS,
+        operations=pieces * each + LOOP_OPERATIONS,
+        graphed=graphed,
         loaders=loaders,
     )
 

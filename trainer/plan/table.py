@@ -49,8 +49,9 @@ def sections(plan: Plan, gpu_memory: float | None = None) -> dict[str, Rows]:
 def _rates(plan: Plan) -> str:
     rates, precision = plan.rates, plan.run["precision"]
     how = "measured" if plan.measured else "assumed"
+    graph = "forward and backward as one CUDA graph, " if plan.load.graphed else ""
     return (
-        f"{how}: {rates.flops / 1e12:.3g} TFLOP/s a GPU in {precision}, "
+        f"{how}: {rates.flops / 1e12:.3g} TFLOP/s a GPU in {precision}, {graph}"
         f"{1e6 * rates.operation:.0f} us an operation; others in docs/distributed.md"
     )
 

@@ -16,6 +16,7 @@ from trainer.config import deepspeed_json
 from trainer.config.run_config import RunConfig
 from trainer.prepare.backbone import check_backbone, create_backbone, outline
 from trainer.prepare.batches import batch_arithmetic, check_prefetching
+from trainer.prepare.capturing import check_captured
 from trainer.prepare.compiling import check_compiled, prepare_compiler
 from trainer.prepare.footprint import forward_only
 from trainer.prepare.provenance import origin_of
@@ -121,6 +122,8 @@ def _checked(
         sharded = deepspeed_json.read(config)["zero_optimization"].get("stage") == 3
     with noted(problems):
         check_compiled(config, sharded)
+    with noted(problems):
+        check_captured(config, sharded)
     if config.model.compile == "blocks":
         with noted(problems):
             prepare_compiler()

@@ -19,11 +19,11 @@ from trainer.engine.collectives import add_up, from_main, sum_numbers, sum_over_
 from trainer.engine.engine import Engine
 from trainer.evaluate.evaluator import Evaluator
 from trainer.monitor.monitor import Monitor
+from trainer.prepare.ahead import Ahead
 from trainer.prepare.parts import Parts
 from trainer.process.stopping import REASONS, EvaluationBrokenOff, Stopped, Stopping, shielded
 from trainer.process.watchdog import COMPUTING, EVALUATING, LOADING, SAVING, Watchdog
 from trainer.process.world import World
-from trainer.train.ahead import Ahead
 from trainer.train.bad_images import BadImages
 from trainer.train.behind import BEHIND, Behind
 from trainer.train.best import Best, is_left_out

@@ -7,8 +7,9 @@ from torch.nn import functional as F
 import moa
 from trainer.engine.collectives import differentiable_sum
 from trainer.engine.engine import Engine
+from trainer.prepare.ahead import Ready
 from trainer.prepare.parts import Parts
-from trainer.train.ahead import Ready
+from trainer.train.graphed import graphed_as_set
 from trainer.train.nonfinite import poisoned
 
 
@@ -17,16 +18,32 @@ class MicroStep:
 
     def __init__(self, parts: Parts, engine: Engine) -> None:
         self.engine, self.seed = engine, parts.config.train.seed
+        self.graphed = graphed_as_set(parts, engine, self.compute)
 
     def __call__(self, ready: Ready, step: int) -> Tensor:
         """The losses [ce, aux] of this rank's piece, on the device."""
         engine, batch = self.engine, ready.batch
         position = moa.RoutingPosition(self.seed, step, batch.first_slot, len(batch.labels))
-        moa.set_routing_position(engine.module, position)
-        scores = engine.model(ready.images)  # [B, C]
-        ce = F.cross_entropy(scores.float(), ready.labels)
-        aux = moa.aux_loss(engine.module, differentiable_sum)
-        engine.backward(poisoned(ce + aux))  # averaged over ranks and micro-batches
+        inputs = (ready.images, ready.labels)
+        if self.graphed is None or step == 0:  # in which gradients are checked, in Python
+            moa.set_routing_position(engine.module, position)
+            losses = self.compute(*inputs)
+        else:
+            losses = self.graphed(inputs, position)
+        engine.add_gradient()
         engine.step()
+        return losses
+
+    def compute(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The losses [ce, aux]; their gradient is the engine's to add.
+
+        A CUDA graph repeats it for other contents of the same tensors: what differs from step to
+        step must be one of them, no number in Python.
+        """
+        engine = self.engine
+        scores = engine.model(images)  # [B, C]
+        ce = F.cross_entropy(scores.float(), labels)
+        aux = moa.aux_loss(engine.module, differentiable_sum)
+        engine.differentiate(poisoned(ce + aux))  # averaged over ranks and micro-batches
         with torch.no_grad():
             return torch.stack([ce, aux.to(ce.dtype)])

@@ -68,6 +68,18 @@ def test_steps_of_all_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "| moa_kron" in target.with_suffix(".md").read_text()
 
 
+def test_a_step_by_static_buffers_computes_the_same() -> None:
+    """Ours and PEFT's, and of a model in which nothing trains."""
+    setting = bench_step.Setting("vit_embedded", 2, "cpu", torch.float32)
+    for name in (bench_step.REFERENCE, "backbone alone, gradient of the input", "moa_kron"):
+        losses = []
+        for each in (setting, setting.in_mode("graphed")):
+            step = bench_step.make_step(name, each)
+            losses.append([float(step()) for _ in range(3)])
+        assert losses[0] == losses[1]
+        assert (len(set(losses[0])) == 1) == name.startswith("backbone")
+
+
 def test_steps_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = {name: bench_step.METHODS[name] for name in (bench_step.REFERENCE, "moa_kron")}
     monkeypatch.setattr(bench_step, "METHODS", kept)
@@ -126,6 +138,9 @@ def test_what_is_missing_shows_before_anything_is_measured(
     assert str(target) in told
     code, told = refused([*both, "--json", str(tmp_path / "figures.md")], monkeypatch, capsys)
     assert (code, told.split()[1]) == (2, "--json:")
+    code, told = refused([*both, "--graph"], monkeypatch, capsys)
+    assert (code, told.split()[1]) == (2, "--graph:")
+    assert "--device cpu; leave one of them out" in told
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, told = refused(["--device", "cuda"], monkeypatch, capsys)
     assert (code, told.split()[1]) == (2, "--device:")

@@ -70,14 +70,8 @@ def test_all_take_turns_in_every_round() -> None:
     assert list(turns.counts) == [RUN, BARE, PLAIN]
 
 
-def test_a_run_has_the_modes_that_its_settings_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = flat(RunConfig())
-    for known, modes in (
-        ((), ["eager"]),
-        (("train.graph",), ["eager", "graphed"]),
-        (("model.compile", "train.graph"), list(bench_train.MODES)),
-    ):
-        found = {n: v for n, v in config.items() if n not in bench_train.MODES["eager"]}
-        monkeypatch.setattr(bench_train, "flat", lambda _, f=found, k=known: f | dict.fromkeys(k))
-        assert list(bench_train.modes()) == modes
-        assert all(each.keys() == set(known) for each in bench_train.modes().values())
+def test_graphs_are_for_gpus_and_settings_of_runs() -> None:
+    assert list(bench_train.modes("cpu")) == ["eager", "compiled"]
+    assert list(bench_train.modes("cuda")) == list(bench_train.MODES)
+    known = flat(RunConfig()).keys()
+    assert all(each.keys() <= known for each in bench_train.MODES.values())

@@ -65,6 +65,17 @@ def test_a_text_is_taken_as_it_stands(text: str, tmp_path: Path) -> None:
         assert parse([f"--recipe={recipe}"]).data.held_out == text
 
 
+def test_on_and_off_in_a_recipe_are_words(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("train: {graph: on}\nmodel: {compile: off, grad_checkpointing: on}\n")
+    config = parse([f"--recipe={recipe}"])
+    assert (config.train.graph, config.model.compile) == ("on", "off")
+    assert config.model.grad_checkpointing is True
+    recipe.write_text("train: {graph: yes}")
+    with pytest.raises(ConfigError, match=r"graph = 'yes' .*legal is one of auto, on, off"):
+        parse([f"--recipe={recipe}"])
+
+
 def test_null_in_a_recipe_is_what_a_run_folder_says_of_an_open_setting(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("data: {held_out: null}\ntrain: {time_limit: }\noutput_dir: ~\noptim:\n")

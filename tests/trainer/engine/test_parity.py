@@ -70,6 +70,7 @@ MORE = {
         case("offload", "zero3_offload"),
         case("accumulation", 2, accumulation=2),
         case("accumulation", 3, accumulation=2),
+        case("graph accumulation", 2, accumulation=2, graph="on"),
         case("accumulation or not", 2, accumulation=5, aux_weight=0.0),
         case("ep accumulation", 1, ep_size=2, accumulation=2, **EXCHANGE),
         case("ep checkpointing", 2, ep_size=2, checkpointing=True, **GATHER),
@@ -130,7 +131,7 @@ def without_place(config: dict[str, Any]) -> dict[str, Any]:
 
     Only the balance loss, which is not linear, depends on how a batch is cut for accumulation.
     """
-    where = ["ep_size", "transport", "checkpointing", "compile"]
+    where = ["ep_size", "transport", "checkpointing", "compile", "graph"]
     if config.get("aux_weight") == 0:
         where.append("accumulation")
     return {key: value for key, value in config.items() if key not in where}

@@ -12,6 +12,7 @@ from shards import Batch, ShardIndex
 from tests.support.shards_fixtures import DATA_CONFIG, make_set
 from trainer.evaluate.evaluator import Evaluator
 from trainer.evaluate.predictions import collect
+from trainer.prepare.ahead import Ahead, Ready
 from trainer.process.stopping import EvaluationBrokenOff
 from trainer.process.world import ALONE
 
@@ -76,10 +77,28 @@ def counted(start, started: list[int]):  # type: ignore[no-untyped-def]
 
 
 def test_batches_of_an_evaluation_are_bytes(index: ShardIndex) -> None:
-    found: list[Batch] = [batch for _, batch in evaluator(index, 1).batches([], [(0, "in")])]
-    for batch in found:
+    found = [ready for _, ready in evaluator(index, 1).batches([], [(0, "in")])]
+    for batch, images, _ in found:
         assert batch.images.nbytes == len(batch.labels) * 3 * 24 * 24
         assert batch.images.is_shared()
         assert batch.colour is None
-    images = evaluator(index, 0).images(found[0])
-    assert (images.dtype, images.shape) == (torch.float32, (3, 3, 24, 24))
+        assert (images.dtype, images.shape[1:]) == (torch.float32, (3, 24, 24))
+
+
+def test_the_next_batch_is_prepared_before_the_last_one_is_done(
+    index: ShardIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In all splits of an evaluation, which begins anew after one that was broken off."""
+    events: list[str] = []
+    prepared = Ahead._prepared
+
+    def seen(self: Ahead, batch: Batch) -> Ready:
+        events.append("prepared")
+        return prepared(self, batch)
+
+    monkeypatch.setattr(Ahead, "_prepared", seen)
+    places = [(0, "in"), (0, "out"), (1, "out")]
+    for _ in evaluator(index, 0).batches([], places):
+        events.append("used")
+    assert events == ["prepared", *["used", "prepared"] * (len(events) // 2 - 1), "used"]
+    assert len(events) > 6

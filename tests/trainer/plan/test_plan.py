@@ -43,7 +43,7 @@ from trainer.plan.memory import (
     read_sharding,
 )
 from trainer.plan.planning import Plan, make_plan
-from trainer.plan.scaling import FLOPS as RATES, LOOP_OPERATIONS
+from trainer.plan.scaling import FLOPS as RATES, GRAPH_OPERATIONS, LOOP_OPERATIONS
 from trainer.plan.sizes import (
     TEXT_BYTES,
     Weights,
@@ -59,6 +59,7 @@ from trainer.prepare.batches import batch_arithmetic
 from trainer.prepare.footprint import Footprint, forward_only, measure
 from trainer.prepare.meter import FLOPS
 from trainer.prepare.parts import build
+from trainer.process.errors import ConfigError
 from trainer.process.world import World
 
 GIB = 2**30
@@ -320,10 +321,12 @@ def test_stage_1_in_bf16_accumulates_the_whole_gradient_and_has_no_buckets() -> 
     }
 
 
-def test_stage_2_shards_gradients_and_allocates_two_buckets_when_overlapping() -> None:
+def test_stage_2_shards_gradients_and_allocates_two_buckets_where_they_overlap() -> None:
     terms = terms_of(WEIGHTS, 2, 8, True, overlap_comm=True)
     assert terms["gradients"] == 500
-    assert terms["gradient buckets"] == 2 * 5000 * 2
+    assert terms["gradient buckets"] == 5000 * 2, "the engine does not let them overlap"
+    offloaded = sharding_of(2, 8, True, overlap_comm=True, offload_optimizer={"device": "cpu"})
+    assert offloaded.bucket_bytes == 2 * 5000 * 2
     assert terms["trainable weights"] == 2000
     assert terms_of(WEIGHTS, 2, 8, False)["gradient buckets"] == 5000 * 4
     loose = terms_of(WEIGHTS, 2, 8, True, contiguous_gradients=False)
@@ -458,9 +461,9 @@ def test_whole_command_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     steps = {p["world"]: p for p in plan["predictions"]}
     assert list(steps) == [n for n in range(1, 161) if 160 % n == 0], "no GPU without an image"
     assert all(world * step["images"] == 160 for world, step in steps.items())
-    counted = step_operations("moa_kron", "vit_base_patch16_clip_224", torch.bfloat16)
+    assert plan["run"]["graph"] == "on"
     for step in steps.values():
-        assert step["host"] == pytest.approx(30e-6 * (counted + LOOP_OPERATIONS), rel=0.02)
+        assert step["host"] == pytest.approx(30e-6 * (GRAPH_OPERATIONS + LOOP_OPERATIONS))
     assert plan["load"]["loaders"] == 1
     # Linear layers of a ViT-B/16: 17.5 GMAC per image; adapters add a few per cent.
     assert 35.0e9 < plan["footprint"]["forward"] < 37.0e9
@@ -510,6 +513,22 @@ def test_precision_decides_about_the_rate(capsys: pytest.CaptureFixture[str]) ->
         title = " ".join(capsys.readouterr().out.split())
         assert f"{rate / 1e12:g} TFLOP/s a GPU in {precision}" in title
     assert RATES["fp32"] < 67e12 < RATES["bf16"]
+
+
+def test_a_graph_costs_the_host_as_much_for_any_model_and_keeps_its_memory() -> None:
+    small = ["--model.backbone=vit_base_patch16_clip_224", "--train.batch_per_domain=1"]
+    plans = {setting: plan_of(f"--train.graph={setting}", *small) for setting in ("auto", "off")}
+    counted = step_operations("moa_kron", "vit_base_patch16_clip_224", torch.bfloat16)
+    operations = {setting: plan.load.operations for setting, plan in plans.items()}
+    assert operations["auto"] == GRAPH_OPERATIONS + LOOP_OPERATIONS
+    assert operations["off"] == pytest.approx(counted + LOOP_OPERATIONS, rel=0.02)
+    beside = plans["auto"].gpu_bytes - plans["off"].gpu_bytes
+    footprint = plans["off"].footprint
+    assert beside == footprint.evaluation - max(0, footprint.evaluation - footprint.peak) > 0
+    for flag in ("--model.grad_checkpointing=true", "--ds_config=ds_configs/zero3.json"):
+        assert not plan_of(flag).load.graphed
+        with pytest.raises(ConfigError, match=r"train\.graph: on with"):
+            plan_of(flag, "--train.graph=on")
 
 
 def test_accumulation_reaches_the_prediction() -> None:
@@ -600,12 +619,13 @@ def test_tables_are_plain_text_and_say_whether_it_fits(capsys: pytest.CaptureFix
     text = capsys.readouterr().out
     assert "80 GiB: fits" in text
     assert "\x1b" not in text
-    paced = "host-bound: the GPU needs"
+    paced = "forward and backward as one CUDA graph, 30 us an operation"
     for part in ("routers", "adapter file", "Adam moments", "GFLOP", "legal world sizes", paced):
         assert part in text
-    assert main(["--gpu_memory=1"]) == 0
+    assert main(["--gpu_memory=1", "--train.graph=off"]) == 0
     text = capsys.readouterr().out
     assert "1 GiB: does not fit" in text
+    assert "host-bound: the GPU needs" in text
     assert "warning: the run does not fit in 1 GiB" in text
 
 
@@ -659,6 +679,7 @@ def test_a_whole_table_is_runs_one_after_the_other_on_what_there_is(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     argv = ["--table", "--methods=moa_kron,lora", "--seeds=0,1", "--train.batch_per_domain=8"]
+    argv.append("--train.graph=off")
     config, request = read_command_line(argv)
     table = plan_table(config, request)
     assert (table.domains, table.seeds, table.runs) == (6, 2, 24)

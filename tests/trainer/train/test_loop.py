@@ -13,8 +13,8 @@ from torch._dynamo.utils import counters
 import moa
 from tests.support.trainer_fixtures import arguments, rows
 from trainer.checkpoint.run_folder import RunFolder
+from trainer.prepare.ahead import Ready
 from trainer.train import session
-from trainer.train.ahead import Ready
 from trainer.train.loop import Trainer
 from trainer.train.micro_step import MicroStep
 

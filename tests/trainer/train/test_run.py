@@ -136,7 +136,10 @@ def test_two_processes_train_the_same_model(
 def test_bf16_run_resumes_and_is_evaluated_to_the_same_numbers(
     few: dict[str, str], tmp_path: Path
 ) -> None:
-    """Resumed masters must be the saved ones, not the model's rounded weights."""
+    """Resumed masters must be the saved ones, not the model's rounded weights.
+
+    The same by static buffers as without them.
+    """
     output = tmp_path / "run"
     changes = {"train__precision": "bf16", "train__steps": "4", "checkpoint__every": "2"}
     command = arguments(output, **few, **changes)
@@ -144,9 +147,10 @@ def test_bf16_run_resumes_and_is_evaluated_to_the_same_numbers(
     whole = rows(output / "metrics.jsonl")
     shutil.rmtree(output / "checkpoints" / "step-00000004")
     (output / "done").unlink()
-    result = launch(*command)
+    result = launch(*command, "--train.graph=on")
     assert result.returncode == 0, result.stderr
     assert "resumed after step 1" in result.stdout
+    assert "train.graph: forward and backward are in static buffers" in result.stdout
     assert rows(output / "metrics.jsonl") == whole
     own = {k: v for k, v in rows(output / "results.jsonl")[-1].items() if k.endswith("_acc")}
     adapter = ["--adapter", str(output / "adapter-last"), "--data.root", few["data__root"]]

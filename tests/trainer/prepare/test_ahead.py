@@ -8,7 +8,7 @@ import torch
 from shards import Batch
 from shards.errors import DamagedDataError
 from tests.support.shards_fixtures import DATA_CONFIG
-from trainer.train.ahead import Ahead
+from trainer.prepare.ahead import Ahead
 
 
 def batch(number: int) -> Batch:

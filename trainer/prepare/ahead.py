@@ -1,4 +1,4 @@
-"""The next micro-batch: fetched and brought to the device while the one before is computed."""
+"""The next batch: fetched and brought to the device while the one before is computed."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -11,7 +11,7 @@ from shards import Batch, finish_images
 
 
 class Ready(NamedTuple):
-    """A micro-batch of b images whose tensors are on the device, or under way to it."""
+    """A batch of b images whose tensors are on the device, or under way to it."""
 
     batch: Batch
     images: Tensor
@@ -21,9 +21,9 @@ class Ready(NamedTuple):
 
 
 class Ahead:
-    """Holds one micro-batch at a time; on a GPU a stream of its own prepares it.
+    """Holds one batch at a time; on a GPU a stream of its own prepares it.
 
-    What goes wrong in fetching it is raised when it is taken: the step before is whole by then.
+    What goes wrong in fetching it is raised when it is taken: what comes before is whole by then.
     """
 
     def __init__(
