@@ -50,6 +50,7 @@ OPTIM = OptimConfig(
 # After a warm-up of one step, half a cosine over the rest.
 RATES = (0.5, 1.0, 0.5, 0.0)
 SPARED = (
+    "logits",
     "bias",
     "temperature",
     "norm.weight",
