@@ -18,8 +18,10 @@ from typing import Any, Literal
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import deepspeed  # noqa: E402  (needs the repaired path, as in run.py)
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from scipy.stats import beta  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 import moa  # noqa: E402
@@ -28,6 +30,7 @@ from shards import finish_images  # noqa: E402
 from shards.stream.batches import Batch  # noqa: E402
 from tests.support.dispatched import Dispatched  # noqa: E402
 from trainer.checkpoint.run_folder import RunFolder  # noqa: E402
+from trainer.config.averages import AverageConfig  # noqa: E402
 from trainer.config.optim import OptimConfig  # noqa: E402
 from trainer.config.run_config import ROOT, ModelConfig, RunConfig, TrainConfig  # noqa: E402
 from trainer.engine import collectives  # noqa: E402
@@ -40,7 +43,23 @@ STEPS = 4
 DEADLINE = 1000.0
 BUFFER = "not_rounded"
 # An eps near the gradients' size: with a small one Adam divides every error of scale away.
-OPTIM = OptimConfig(name="adamw", lr=2e-3, eps=1e-2, weight_decay=0.1, clip=0.05)
+OPTIM = OptimConfig(
+    name="adamw", lr=2e-3, eps=1e-2, weight_decay=0.1, clip=0.05,
+    schedule="cosine", warmup=1, head_lr=0.5, betas=(0.8, 0.99),
+)  # fmt: skip
+# After a warm-up of one step, half a cosine over the rest.
+RATES = (0.5, 1.0, 0.5, 0.0)
+SPARED = (
+    "logits",
+    "bias",
+    "temperature",
+    "norm.weight",
+    "norm1.weight",
+    "norm2.weight",
+    "cls_token",
+    "pos_embed",
+)
+AVERAGE = AverageConfig(beta=0.5, uniform=2)
 
 
 def run_config(
@@ -56,6 +75,7 @@ def run_config(
         model=ModelConfig(grad_checkpointing=checkpointing, compile=compile),
         moa=MoAConfig(method=method, **adapters),  # type: ignore[arg-type]
         optim=OPTIM,
+        average=AVERAGE,
         train=TrainConfig(
             steps=STEPS,
             batch_per_domain=4,
@@ -104,9 +124,14 @@ def reference(config: RunConfig) -> dict[str, Any]:
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     masters = {n: p.detach().float().clone() for n, p in trained.items()}
     optim = config.optim
-    adam = torch.optim.AdamW(
-        masters.values(), lr=optim.lr, eps=optim.eps, weight_decay=optim.weight_decay
-    )
+    spared = [n for n in masters if n.startswith("kron_rule.") or n.endswith(SPARED)]
+    groups = [
+        {"params": [masters[n]], "weight_decay": 0.0 if n in spared else optim.weight_decay}
+        | {"factor": optim.head_lr if n.startswith("head.") else 1.0}
+        for n in masters
+    ]
+    adam = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+    path = [{n: t.double() for n, t in masters.items()}]
     batches = iter(batches_of(parts, World(0, 1, 0, 1), pieces))
     rows = []
     for step in range(STEPS):
@@ -128,13 +153,28 @@ def reference(config: RunConfig) -> dict[str, Any]:
                 p.grad = None
         moa.update_balance(model)
         norm = torch.nn.utils.clip_grad_norm_(masters.values(), optim.clip).item()
+        for group in adam.param_groups:
+            group["lr"] = group["factor"] * optim.lr * RATES[step]
         adam.step()
+        path.append({n: t.double() for n, t in masters.items()})
         with torch.no_grad():
             for name, p in trained.items():
                 p.copy_(masters[name])
         rows.append({"loss": sum(losses) / pieces, "grad_norm": norm})
     final = {n: t.detach().clone() for n, t in moa.adapter_state_dict(model).items()}
-    return {"rows": rows, "final": final | masters}
+    return {"rows": rows, "final": final | masters, "averages": averages_of(path)}
+
+
+def averages_of(path: list[dict[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
+    """Closed sums over the weights before the first step and after each."""
+    places = (np.arange(STEPS + 1) + 0.5) / (STEPS + 1)
+    shares = {"beta": beta.pdf(places, AVERAGE.beta, AVERAGE.beta), "uniform": [0, 0, 0, 1, 1]}
+    return {
+        kind: {
+            n: sum(w * point[n] for w, point in zip(s, path, strict=True)) / sum(s) for n in path[0]
+        }
+        for kind, s in shares.items()
+    }
 
 
 class Reductions:
@@ -203,6 +243,7 @@ def under_engine(config: RunConfig) -> dict[str, Any]:
         "buffer": float(ready.module.get_buffer(BUFFER)),
         "rows": rows,
         "final": ready.masters(),
+        "averages": trainer.validation.averages.whole(),
         "moments": ready.moments(),
         "resident": sum(p.numel() for p in ready.module.parameters()),
         "restored": restores(ready),

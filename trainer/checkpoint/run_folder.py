@@ -18,6 +18,7 @@ from moa.files.atomic_folder import recover_folder, sync, with_path
 from shards.addresses import without_secrets
 from trainer.checkpoint.atomic_file import replace_text
 from trainer.checkpoint.folder_lock import FolderLock
+from trainer.config.averages import AVERAGES
 from trainer.config.run_config import ROOT, RunConfig, as_plain
 from trainer.process.errors import CheckpointError, OutputError
 
@@ -35,7 +36,7 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.adapter, self.adapter_last = path / "adapter", path / "adapter-last"
-        self.averages = (path / "adapter-ema", path / "adapter-swad")
+        self.averages = [path / f"adapter-{name}" for name in AVERAGES]
         self.tensorboard, self.log = path / "tensorboard", path / "log.txt"
         self.results, self.metrics = path / "results.jsonl", path / "metrics.jsonl"
         self.evaluations = path / "evaluations.jsonl"

@@ -1,8 +1,11 @@
-"""Settings of `trainer.averaging`; imports no torch."""
+"""Settings of the averages of the weights (`trainer/engine/averaging.py`); imports no torch."""
 
 from dataclasses import dataclass
 
-from trainer.config.limits import FROM_1, NUMBER, SHARE, out_of_range
+from trainer.config.limits import FROM_0, FROM_1, NUMBER, SEED, SHARE, out_of_range
+
+AVERAGES = ("ema", "swad", "beta", "uniform")
+"""What they are called in rows, curves and folders."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +26,17 @@ class AverageConfig:
     """evaluations in a row above the valley's level that end it"""
     swad_tolerance_ratio: float = 1.3
     """the valley's level as a multiple of the mean validation loss at its start"""
+    beta: float = 0.0
+    """average of all steps from before the first to the last, weighted by the density of
+    Beta(beta, beta): below 1 heavy at both ends, 1 even; 0 is off; saved in adapter-beta/"""
+    uniform: int | None = None
+    """plain average of the steps from this one on, saved in adapter-uniform/"""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The averages that are kept, as they are called in rows, curves and folders."""
-        return tuple(name for name in ("ema", "swad") if getattr(self, name))
+        """Those of `AVERAGES` that are kept."""
+        kept = (self.ema, self.swad, self.beta, self.uniform is not None)
+        return tuple(name for name, keeps in zip(AVERAGES, kept, strict=True) if keeps)
 
     @property
     def swad_copies(self) -> int:
@@ -46,8 +55,11 @@ class AverageConfig:
             if getattr(self, name) != getattr(AverageConfig, name) and not getattr(self, switch)
         ]  # fmt: skip
         found += out_of_range(
-            "average", self, ema_decay=SHARE, swad_n_converge=NUMBER, swad_tolerance_ratio=FROM_1
-        )
+            "average", self, ema_decay=SHARE, swad_n_converge=NUMBER, swad_tolerance_ratio=FROM_1,
+            beta=FROM_0,
+        )  # fmt: skip
+        if self.uniform is not None:
+            found += out_of_range("average", self, uniform=SEED)
         if 1 <= self.swad_n_converge > self.swad_n_tolerance:
             found.append(
                 f"average.swad_n_tolerance: {self.swad_n_tolerance}; must be a whole number >= "

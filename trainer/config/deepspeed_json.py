@@ -14,7 +14,7 @@ from trainer.process.errors import ConfigError, did_you_mean
 STAGES = (1, 2, 3)
 _OWN_SECTIONS = {
     "optimizer": "--optim.name, --optim.lr, ...",
-    "scheduler": "--optim.lr (the rate is constant)",
+    "scheduler": "--optim.schedule, --optim.warmup, ...",
     "fp16": "--train.precision bf16 or fp32",
     "amp": "--train.precision bf16 or fp32",
     "activation_checkpointing": "--model.grad_checkpointing true",

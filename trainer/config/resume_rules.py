@@ -1,8 +1,11 @@
 """Settings by what it means to change them between two starts of a run."""
 
+from collections.abc import Mapping
+from typing import Any
+
 # Settings that change where or how fast a run computes, and of its result no more than rounding.
-# More steps are free as well, since nothing in a step depends on how many follow; and so is the way
-# to the base weights, whose hash is compared instead.
+# More steps are free as well, as long as nothing in a step depends on how many follow (`free`); and
+# so is the way to the base weights, whose hash is compared instead.
 FREE = {
     "ds_config", "output_dir", "resume", "data.root", "data.workers",
     "data.cache_dir", "data.cache_gib", "data.fetch_deadline", "data.fetch_retries",
@@ -12,6 +15,14 @@ FREE = {
     "train.step_deadline", "train.graph", "checkpoint.every", "checkpoint.keep",
     "checkpoint.background", "checkpoint.allow_changes",
 }  # fmt: skip
+
+
+def free(settings: Mapping[str, Any]) -> set[str]:
+    """Those of `FREE` that a run of these settings, by their dotted names, may change."""
+    warmup, schedule = settings["optim.warmup"], settings["optim.schedule"]
+    planned = schedule != "constant" or 0 < warmup < 1 or settings["average.beta"]
+    return FREE - {"train.steps"} if planned else FREE
+
 
 # Settings that decide which images are trained on and which are tested on.
 LEAKING = {"data.held_out", "data.holdout_fraction", "train.trial_seed"}
@@ -23,5 +34,6 @@ FIXED = {
          "moa.router_dim", "moa.balance", "moa.kron_dim", "moa.targets", "moa.blocks"),
         "the checkpoint's tensors would not fit the model",
     ),
+    "average.beta": "the Beta average begins before the first step",
 }  # fmt: skip
 """Settings that no run can change while it lasts, and why."""

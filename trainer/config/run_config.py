@@ -184,6 +184,7 @@ class RunConfig:
         found: list[str] = []
         for section in vars(self).values():
             found += section.problems() if hasattr(section, "problems") else []
+        found += self._beyond_the_end()
         if self.output_dir == "":
             found.append("output_dir: '' names no folder; without it the default is used")
         if not self.ds_config_path().is_file():
@@ -191,6 +192,14 @@ class RunConfig:
             found.append(f"ds_config: no file {self.ds_config!r}; shipped are {', '.join(shipped)}")
         if found:
             raise ConfigError("\n".join(found))
+
+    def _beyond_the_end(self) -> Iterator[str]:
+        steps = self.train.steps
+        names = {"optim.warmup": self.optim.warmup_steps(steps)}
+        names["average.uniform"] = self.average.uniform or 0
+        for name, step in names.items():
+            if step and step >= steps:
+                yield f"{name}: {step} steps; must be fewer than train.steps ({steps})"
 
     def ds_config_path(self) -> Path:
         """The DeepSpeed JSON: as given, else relative to the folder that holds `trainer/`."""

@@ -7,7 +7,6 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.moe.utils import configure_moe_param_groups
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero import parameter_offload
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from trainer.checkpoint.checkpoint import Checkpoint
 from trainer.config.optim import OptimConfig
 from trainer.engine.collectives import add_up
 from trainer.engine.flat import Flat, FlatModel
+from trainer.engine.parameter_groups import FACTOR, parameter_groups
 from trainer.engine.zero_state import EXPERT_PARALLEL, ZeroState
 from trainer.process.device import device_of
 from trainer.process.errors import CheckpointError, TrainingInvalidError
@@ -62,16 +62,13 @@ class Engine(ZeroState):
 
             ExpertParallel(model, adapters.ep_size, world.rank, tokens)
         self.trainables = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        named = {"params": list(self.trainables.values()), "name": "trainables"}
-        groups: list[dict[str, Any]] = [named]  # DeepSpeed asks for the name
-        if adapters.ep_size > 1:  # experts apart: they are summed over other ranks than the rest
-            groups = configure_moe_param_groups(groups)
+        groups = parameter_groups(model, self.trainables, config, adapters.ep_size)
         zero = ds_json["zero_optimization"]
         self.flats = self._flatten(groups) if zero["stage"] < 3 else []
         offloads = zero.get("offload_optimizer", {}).get("device", "none") != "none"
         self.never_waits = zero["stage"] < 3 and not offloads
         optimizer = OPTIMIZERS[config.name](
-            groups, lr=config.lr, eps=config.eps, weight_decay=config.weight_decay,
+            groups, lr=config.lr, betas=config.betas, eps=config.eps,
             fused=self.never_waits or None,
         )  # fmt: skip
         # Its timer waits for the device at every step, and nobody sees what it measures.
@@ -137,6 +134,11 @@ class Engine(ZeroState):
         if self.flats:
             gradients = [flat.gradient for flat in self.flats]
             self.ds.backward(self.ds(gradients), scale_wrt_gas=False)
+
+    def set_rate(self, lr: float) -> None:
+        """The learning rate of the updates from now on, times each group's factor."""
+        for group in self.ds.basic_optimizer.param_groups:
+            group["lr"] = lr * group[FACTOR]
 
     def step(self) -> None:
         """Ends a micro-batch; the last one of a step updates, unless its norm is not finite."""

@@ -168,8 +168,9 @@ def kept_terms(weights: Weights, sharding: Sharding, averages: AverageConfig) ->
         f"{whole:,} x 4 B, in the main process",
     )  # fmt: skip
     yield Term("best adapter", 4 * weights.trainable, "host", "n x 4 B, in the main process")
-    if averages.ema:
-        yield Term("EMA", share, place, "n / W x 4 B")
+    for name, title in (("ema", "EMA"), ("beta", "Beta average"), ("uniform", "uniform average")):
+        if name in averages.names:
+            yield Term(title, share, place, "n / W x 4 B")
     if averages.swad:
         copies = averages.swad_copies
         yield Term("SWAD", copies * share, place, f"n / W x 4 B, {copies} times at most")

@@ -90,7 +90,7 @@ def _average_parts(averages: AverageConfig) -> list[str]:
     """Names of the averages' parts in a checkpoint; of SWAD's as many as there can be."""
     waiting = (f"swad.waiting{number}" for number in range(averages.swad_copies - 2))
     swad = ["swad.kept", "swad.open", *waiting] if averages.swad else []
-    return ["ema", *swad] if averages.ema else swad
+    return [*(name for name in averages.names if name != "swad"), *swad]
 
 
 def _safetensors_bytes(tensors: Mapping[str, Tensor], header: dict[str, Any]) -> int:

@@ -67,7 +67,7 @@ def assemble(
     )
     schedule = (config.train.steps, config.train.eval_every)
     if resumed is None:
-        state, best, averages = {}, Best(), Averages(config.average, engine)
+        state, best, averages = {}, Best(), Averages(config.average, config.train.steps, engine)
     else:
         state = resumed.state | {"changes": resumed.state["changes"] + start.changes}
         # Adam has not seen the steps that were left out.
@@ -77,7 +77,7 @@ def assemble(
         if start.changes:  # what was selected before is of another run
             best, state["evaluation_due"] = Best(), True
             facts.pop(SWAD, None)
-        averages = Averages(config.average, engine, resumed.averages, facts)
+        averages = Averages(config.average, config.train.steps, engine, resumed.averages, facts)
     if world.is_main:
         last_again = bool(state.get("evaluation_due")) or is_left_out(start.step - 1, *schedule)
         checkpoint.set_aside_newer(folder.checkpoints, start.step)

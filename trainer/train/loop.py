@@ -58,7 +58,7 @@ class Trainer:
         self.world, self.engine, self.folder = world, engine, folder
         self.step = int(state.get("step", 0))
         self.best, self.changes = best or Best(), list(state.get("changes", []))
-        averages = averages or Averages(self.config.average, engine)
+        averages = averages or Averages(self.config.average, self.config.train.steps, engine)
         self.validation = Validation(parts, engine, evaluator, folder, self.best, averages)
         self.ahead = Ahead(engine.device, engine.dtype, parts.info.data_config)
         self.saves = SaveQueue(self.config.checkpoint.background)
@@ -71,7 +71,7 @@ class Trainer:
         due = bool(state.get("evaluation_due"))
         self.evaluation_due = due and self._evaluates_after(self.step - 1)
         self.first_step = self.saved_step = self.step
-        self.images_timed, self.seconds_timed = 0, 0.0
+        self.images_timed, self.seconds_timed, self.rate = 0, 0.0, 0.0
         self.behind = Behind()
         ranks = torch.arange(world.size, device=engine.device)[:, None]
         self._others = ranks != world.rank
@@ -165,6 +165,8 @@ class Trainer:
             DamagedDataError: too many images had been replaced by then.
         """
         waited, losses = 0.0, []
+        self.rate = self.config.optim.rate(self.step, self.config.train.steps)
+        self.engine.set_rate(self.rate)
         for _ in range(self.config.train.accumulation):
             self.watch.note(LOADING, self.step)
             started = time.perf_counter()
@@ -184,7 +186,7 @@ class Trainer:
         self._send(losses[0] if len(losses) == 1 else torch.stack(losses).mean(0))
         applied = self.engine.applied()
         moa.update_balance(self.engine.module, lambda load: sum_over_ranks(load) * applied)
-        self.validation.averages.update(applied)
+        self.validation.averages.update(self.step, applied)
         return waited
 
     def _send(self, losses: torch.Tensor) -> None:
@@ -198,7 +200,7 @@ class Trainer:
         counted = counted.to(losses.device, non_blocking=True)
         own = losses.masked_fill(self._others, 0.0)  # [ranks, 2], also if not finite
         total = add_up(torch.cat([own.flatten(), counted]))
-        known = {"step": self.step, "lr": float(self.engine.ds.get_lr()[0])}
+        known = {"step": self.step, "lr": self.rate}
         norm = self.engine.grad_norm().view(1)
         self.behind.send(torch.cat([total, norm]), partial(self._learn, known))
 

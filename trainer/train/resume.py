@@ -10,7 +10,7 @@ from typing import Any
 
 from trainer.checkpoint import checkpoint
 from trainer.checkpoint.run_folder import RunFolder, read_rows
-from trainer.config.resume_rules import FIXED, FREE, LEAKING
+from trainer.config.resume_rules import FIXED, LEAKING, free
 from trainer.config.run_config import RENAMED, RunConfig, flat
 from trainer.evaluate.members import class_difference
 from trainer.prepare.parts import Parts
@@ -102,7 +102,8 @@ def state_of(parts: Parts) -> dict[str, Any]:
     """What a checkpoint records so that a later start can be held against it."""
     base = {"base_sha256": parts.info.base_sha256, "classes": list(parts.info.classes)}
     config, data = flat(parts.config), parts.stream.fingerprint() | base
-    binding = {key: value for key, value in config.items() if key not in FREE}
+    unbound = free(config)
+    binding = {key: value for key, value in config.items() if key not in unbound}
     text = json.dumps([binding, data], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()
     return {"config": config, "data": data, "config_sha256": digest}
@@ -126,7 +127,10 @@ def check_agreement(
     # What an earlier release had no setting for, it did as the default does now.
     known = flat(RunConfig()) | {RENAMED.get(k, k): v for k, v in old["config"].items()}
     settings = _differences(known, new["config"])
-    changes = [change for change in settings if change["setting"] not in FREE]
+    unbound = free(new["config"])
+    changes = [change for change in settings if change["setting"] not in unbound]
+    if new["config"]["average.beta"]:  # its weights so far were for another end
+        allowed = set(allowed) - {"train.steps"}
     refused = [change for change in changes if change["setting"] not in allowed]
     classes, now = (state["data"].get("classes", []) for state in (old, new))
     if classes != now:

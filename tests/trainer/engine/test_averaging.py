@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -16,12 +18,15 @@ from torch import Tensor, nn
 from moa.files.reading import read_adapter
 from shards import DataConfig, open_shards
 from tests.support.trainer_fixtures import arguments, kill_after_step, launch, rows
-from trainer.config.averages import AverageConfig
-from trainer.engine.averaging import Ema
-from trainer.engine.swad import Swad
+from trainer.config.averages import AVERAGES, AverageConfig
+from trainer.config.optim import OptimConfig
+from trainer.engine.averaging import BetaAverage, Ema, UniformAverage
+from trainer.engine.swad import Mean, Swad
 
 APPLIED = torch.tensor(True)
+KINDS = ("ema", "swad", "uniform")
 AVERAGING = {
+    "average__uniform": "3",
     "average__ema": "true", "average__ema_decay": "0.7", "average__swad": "true",
     "average__swad_n_converge": "2", "average__swad_n_tolerance": "2",
     "train__eval_every": "2", "eval__mode": "selection",
@@ -130,7 +135,7 @@ def test_averages_are_of_the_steps_that_were_applied(warmup: bool) -> None:
     timm = ModelEmaV3(held(weights[0]), decay=0.8, use_warmup=warmup)
     for step, weight in enumerate(weights):
         applied = torch.tensor(step not in left_out)
-        ema.update(list(weight), applied)
+        ema.update(list(weight), step, applied)
         swad.add(list(weight), applied)
         if applied:
             timm.update(held(weight), step=int(ema.count))
@@ -141,10 +146,30 @@ def test_averages_are_of_the_steps_that_were_applied(warmup: bool) -> None:
     values = swad.mean().values
     assert values is not None
     torch.testing.assert_close(torch.stack(values), torch.stack(kept).mean(0), rtol=0, atol=1e-6)
+    uniform = UniformAverage(5, Mean())
+    for step, weight in enumerate(weights):
+        uniform.update(list(weight), step, torch.tensor(step not in left_out))
+    late = [weight for step, weight in enumerate(weights[5:], 5) if step not in left_out]
+    assert uniform.fact() == len(late) == 23
+    torch.testing.assert_close(torch.stack(uniform.values or []), torch.stack(late).mean(0))
     if warmup:
         torch.testing.assert_close(
             expected.detach(), ema_of(kept, 0.8).float(), rtol=1e-5, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
+def test_the_beta_average_is_the_closed_sum_at_every_step(beta: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(2, 50, generator=generator, dtype=torch.float64) for _ in range(41)]
+    shares = stats.beta.pdf((np.arange(41) + 0.5) / 41, beta, beta)
+    running = BetaAverage(list(weights[0]), beta, 40)
+    for step, weight in enumerate(weights[1:]):
+        running.update(list(weight), step, APPLIED)
+        known = zip(shares[: step + 2], weights[: step + 2], strict=True)
+        expected = sum(w * t for w, t in known) / shares[: step + 2].sum()
+        torch.testing.assert_close(torch.stack(running.values), expected, rtol=1e-12, atol=1e-12)
+    assert (shares[0] > shares[20]) == (beta < 1), "heavy at the ends below 1"
 
 
 def held(weights: Tensor) -> nn.Module:
@@ -158,6 +183,8 @@ def held(weights: Tensor) -> nn.Module:
         ({"swad_n_converge": 0}, "average.swad_n_converge: 0"),
         ({"swad_n_tolerance": 2}, "average.swad_n_tolerance: 2; must be a whole number >="),
         ({"swad_tolerance_ratio": 0.9}, "average.swad_tolerance_ratio: 0.9"),
+        ({"beta": -0.5}, "average.beta: -0.5; must be a finite number >= 0"),
+        ({"uniform": -1}, "average.uniform: -1; must be a whole number from 0"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
@@ -203,11 +230,13 @@ def test_averages_across_topologies_equal_those_of_all_checkpoints(
     for name in every[0]:
         weights = [tensors[name] for tensors in every]
         averaged = torch.stack([weights[step] for step in steps]).double().mean(0)
-        for kind, expected in (("ema", ema_of(weights, 0.7)), ("swad", averaged)):
+        uniform = torch.stack(weights[3:]).double().mean(0)
+        by_kind = {"ema": ema_of(weights, 0.7), "swad": averaged, "uniform": uniform}
+        for kind, expected in by_kind.items():
             found = load_file(output / f"adapter-{kind}" / "adapter_model.safetensors")[name]
             torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-6)
     row = rows(output / "results.jsonl")[-1]
-    for kind in ("ema", "swad"):
+    for kind in KINDS:
         columns = {k: row[f"moa/{kind}/{k}"] for k in row if k.startswith("env")}
         assert len(columns) == 12
         assert read_adapter(output / f"adapter-{kind}")[0].results == {"step": 8} | columns
@@ -217,7 +246,7 @@ def test_averages_across_topologies_equal_those_of_all_checkpoints(
 def assert_curves_show(output: Path, row: dict[str, Any]) -> None:
     """TensorBoard's last points of the averages are the row's numbers."""
     events = EventAccumulator(str(output / "tensorboard")).Reload()
-    for kind in ("ema", "swad"):
+    for kind in KINDS:
         for env, domain in enumerate(open_shards(DataConfig()).domains):
             point = events.Scalars(f"average/{kind}/{domain}/out_acc")[-1]
             assert point.step == row["step"]
@@ -229,17 +258,23 @@ def test_killed_and_resumed_averages_are_those_of_one_run(
     few: dict[str, str], tmp_path: Path
 ) -> None:
     whole, output = tmp_path / "whole", tmp_path / "run"
-    settings = {**AVERAGING, **few, "train__steps": "8"}
+    settings = {**AVERAGING, **few, "train__steps": "8", "average__beta": "0.5"}
+    settings |= {"optim__schedule": "linear", "optim__warmup": "0.25", "optim__head_lr": "3"}
     result = launch(*arguments(whole, **settings))
     assert result.returncode == 0, result.stderr
     kill_after_step(arguments(output, **settings), output / "metrics.jsonl", 4)
     result = launch(*arguments(output, **settings))
     assert result.returncode == 0, result.stderr
-    for name in ("adapter-ema", "adapter-swad", "adapter-last"):
+    for name in (*(f"adapter-{average}" for average in AVERAGES), "adapter-last"):
         file = Path(name) / "adapter_model.safetensors"
         assert (output / file).read_bytes() == (whole / file).read_bytes(), name
     kept = [[{k: v for k, v in row.items() if k.endswith("_acc")} for row in rows(f)]
             for f in (output / "results.jsonl", whole / "results.jsonl")]  # fmt: skip
     assert kept[0] == kept[1]
     assert "moa/swad/env5_in_acc" in kept[0][-1]
+    shares = [row["lr"] / OptimConfig.lr for row in rows(output / "metrics.jsonl")]
+    assert shares == pytest.approx([1 / 3, 2 / 3, 1, 0.8, 0.6, 0.4, 0.2, 0])
+    longer = launch(*arguments(output, **settings | {"train__steps": "9"}))
+    assert longer.returncode == 2
+    assert "train.steps: the run in" in longer.stderr
     assert (whole / "adapter-ema" / file.name).read_bytes() != (whole / file).read_bytes()

@@ -163,17 +163,20 @@ def relative(given: float, wanted: float) -> float:
 
 
 def worst(found: dict[str, Any], wanted: dict[str, Any]) -> float:
-    """Largest relative error of losses, gradient norms and parameters."""
+    """Largest relative error of losses, gradient norms, parameters and their averages."""
     errors = [
         relative(a[key], b[key])
         for a, b in zip(found["rows"], wanted["rows"], strict=True)
         for key in ("loss", "grad_norm")
     ]
     assert found["final"].keys() == wanted["final"].keys()
-    for name, tensor in wanted["final"].items():
-        difference = (found["final"][name].double() - tensor.double()).norm().item()
-        norm = tensor.double().norm().item()
-        errors.append(difference / norm if norm else difference)
+    parts = [(found["final"], wanted["final"])]
+    parts += [(found["averages"][kind], wanted["averages"][kind]) for kind in wanted["averages"]]
+    for given, expected in parts:
+        for name, tensor in expected.items():
+            difference = (given[name].double() - tensor.double()).norm().item()
+            norm = tensor.double().norm().item()
+            errors.append(difference / norm if norm else difference)
     return max(errors)
 
 

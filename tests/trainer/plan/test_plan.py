@@ -498,10 +498,11 @@ def plan_of(*argv: str) -> Plan:
 
 
 def test_averages_reach_the_plan() -> None:
-    plain, more = plan_of(), plan_of("--average.ema=true", "--average.swad=true")
+    flags = ("--average.ema=true", "--average.swad=true", "--average.beta=1", "--average.uniform=0")
+    plain, more = plan_of(), plan_of(*flags)
     files = more.checkpoint_bytes - plain.checkpoint_bytes
-    assert files > 8 * plain.adapter_bytes
-    assert more.gpu_bytes - plain.gpu_bytes == 8 * 4 * plain.trainable
+    assert files > 10 * plain.adapter_bytes
+    assert more.gpu_bytes - plain.gpu_bytes == 10 * 4 * plain.trainable
 
 
 def test_precision_decides_about_the_rate(capsys: pytest.CaptureFixture[str]) -> None:
