@@ -17,7 +17,7 @@ ORDER = {
     "shards": "writer > opening > embedded > write, stream > read, pixels > config > datasets > "
     "addresses, randomness, durable, errors",
     "trainer": "run > bench > train > monitor, report, export, flatness, "
-    "predict > sweep, evaluate > pretrain_embedded, plan, engine > prepare, checkpoint > config > "
+    "predict > sweep > evaluate > pretrain_embedded, plan, engine > prepare, checkpoint > config > "
     "process",
 }
 """Folders and files of each package: an import goes from the left of a `>` to its right only."""

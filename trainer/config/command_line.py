@@ -7,6 +7,7 @@ import sys
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
@@ -96,6 +97,9 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
+_parser = cache(build_parser)  # a sweep reads many command lines
+
+
 def parse(argv: Sequence[str]) -> RunConfig:
     """The configuration that a command line describes; `--help` prints the help and exits.
 
@@ -117,7 +121,7 @@ def parse_without_data(argv: Sequence[str]) -> RunConfig:
 
 def _read(argv: Sequence[str]) -> RunConfig:
     """The configuration, every value of its type and not yet checked further."""
-    parser = build_parser()
+    parser = _parser()
     if {"-h", "--help"} & set(argv):
         parser.parse_args(["--help"])
     given, problems = _split(list(expanded(argv)))

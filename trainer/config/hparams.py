@@ -1,7 +1,7 @@
 """DomainBed's random search: settings drawn from the number of a set of hyper-parameters.
 
-A draw follows from that number and DomainBed's name of the setting alone, so that every method, held
-out domain and seed gets the same learning rate under the same number, here and there.
+A draw follows from that number and DomainBed's name of the setting alone, so that every method,
+held-out domain and seed gets the same learning rate under the same number, here and there.
 """
 
 from collections.abc import Callable
@@ -66,7 +66,7 @@ DRAWS = (
     Draw("moa.targets", "adapter_targets",
          _one_of(["attn.qkv"], ["attn.qkv", "attn.proj"]), ONE + SEVERAL),
 )  # fmt: skip
-"""All draws; of one setting the last that fits. Those of settings that do not exist are passed over."""
+"""All draws; of one setting the last that fits. Settings that do not exist are passed over."""
 
 
 def drawn(number: int, *facts: str) -> dict[str, Any]:

@@ -163,13 +163,13 @@ class RunConfig:
     ds_config: str = "ds_configs/zero2.json"
     """DeepSpeed JSON; its "auto" entries are filled from this configuration"""
     output_dir: str | None = None
-    """run folder; default outputs/DATASET-BACKBONE-HELD_OUT-METHOD-seedS-trialT, with -hparamsH where
+    """run folder; default outputs/DATASET-BACKBONE-HELD_OUT-METHOD-seedS-trialT, and -hparamsH if
     hparams_seed is not 0"""
     resume: Literal["auto", "never", "must"] = "auto"
     """auto continues the run in output_dir if there is one, never refuses to, must insists"""
     hparams_seed: int = 0
-    """number of a set of hyper-parameters, DomainBed's: above 0 it draws learning rate, weight decay,
-    batch, and what objective and adapters have, unless they are given beside it; 0 draws nothing"""
+    """above 0: draws learning rate, weight decay, batch, and settings of objective and adapters, as
+    DomainBed's random search does; a setting given beside it wins. 0 draws nothing"""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     moa: MoAConfig = field(default_factory=MoAConfig)
