@@ -62,9 +62,9 @@ class SweepConsole:
 
     def stops(self, number: int, killed: bool) -> None:
         """Of a signal that ends all runs under way."""
-        what = "are killed" if killed else "save and end; once more Ctrl-C kills them"
-        name = signal.Signals(number).name
-        self.console.out(f"{name}: {_count(len(self._running))} under way {what}")
+        runs = f"{_count(len(self._running))} under way"
+        said = f"killing {runs}" if killed else f"{runs} to save and end; Ctrl-C again kills"
+        self.console.out(f"{signal.Signals(number).name}: {said}")
 
     def _left(self) -> str:
         """Runs that have not ended, and how long they may take by those that finished."""

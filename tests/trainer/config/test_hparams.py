@@ -3,16 +3,18 @@
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 from numpy.random import RandomState
 
-from trainer.config.command_line import parse, parse_without_data
+from trainer.config.command_line import parse, parse_without_data, setting_type
 from trainer.config.hparams import DRAWS, drawn, in_words
 from trainer.config.run_config import RunConfig, as_plain, flat
 from trainer.process.errors import ConfigError
+
+OBJECTIVES = get_args(setting_type("objective.name"))
 
 
 def random(number: int, name: str) -> RandomState:
@@ -49,6 +51,8 @@ def test_every_draw_is_domainbeds(number: int) -> None:
         assert draw.value(random(number, draw.name)) == value(random(number, name))
         seen.add(place)
     assert seen == DOMAINBED.keys()
+    of_objectives = {draw.setting for draw in DRAWS if {*draw.only} & {*OBJECTIVES}}
+    assert of_objectives <= flat(RunConfig()).keys()
 
 
 def test_a_run_has_what_its_number_draws() -> None:
