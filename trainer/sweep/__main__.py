@@ -138,7 +138,7 @@ def work(jobs: Sequence[Job], gpus: Sequence[str | None], told: "SweepConsole") 
 
 
 def main(argv: Sequence[str]) -> int:
-    """Command line; returns 1 if a run failed, 2 if none could be started as asked for."""
+    """Command line; returns 1 if a run failed, 2 if none could be started, 75 if broken off."""
     args = parser().parse_args(argv)
     for name, number in (("jobs", args.jobs), ("gpus", args.gpus)):
         if number is not None and number < 1:

@@ -69,11 +69,10 @@ class SweepConsole:
     def _left(self) -> str:
         """Runs that have not ended, and how long they may take by those that finished."""
         left = self.runs - len(self.codes)
-        if not (left and self._took):
-            return f"{_count(left)} left"
-        usual = sum(self._took) / len(self._took)
+        usual = sum(self._took) / max(1, len(self._took))
         done = sum(min(child.seconds, usual) for child in self._running)
-        return f"{_count(left)} left, about {_clock((usual * left - done) / min(self.jobs, left))}"
+        seconds = (usual * left - done) / max(1, min(self.jobs, left))
+        return f"{_count(left)} left" + (f", about {_clock(seconds)}" if seconds >= 1 else "")
 
 
 def _count(runs: int) -> str:

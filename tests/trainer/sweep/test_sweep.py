@@ -34,7 +34,7 @@ def test_a_sweep_from_start_to_refusal(tmp_path: Path, capsys: pytest.CaptureFix
     assert f"table: python -m trainer.report '{root}'" in printed
     first, last = re.findall(r"(\d) of 2: (\S+): ([\d.]+) %; took \d:\d\d:\d\d; (.*)", printed)
     assert (first[:2], last[:2]) == (("1", "linear-plain-0"), ("2", "lora-plain-0"))
-    assert re.fullmatch(r"1 run left, about \d:\d\d:\d\d", first[3])
+    assert re.fullmatch(r"1 run left, about \d:\d\d:\d\d", first[3]), "as long as the first"
     assert last[3] == "0 runs left"
     for _, name, accuracy, _ in (first, last):
         assert f"held-out accuracy, plain │ {accuracy}" in " ".join(
