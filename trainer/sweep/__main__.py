@@ -86,13 +86,9 @@ def sweep(args: argparse.Namespace, argv: Sequence[str]) -> int:
         return RESUBMIT
     if failed:
         console.out(f"{failed} of {len(todo)} runs did not finish, see above")
-    console.out(f"table: python -m trainer.report {shlex.quote(str(root))}{tune(args)}")
+    tune = " --tune" if len(args.hparams_seeds) > 1 else ""
+    console.out(f"table: python -m trainer.report {shlex.quote(str(root))}{tune}")
     return FAILED if failed else FINISHED
-
-
-def tune(args: argparse.Namespace) -> str:
-    """What the report is told of several sets of hyper-parameters."""
-    return " --tune" if len(args.hparams_seeds) > 1 else ""
 
 
 def show_plan(console: "Console", root: Path, jobs: Sequence[Job]) -> None:
