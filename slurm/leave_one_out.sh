@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Held-out domains x seeds x methods on any dataset, one array index a run; see docs/slurm.md.
+# Held-out domains x seeds x methods on any dataset, one array index a run; see docs/slurm.md. Flags
+# of trainer.sweep.slurm_array, such as --hparams_seeds 0-19, may stand among the settings.
 #   python -m trainer.sweep.slurm_array --recipe pacs --seeds 0,1,2     # prints the line to submit
 #   sbatch --array=0-11 slurm/leave_one_out.sh --recipe pacs --seeds 0,1,2
 # With one GPU a run, many runs at once; `python -m trainer.plan --recipe pacs --table` compares:

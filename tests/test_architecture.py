@@ -16,7 +16,7 @@ ORDER = {
     "moa": "files > model, parallel > layers > config > blocks > errors",
     "shards": "writer > opening > embedded > write, stream > read, pixels > config > datasets > "
     "addresses, randomness, durable, errors",
-    "trainer": "run > bench > train > monitor, report, export, flatness, predict, doctor > sweep, "
+    "trainer": "run > bench > train > monitor, report, export, flatness, predict, doctor > sweep > "
     "evaluate > pretrain_embedded, plan, engine > prepare, checkpoint > config > process",
 }
 """Folders and files of each package: an import goes from the left of a `>` to its right only."""

@@ -59,7 +59,7 @@ def write_run(
         config = as_plain(defaults())
         config["data"]["dataset"], config["moa"]["method"] = dataset, method
         config["train"] |= {"seed": seed, "trial_seed": trial_seed}
-        config["output_dir"] = str(folder)
+        config["output_dir"], config["hparams_seed"] = str(folder), hparams_seed
         for name, value in (settings or {}).items():
             section, _, key = name.partition(".")
             config[section][key] = value

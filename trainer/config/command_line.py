@@ -1,17 +1,20 @@
 """From `argv` and a YAML recipe to a checked `RunConfig`; all problems are reported at once."""
 
 import argparse
+import json
 import os
 import sys
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+from trainer.config.hparams import FACTS, drawn
 from trainer.config.repeated_keys import repeated_key
 from trainer.config.run_config import RENAMED, RunConfig, dotted, flat
 from trainer.process.errors import ConfigError, did_you_mean
@@ -96,6 +99,9 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
+_parser = cache(build_parser)  # a sweep reads many command lines
+
+
 def parse(argv: Sequence[str]) -> RunConfig:
     """The configuration that a command line describes; `--help` prints the help and exits.
 
@@ -117,7 +123,7 @@ def parse_without_data(argv: Sequence[str]) -> RunConfig:
 
 def _read(argv: Sequence[str]) -> RunConfig:
     """The configuration, every value of its type and not yet checked further."""
-    parser = build_parser()
+    parser = _parser()
     if {"-h", "--help"} & set(argv):
         parser.parse_args(["--help"])
     given, problems = _split(list(expanded(argv)))
@@ -125,6 +131,7 @@ def _read(argv: Sequence[str]) -> RunConfig:
     from_recipe, recipe_problems = _read_recipe(recipe)
     problems += recipe_problems
     settings = [(key, value, f" (recipe {recipe})") for key, value in from_recipe]
+    settings += [(key, value, " (drawn)") for key, value in _draws(from_recipe, given)]
     settings += [(key, value, "") for key, value in given if key != "recipe"]
     texts = {key: value for key, value, _ in settings if key in TEXTS}
     settings = [setting for setting in settings if setting[0] not in TEXTS]
@@ -139,6 +146,20 @@ def _read(argv: Sequence[str]) -> RunConfig:
         section, _, name = key.rpartition(".")
         config[section or key] = replace(config[section], **{name: value}) if section else value
     return RunConfig(**{entry.name: config[entry.name] for entry in fields(RunConfig)})
+
+
+def _draws(
+    from_recipe: Sequence[tuple[str, str]], given: Sequence[tuple[str, str]]
+) -> list[tuple[str, str]]:
+    """What `hparams_seed` draws; settings that stand in the same place as it, or after it, win."""
+    last = dict([*from_recipe, *given])
+    number = last.get("hparams_seed", "0")
+    if not number.isdecimal() or not int(number):
+        return []
+    kept = dict(given) if "hparams_seed" in dict(given) else last
+    usual = flat(RunConfig())
+    draws = drawn(int(number), *(last.get(name, usual[name]) for name in FACTS))
+    return [(key, json.dumps(value)) for key, value in draws.items() if key not in kept]
 
 
 def _parse_at_once(parser: ArgumentParser, settings: Sequence[tuple[str, str]]) -> Any:

@@ -166,9 +166,13 @@ class RunConfig:
     ds_config: str = "ds_configs/zero2.json"
     """DeepSpeed JSON; its "auto" entries are filled from this configuration"""
     output_dir: str | None = None
-    """run folder; default outputs/DATASET-BACKBONE-HELD_OUT-METHOD-seedS-trialT"""
+    """run folder; default outputs/DATASET-BACKBONE-HELD_OUT-METHOD-seedS-trialT, and -hparamsH if
+    hparams_seed is not 0"""
     resume: Literal["auto", "never", "must"] = "auto"
     """auto continues the run in output_dir if there is one, never refuses to, must insists"""
+    hparams_seed: int = 0
+    """above 0: draws learning rate, weight decay, batch, and settings of objective and adapters, as
+    DomainBed's random search does; a setting given beside it wins. 0 draws nothing"""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     moa: MoAConfig = field(default_factory=MoAConfig)
@@ -185,6 +189,8 @@ class RunConfig:
         for section in vars(self).values():
             found += section.problems() if hasattr(section, "problems") else []
         found += self._beyond_the_end()
+        if not 0 <= self.hparams_seed < 2**63:
+            found.append(f"hparams_seed: {self.hparams_seed}; must be {SEED[0]}")
         if self.output_dir == "":
             found.append("output_dir: '' names no folder; without it the default is used")
         if not self.ds_config_path().is_file():
@@ -213,7 +219,8 @@ class RunConfig:
         train = self.train
         backbone = self.model.backbone.rpartition("/")[2].partition(".")[0]
         name = f"{self.data.dataset}-{backbone}-{held_out}-{self.moa.method}"
-        return Path("outputs") / f"{name}-seed{train.seed}-trial{train.trial_seed}"
+        drawn = f"-hparams{self.hparams_seed}" if self.hparams_seed else ""
+        return Path("outputs") / f"{name}-seed{train.seed}-trial{train.trial_seed}{drawn}"
 
 
 def dotted(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -32,7 +32,7 @@ class Run:
         held_out: numbers of the domains left out; one, or two for cross-validation.
         rows: complete evaluations in order.
         settings: dotted, and `model.base_hash` of the weights at the start; none of DomainBed's.
-        hparams_seed: DomainBed's number of the settings; 0 in runs of ours.
+        hparams_seed: DomainBed's number of the settings; 0 is the defaults.
         data: hash of the images; empty if not recorded, as `split`, that of all domains' splits.
         zero_shot: the row of a classifier made from text, before training.
     """

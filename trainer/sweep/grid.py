@@ -1,30 +1,17 @@
-"""A grid of runs, held-out domains x seeds x methods, by number; and which of them are done."""
+"""A grid of runs by number, seeds x sets of hyper-parameters x held-out domains x methods."""
 
 import argparse
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations, groupby, product
 from pathlib import Path
 
-import yaml
-
-from shards.datasets import held_out_names
 from trainer.checkpoint.folder_lock import FolderLock, is_alive
 from trainer.config.command_line import words
-from trainer.config.resume_rules import FREE
-from trainer.config.run_config import RunConfig, dotted, flat
-from trainer.process.errors import ConfigError
 
 CONSOLE = "console.txt"
 """What a sweep on this machine leaves of a run's output, even of one that did not start."""
-OWN = {
-    "moa.method": "--methods",
-    "data.held_out": "--held_out",
-    "train.seed": "--seeds",
-    "train.trial_seed": "--trial_seed",
-    "output_dir": "before the settings of all runs",
-}
-"""Settings in which the runs of a grid differ, and the flag of a grid that decides them."""
+HPARAMS_SEEDS = "sets of hyper-parameters to draw as DomainBed does, such as 0-19; 0: none drawn"
 
 
 @dataclass(frozen=True)
@@ -35,11 +22,13 @@ class GridRun:
     held_out: str
     seed: int
     trial_seed: int | None = None
+    hparams_seed: int = 0
 
     @property
     def name(self) -> str:
         """Name of its run folder."""
-        return f"{self.method}-{self.held_out}-{self.seed}"
+        drawn = f"-h{self.hparams_seed}" if self.hparams_seed else ""
+        return f"{self.method}-{self.held_out}-{self.seed}{drawn}"
 
     def settings(self, root: Path) -> dict[str, str | int]:
         """The settings that make a run this one, in a folder of `root`."""
@@ -48,6 +37,7 @@ class GridRun:
             "data.held_out": self.held_out,
             "train.seed": self.seed,
             "train.trial_seed": self.seed if self.trial_seed is None else self.trial_seed,
+            "hparams_seed": self.hparams_seed,
             "output_dir": str(root / self.name),
         }
 
@@ -58,17 +48,18 @@ class GridRun:
 
 @dataclass(frozen=True)
 class Grid:
-    """All combinations of some methods, held-out domains and seeds."""
+    """All combinations of some methods, held-out domains, seeds and sets of hyper-parameters."""
 
     methods: tuple[str, ...]
     held_out: tuple[str, ...]
     seeds: tuple[int, ...]
     trial_seed: int | None = None
+    hparams_seeds: tuple[int, ...] = (0,)
 
     def runs(self) -> list[GridRun]:
         """The runs in order of their array index; further seeds come after all others."""
-        by_index = product(self.seeds, self.held_out, self.methods)
-        return [GridRun(m, held_out, seed, self.trial_seed) for seed, held_out, m in by_index]
+        by_index = product(self.seeds, self.hparams_seeds, self.held_out, self.methods)
+        return [GridRun(m, out, seed, self.trial_seed, h) for seed, h, out, m in by_index]
 
     def extends(self, other: "Grid") -> bool:
         """Whether every index of `other` means the same run here."""
@@ -77,6 +68,8 @@ class Grid:
     def __str__(self) -> str:
         lists = (self.methods, self.held_out, map(str, self.seeds))
         fixed = "" if self.trial_seed is None else f" with trial seed {self.trial_seed}"
+        if self.hparams_seeds != (0,):
+            fixed += f" with hparams seeds {array_expression(self.hparams_seeds)}"
         return " x ".join(f"[{', '.join(names)}]" for names in lists) + fixed
 
 
@@ -85,14 +78,15 @@ def add_grid_flags(
 ) -> None:
     """The flags that name a grid and its folder.
 
-    All but the seeds must be given if `required`; `meanings` has the help of `methods`, `held_out`,
-    `seeds` and `output_dir`.
+    Methods and folder must be given if `required`; `meanings` has the help of the
+    lists and of the folder.
     """
     kinds: dict[str, Callable[[str], object]] = {
-        "methods": listed, "held_out": listed, "seeds": whole_numbers, "output_dir": Path,
+        "methods": listed, "held_out": listed, "seeds": whole_numbers,
+        "hparams_seeds": whole_numbers, "output_dir": Path,
     }  # fmt: skip
     for name, kind in kinds.items():
-        must = required and name != "seeds"
+        must = required and name in ("methods", "output_dir")
         result.add_argument(f"--{name}", type=kind, required=must, help=meanings[name])
     result.add_argument(
         "--pairs", action="store_true",
@@ -102,6 +96,21 @@ def add_grid_flags(
         "--trial_seed", type=int,
         help="one trial seed, and so one split, for all runs (default: each run's seed)",
     )  # fmt: skip
+    result.add_argument(
+        "--set", type=method_setting, action="append", default=[], metavar="METHOD:SETTING=VALUE",
+        help="a setting of one method's runs, such as lora:optim.lr=1e-3; may be repeated",
+    )  # fmt: skip
+
+
+def method_setting(text: str) -> tuple[str, str]:
+    """Argument type: `METHOD:SETTING=VALUE` as the method and a flag of `trainer/run.py`."""
+    method, colon, setting = text.partition(":")
+    name, equals, _ = setting.removeprefix("--").partition("=")
+    if not (method and colon and name and equals):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: must be METHOD:SETTING=VALUE, such as lora:optim.lr=1e-3"
+        )
+    return method, f"--{setting.removeprefix('--')}"
 
 
 def listed(text: str) -> tuple[str, ...]:
@@ -113,75 +122,21 @@ def listed(text: str) -> tuple[str, ...]:
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
-    """Argument type: seeds with commas."""
-    found = listed(text)
-    if wrong := [seed for seed in found if not seed.isdecimal()]:
-        raise argparse.ArgumentTypeError(f"{wrong[0]!r}: legal are whole numbers >= 0")
-    return tuple(map(int, found))
+    """Argument type: seeds with commas, and ranges such as `0-19`."""
+    found: list[int] = []
+    for part in listed(text):
+        ends = part.split("-", 1)
+        if not all(end.isdecimal() for end in ends) or not 0 <= int(ends[-1]) - int(ends[0]) < 1e4:
+            raise argparse.ArgumentTypeError(
+                f"{part!r}: legal are whole numbers >= 0, and ranges of them such as 0-19"
+            )
+        found += range(int(ends[0]), int(ends[-1]) + 1)
+    return tuple(dict.fromkeys(found))
 
 
 def with_pairs(held_out: Sequence[str]) -> tuple[str, ...]:
     """Domains, and every pair of them as `data.held_out` writes it."""
     return (*held_out, *("+".join(pair) for pair in combinations(held_out, 2)))
-
-
-def check(
-    root: Path,
-    runs: Sequence[GridRun],
-    shared: Sequence[str],
-    parse: Callable[[list[str]], RunConfig],
-    defaults: Collection[str] = (),
-) -> None:
-    """Raises `ConfigError` for what no run in `root` could do, or a finished one did otherwise.
-
-    `shared` are the flags of all runs; those of `defaults` among them are the only value of their
-    list in the grid. `parse` makes a configuration of a run's flags.
-    """
-    from trainer.plan.data import domain_names
-
-    given = {word.removeprefix("--").partition("=")[0] for word in shared} - set(defaults)
-    problems = [
-        f"--{name}: cannot be the same for every run; give it as {flag}"
-        for name, flag in OWN.items()
-        if name in given
-    ]
-    configs: dict[str, RunConfig] = {}
-    for run in {run.method: run for run in reversed(runs)}.values():  # one for each method
-        try:
-            configs[run.method] = parse([*shared, *run.flags(root)])
-        except ConfigError as error:
-            problems += str(error).splitlines()
-    if configs:
-        domains = domain_names(next(iter(configs.values()))) or ()
-        names = {name for run in runs for name in held_out_names(run.held_out, domains)}
-        problems += [
-            f"--held_out: no domain {name!r}; legal are {', '.join(domains)}"
-            for name in sorted(names)
-            if domains and name not in domains
-        ]
-    finished = [run for run in runs if run.method in configs and is_finished(root / run.name)]
-    differing = (differences(root, run, configs[run.method]) for run in finished)
-    problems += next(filter(None, differing), [])  # one example is enough
-    if problems:
-        raise ConfigError("\n".join(dict.fromkeys(problems)))
-
-
-def differences(root: Path, run: GridRun, config: RunConfig) -> list[str]:
-    """In what a finished run differs from its method's settings as asked for, one line each."""
-    folder = root / run.name
-    kept = folder / "config.yaml"
-    if not kept.is_file():
-        return [f"{folder}: holds a finished run without its config.yaml; move that folder away"]
-    found = dict(dotted(yaml.safe_load(kept.read_text(encoding="utf-8"))))
-    asked = flat(replace(config, moa=config.moa.resolved())) | run.settings(root)
-    return [
-        f"{name}: the finished run in {folder} has {found.get(name)!r}, now {value!r}; give "
-        "another --output_dir, or remove that folder"
-        for name, value in asked.items()
-        if found.get(name) != value
-        and (name not in FREE or name == "train.steps")
-        and value not in (None, "auto")
-    ]
 
 
 def is_finished(run: Path) -> bool:

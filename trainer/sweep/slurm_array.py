@@ -20,7 +20,15 @@ from trainer.config.command_line import OwnFlags, command_parser, parse_without_
 from trainer.process.ending import conclude
 from trainer.process.errors import ConfigError
 from trainer.process.world import ALONE
-from trainer.sweep.grid import Grid, add_grid_flags, array_expression, check, progress, with_pairs
+from trainer.sweep.checks import Shared, check, every_domain
+from trainer.sweep.grid import (
+    HPARAMS_SEEDS,
+    Grid,
+    add_grid_flags,
+    array_expression,
+    progress,
+    with_pairs,
+)
 
 NOTE = "grid.json"
 JOBS = "array-jobs"
@@ -46,8 +54,10 @@ class Note:
     def submit_line(self, indices: Sequence[int], options: Sequence[str] = ()) -> str:
         """The command that runs some of the runs, with options as of an array before."""
         lists = asdict(self.grid)
-        trial_seed = lists.pop("trial_seed")
+        trial_seed, hparams_seeds = lists.pop("trial_seed"), lists.pop("hparams_seeds")
         flags = [f"--{name}={','.join(map(str, values))}" for name, values in lists.items()]
+        if hparams_seeds != (0,):
+            flags.append(f"--hparams_seeds={array_expression(hparams_seeds)}")
         if trial_seed is not None:
             flags.append(f"--trial_seed={trial_seed}")
         throttle = "".join(option for option in options if option.startswith("%"))
@@ -64,8 +74,9 @@ def read_note(root: Path) -> Note:
         content = json.loads((root / NOTE).read_text(encoding="utf-8"))
         grid = content["grid"]
         methods, held_out, seeds = (tuple(grid[k]) for k in ("methods", "held_out", "seeds"))
+        drawn = tuple(grid.get("hparams_seeds", (0,)))  # of an older release
         arguments = tuple(content["arguments"])
-        return Note(Grid(methods, held_out, seeds, grid["trial_seed"]), arguments)
+        return Note(Grid(methods, held_out, seeds, grid["trial_seed"], drawn), arguments)
     except FileNotFoundError as error:
         raise ConfigError(
             f"{root}: no {NOTE}; give the --output_dir of python -m trainer.sweep.slurm_array"
@@ -88,7 +99,8 @@ def keep_note(root: Path, note: Note) -> Note:
         elif not note.grid.extends(old.grid):
             raise ConfigError(
                 f"output_dir: {root} holds the grid {old.grid}, not {note.grid}; only further "
-                "seeds may be added at the end: give another --output_dir"
+                "seeds may be added at the end, and hparams seeds while there is one seed: give "
+                "another --output_dir"
             )
         if note == old:
             return note
@@ -157,7 +169,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--recipe", default="embedded", help="default: embedded")
     meanings = {
         "methods": "default: the recipe's", "held_out": "default: every domain of the dataset",
-        "seeds": "default: the recipe's", "output_dir": "default: outputs/RECIPE",
+        "seeds": "such as 0,1,2 or 0-2; default: the recipe's", "hparams_seeds": HPARAMS_SEEDS,
+        "output_dir": "default: outputs/RECIPE",
     }  # fmt: skip
     add_grid_flags(result, required=False, meanings=meanings)
     result.add_argument("--index", type=int, help="print the settings of this run alone")
@@ -166,27 +179,26 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def read_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, Path, Note, list[str]]:
-    """The flags, the folder of the runs, the grid, and the settings that all runs share.
+def read_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, Path, Note, Shared]:
+    """The flags, the folder of the runs, the grid, and the settings that runs share.
 
     `ConfigError` for a setting that cannot work, or domains that nothing tells.
     """
-    from trainer.plan.data import domain_names
-
     own, rest = parser().parse_known_args(argv)
-    shared = [f"--recipe={own.recipe}", *rest]
-    config = parse_without_data(shared)
+    shared = Shared([f"--recipe={own.recipe}", *rest], own.set)
+    config = parse_without_data(shared.flags)
     methods, seeds = own.methods or (config.moa.method,), own.seeds or (config.train.seed,)
-    held_out = own.held_out or domain_names(config)
-    if held_out is None:
-        raise ConfigError("--held_out: the dataset does not fix its domains; list them")
-    held_out = with_pairs(held_out) if own.pairs else tuple(held_out)
-    grid = Grid(methods, held_out, seeds, own.trial_seed)
+    drawn = own.hparams_seeds or (config.hparams_seed,)
+    held_out = own.held_out or every_domain(config)
+    held_out = with_pairs(held_out) if own.pairs else held_out
+    grid = Grid(methods, held_out, seeds, own.trial_seed, drawn)
     root = own.output_dir or Path("outputs") / Path(own.recipe).stem
     alone = {"moa.method"} if methods == (config.moa.method,) else set()
     alone |= {"train.seed"} if seeds == (config.train.seed,) else set()
+    alone |= {"hparams_seed"} if drawn == (config.hparams_seed,) else set()
     check(root, grid.runs(), shared, parse_without_data, alone)
-    note = Note(grid, (f"--recipe={own.recipe}", f"--output_dir={root}", *rest))
+    sets = [f"--set={method}:{flag.removeprefix('--')}" for method, flag in own.set]
+    note = Note(grid, (f"--recipe={own.recipe}", f"--output_dir={root}", *sets, *rest))
     return own, root, note, shared
 
 
@@ -207,7 +219,8 @@ def command(argv: Sequence[str]) -> None:
             (root / JOBS).mkdir(exist_ok=True)
             options = "".join(f"{option}\n" for option in options_of(own.record))
             (root / JOBS / own.job).write_text(options, encoding="utf-8")
-        lines = [*shared, *runs[own.index].flags(root)]
+        run = runs[own.index]
+        lines = [*shared.of(run.method), *run.flags(root)]
     sys.stdout.write("\n".join(lines) + "\n")
 
 

@@ -41,7 +41,7 @@ def result_row(
             "test_envs": sorted(parts.withheld),
             "trial_seed": config.train.trial_seed,
             "seed": config.train.seed,
-            "hparams_seed": 0,
+            "hparams_seed": config.hparams_seed,
             "holdout_fraction": config.data.holdout_fraction,
             "output_dir": str(folder),
         },

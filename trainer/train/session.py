@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from trainer.config.command_line import parse
+from trainer.config.hparams import in_words
 from trainer.config.run_config import RunConfig
 from trainer.engine.leaving import leave_group
 from trainer.process.ending import conclude
@@ -85,6 +86,8 @@ def say_what(parts: "Parts", world: World) -> None:
         config.moa.method, config.model.backbone, " and ".join(parts.withheld_names),
         parts.index.name, world.size, config.train.precision,
     )  # fmt: skip
+    if config.hparams_seed:
+        log.info("hparams_seed %d %s", config.hparams_seed, in_words(config))
     if config.model.compile == "blocks":
         from trainer.prepare.compiling import CACHE
 

@@ -17,9 +17,12 @@ import pytest
 from shards.stream.split import seed_hash
 from tests.support.report_fixtures import evaluation, write_run
 from trainer.config.command_line import parse
+from trainer.config.hparams import drawn
+from trainer.config.run_config import flat
 from trainer.prepare.parts import build
 from trainer.process.world import World
 from trainer.report.__main__ import main
+from trainer.sweep.grid import Grid
 from trainer.train.result_row import result_row
 
 Key = tuple[str, str, int, int]
@@ -151,6 +154,39 @@ def test_report_and_domainbed_agree(
     assert len(averages) == 2
 
 
+@pytest.mark.parametrize("rule", ["training_domain_validation", "oracle"])
+def test_random_search_of_ours(
+    rule: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """2 methods x 3 held-out domains x 4 sets of hyper-parameters, as a sweep leaves them."""
+    accuracies = np.random.default_rng(1).integers(0, 11, (4, 2, 3, 2, 3, 2)) / 10.0
+    hparams = (0, 1, 2, 5)
+    grid = Grid(("lora", "moa_kron"), ("plain", "inverted", "outline"), (0,), None, hparams)
+    for run in grid.runs():
+        config = parse(run.flags(tmp_path))
+        settings = flat(config)
+        target, number = grid.held_out.index(run.held_out), hparams.index(run.hparams_seed)
+        values = accuracies[number, grid.methods.index(run.method), target]
+        write_run(
+            tmp_path / run.name, [evaluation(step, *values[at]) for at, step in enumerate((0, 50))],
+            method=run.method, held_out=(target,), domains=grid.held_out,
+            hparams_seed=run.hparams_seed,
+            settings={name: settings[name] for name in drawn(1, "digits", run.method, "erm")},
+        )  # fmt: skip
+    assert main([str(tmp_path), "--tune", f"--selection={rule}", "--format=json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    expected = collect(tmp_path, rule)
+    (table,) = report["tables"]
+    for row in table["rows"]:
+        means = [expected["digits", row["label"], target][0] for target in range(3)]
+        assert [cell["mean"] for cell in row["cells"]] == pytest.approx([*means, np.mean(means)])
+    assert [row["label"] for row in table["rows"]] == [*grid.methods]
+    assert main([str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert "they differ in hparams_seed (0, 1)" in told
+    assert "--tune lets the selection rule choose" in told
+
+
 def test_a_sweep_is_compared_with_our_runs(
     sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,7 +204,8 @@ def test_a_sweep_is_compared_with_our_runs(
 
 
 def test_our_rows_have_all_that_domainbed_reads(tmp_path: Path) -> None:
-    parts = build(parse(["--moa.method=linear", "--train.trial_seed=4"]), World(0, 1, 0, 1))
+    flags = ["--moa.method=linear", "--train.trial_seed=4", "--hparams_seed=7"]
+    parts = build(parse(flags), World(0, 1, 0, 1))
     origin = parts.info.origin
     assert origin is not None
     columns = {
@@ -184,7 +221,7 @@ def test_our_rows_have_all_that_domainbed_reads(tmp_path: Path) -> None:
     assert found == {("digits", "linear", 5): {4: columns["env5_in_acc"]}}
     assert {"dataset", "algorithm", "test_envs", "trial_seed", "seed", "hparams_seed",
             "holdout_fraction", "output_dir"} <= set(row["args"])  # fmt: skip
-    assert isinstance(row["hparams"], dict)
+    assert (row["args"]["hparams_seed"], row["hparams"]["lr"]) == (7, parts.config.optim.lr)
     assert row["moa/domains"][5] == "rotated"
     assert "moa/dataset" not in row
     own = replace(parts, info=replace(parts.info, origin=replace(origin, dataset_name="mine")))

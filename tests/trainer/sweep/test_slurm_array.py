@@ -48,6 +48,9 @@ def test_further_seeds_keep_the_indices() -> None:
     assert Grid(GRID.methods, GRID.held_out, (0, 1, 2)).extends(GRID)
     assert not GRID.extends(Grid(GRID.methods, GRID.held_out, (0, 1, 2)))
     assert not Grid(("lora", *GRID.methods), GRID.held_out, GRID.seeds).extends(GRID)
+    one = Grid(GRID.methods, GRID.held_out, (0,))
+    assert replace(one, hparams_seeds=(0, 1)).extends(one)
+    assert not replace(GRID, hparams_seeds=(0, 1)).extends(GRID)
 
 
 def test_progress_by_what_the_folders_hold(tmp_path: Path) -> None:
@@ -138,7 +141,8 @@ def test_command_prints_a_run_and_the_gaps(
     assert main([*shared, "--seeds=0,1", "--index=9", "--job=77"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "--recipe=pacs", "--train.steps=5", "--moa.method=moa_kron", "--data.held_out=art_painting",
-        "--train.seed=1", "--train.trial_seed=1", f"--output_dir={root}/moa_kron-art_painting-1",
+        "--train.seed=1", "--train.trial_seed=1", "--hparams_seed=0",
+        f"--output_dir={root}/moa_kron-art_painting-1",
     ]  # fmt: skip
     assert (root / "array-jobs" / "77").is_file()
     finish(root / "moa_lora-sketch-0", "--recipe=pacs", "--moa.method=moa_lora",
@@ -193,6 +197,35 @@ def test_one_split_for_all_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "[1, 2] with trial seed 0, not" in capsys.readouterr().err
 
 
+def test_drawn_settings_and_those_of_a_method(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "pacs"
+    sets = ["--set=lora:optim.lr=0.25", "--set", "lora:model.backbone=https://a.b/c?key=secret"]
+    shared = ["--recipe=pacs", "--methods=lora,linear", "--seeds=1-2", f"--output_dir={root}"]
+    assert main([*shared, "--held_out=photo", "--hparams_seeds=0-2", *sets, "--index=10"]) == 0
+    words = capsys.readouterr().out.splitlines()
+    assert {"--train.seed=2", "--hparams_seed=2", "--optim.lr=0.25"} <= set(words)
+    assert words[-1] == f"--output_dir={root}/lora-photo-2-h2"
+    config = parse_without_data(words)
+    assert (config.optim.lr, config.hparams_seed) == (0.25, 2), "given, so not drawn"
+    assert "secret" not in (root / "grid.json").read_text()
+    assert main([*shared, "--held_out=photo", "--hparams-seeds=0-2", *sets, "--index=11"]) == 0
+    words = capsys.readouterr().out.splitlines()
+    assert "--optim.lr=0.25" not in words
+    assert main([*shared, "--held_out=photo", "--hparams_seeds=0-2", *sets[:1]]) == 0
+    line = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert {"--array=0-11", "--hparams_seeds=0-2", "--set=lora:optim.lr=0.25"} <= set(line)
+    assert main([*line[3:], "--index=3"]) == 0, "the printed line stands for itself"
+    assert "--hparams_seed=1" in capsys.readouterr().out.splitlines()
+    old = json.loads((root / "grid.json").read_text())
+    del old["grid"]["hparams_seeds"]  # as an older release wrote it
+    (root / "grid.json").write_text(json.dumps(old))
+    assert read_note(root).grid.hparams_seeds == (0,)
+    assert main([*shared, "--held_out=photo", "--hparams_seeds=0-2"]) == 2
+    assert "not [lora, linear] x [photo] x [1, 2] with hparams seeds 0-2" in capsys.readouterr().err
+
+
 def test_many_tasks_of_an_array_start_at_once(tmp_path: Path) -> None:
     """All note the grid in the same folder; every reader meets a whole note."""
     for attempt in range(5):
@@ -219,6 +252,21 @@ def test_pairs_come_after_the_domains(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--held_out=photos"], "--held_out: no domain 'photos'; legal are art_painting, cartoon"),
         (["--held-out=photo+photos"], "--held_out: no domain 'photos'; legal are art_painting"),
         (["--seeds=a"], "--seeds: 'a': legal are whole numbers"),
+        (["--hparams_seeds=3-1"], "--hparams_seeds: '3-1': legal are whole numbers >= 0, and ran"),
+        (["--hparams_seeds=0-999999999"], "'0-999999999': legal are"),
+        (["--hparams_seed=3", "--hparams_seeds=3,4"], "give it as --hparams_seeds"),
+        (["--set=lora"], "--set: 'lora': must be METHOD:SETTING=VALUE, such as lora:optim.lr"),
+        (
+            ["--set=loar:optim.lr=1", "--methods=lora"],
+            "--set loar:optim.lr=1: the sweep has no such "
+            "method; legal are lora; did you mean 'lora'?",
+        ),
+        (
+            ["--set=lora:optim.lrr=1", "--methods=lora"],
+            "--optim.lrr = '1': unknown setting; did you",
+        ),
+        (["--set=lora:optim.lr=x", "--methods=lora"], "--optim.lr = 'x': legal is a number"),
+        (["--set=lora:train.seed=1", "--methods=lora"], "--train.seed: cannot be the same for ev"),
         (["--methods=moa_cron"], "did you mean 'moa_kron'?"),
         (
             ["--train.trial_seed=0"],
