@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from moa import MoAConfig
 from tests.support.trainer_fixtures import ROOT, arguments, rows
@@ -89,6 +90,24 @@ def test_carried_weights_are_restored_or_begin_anew(group: None) -> None:
     assert again.state["q"].equal(trainer.micro_step.state["q"])
     for other in ({}, {"q": facts["q"][1:]}, {"p": facts["q"]}):
         assert ObjectiveStep(trainer.parts, trainer.engine, other).state["q"].tolist() == [1.0] * 5
+
+
+def test_parameters_go_up_by_the_radius_and_come_back_to_the_bit(group: None) -> None:
+    """Also where the gradient is not finite."""
+    trainer, _ = trained(ObjectiveConfig(sam=0.05), 1)
+    engine, step = trainer.engine, trainer.micro_step
+    assert isinstance(step, ObjectiveStep)
+    assert step.sam is not None
+    (flat,) = engine.flats
+    before = flat.parameter.detach().clone()
+    for factor in (1.0, torch.nan):
+        head = engine.trainables["head.weight"]
+        step.sam.backward(factor * head.square().sum())
+        with step.sam.up():
+            moved = flat.parameter.detach() - before
+            assert float(moved.norm()) == pytest.approx(0.05 * factor, rel=1e-4, nan_ok=True)
+            assert not head.equal(flat.cut(before)["head.weight"]), "the model computes with it"
+        assert flat.parameter.equal(before)
 
 
 def test_the_page_on_own_objectives_holds_one(group: None, monkeypatch: pytest.MonkeyPatch) -> None:
