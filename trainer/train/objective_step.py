@@ -126,11 +126,10 @@ class ObjectiveStep(MicroStep):
         share = ring.shares[domains].to(device, non_blocking=True)
         images = mixed(images, pool[where], share)
         cut = [len(piece.labels) for piece in pieces]
-        columns = [torch.split(x, cut) for x in (images, labels, pool_labels[where], share)]
+        parts = (torch.split(x, cut) for x in (images, pool_labels[where], share))
         return [
-            _Piece(*own, piece.first, *more)
-            for piece, *rest in zip(pieces, *columns, strict=True)
-            for own, more in [(rest[:2], rest[2:])]
+            piece._replace(images=own, other_labels=others, share=shares)
+            for piece, own, others, shares in zip(pieces, *parts, strict=True)
         ]
 
     def _pass(
@@ -173,7 +172,9 @@ class ObjectiveStep(MicroStep):
         whole = pieces[0]._replace(labels=torch.cat([piece.labels for piece in pieces]))
         outcome = self._outcome(scores, joined, self._losses(scores, whole), whole, step)
         leaves = [scores] if joined is None else [scores, joined]
-        gradients = torch.autograd.grad(poisoned(outcome.loss), leaves)
+        gradients = torch.autograd.grad(
+            poisoned(outcome.loss), leaves, allow_unused=True, materialize_grads=True
+        )
         cut = [len(piece.labels) for piece in pieces]
         parts = zip(*(torch.split(gradient, cut) for gradient in gradients), strict=True)
         return outcome, [_Gradient(*part) for part in parts]
