@@ -17,7 +17,8 @@ ORDER = {
     "shards": "writer > opening > embedded > write, stream > read, pixels > config > datasets > "
     "addresses, randomness, durable, errors",
     "trainer": "run > bench > train > monitor, report, export, flatness, predict, doctor > sweep > "
-    "evaluate > pretrain_embedded, plan, engine > prepare, checkpoint > config > process",
+    "evaluate > pretrain_embedded, plan, engine > prepare, checkpoint > objectives > config > "
+    "process",
 }
 """Folders and files of each package: an import goes from the left of a `>` to its right only."""
 

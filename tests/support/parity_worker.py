@@ -26,15 +26,18 @@ from torch.nn import functional as F  # noqa: E402
 
 import moa  # noqa: E402
 from moa import MoAConfig  # noqa: E402
-from shards import finish_images  # noqa: E402
+from shards import DataConfig, finish_images  # noqa: E402
 from shards.stream.batches import Batch  # noqa: E402
 from tests.support.dispatched import Dispatched  # noqa: E402
+from tests.support.slow_objectives import slow_objective  # noqa: E402
 from trainer.checkpoint.run_folder import RunFolder  # noqa: E402
 from trainer.config.averages import AverageConfig  # noqa: E402
+from trainer.config.objective import ObjectiveConfig  # noqa: E402
 from trainer.config.optim import OptimConfig  # noqa: E402
 from trainer.config.run_config import ROOT, ModelConfig, RunConfig, TrainConfig  # noqa: E402
 from trainer.engine import collectives  # noqa: E402
 from trainer.engine.engine import Engine  # noqa: E402
+from trainer.objectives.mixup import draw_ring  # noqa: E402
 from trainer.prepare.parts import Parts, build  # noqa: E402
 from trainer.process.world import World, world_from_environment  # noqa: E402
 from trainer.train.loop import Trainer  # noqa: E402
@@ -69,16 +72,21 @@ def run_config(
     compile: Literal["off", "blocks"] = "off",
     precision: Literal["fp32", "bf16"] = "fp32",
     graph: Literal["off", "on"] = "off",
+    objective: dict[str, Any] | None = None,
+    held_out: str | None = None,
+    batch_per_domain: int = 4,
     **adapters: Any,
 ) -> RunConfig:
     return RunConfig(
+        data=DataConfig(held_out=held_out),
+        objective=ObjectiveConfig(**objective or {}),
         model=ModelConfig(grad_checkpointing=checkpointing, compile=compile),
         moa=MoAConfig(method=method, **adapters),  # type: ignore[arg-type]
         optim=OPTIM,
         average=AVERAGE,
         train=TrainConfig(
             steps=STEPS,
-            batch_per_domain=4,
+            batch_per_domain=batch_per_domain,
             accumulation=accumulation,
             seed=7,
             precision=precision,
@@ -98,17 +106,18 @@ def stirred(parts: Parts) -> Parts:
     return parts
 
 
-_batches: dict[int, list[Batch]] = {}
+_batches: dict[tuple[int, int], list[Batch]] = {}
 
 
 def batches_of(parts: Parts, world: World, accumulation: int) -> list[Batch]:
     """This rank's share of all steps: the same under every arrangement, so it is read once."""
-    if accumulation not in _batches:
+    key = accumulation, parts.stream.global_batch
+    if key not in _batches:
         loader = parts.stream.loader(
             0, STEPS, world.rank, world.size, workers=0, accumulation=accumulation
         )
-        _batches[accumulation] = list(loader)
-    return _batches[accumulation]
+        _batches[key] = list(loader)
+    return _batches[key]
 
 
 def reference(config: RunConfig) -> dict[str, Any]:
@@ -134,8 +143,11 @@ def reference(config: RunConfig) -> dict[str, Any]:
     path = [{n: t.double() for n, t in masters.items()}]
     batches = iter(batches_of(parts, World(0, 1, 0, 1), pieces))
     rows = []
+    slow = Slow(parts, trained, dtype) if config.objective != ObjectiveConfig() else None
     for step in range(STEPS):
         losses = []
+        if step == getattr(config.objective, f"{config.objective.name}_anneal", None):
+            adam.state.clear()
         for master in masters.values():
             master.grad = torch.zeros_like(master)
         for _ in range(pieces):
@@ -144,8 +156,11 @@ def reference(config: RunConfig) -> dict[str, Any]:
                 model, moa.RoutingPosition(config.train.seed, step, batch.first_slot)
             )
             images = finish_images(batch, torch.device("cpu"), parts.info.data_config).to(dtype)
-            loss = F.cross_entropy(model(images).float(), batch.labels) + moa.aux_loss(model)
-            (loss / pieces).backward()
+            if slow is None:
+                loss = F.cross_entropy(model(images).float(), batch.labels) + moa.aux_loss(model)
+                (loss / pieces).backward()
+            else:
+                loss = slow(images, batch, step)
             losses.append(loss.item())
             for name, p in trained.items():
                 if p.grad is not None:
@@ -175,6 +190,64 @@ def averages_of(path: list[dict[str, torch.Tensor]]) -> dict[str, dict[str, torc
         }
         for kind, s in shares.items()
     }
+
+
+class Slow:
+    """Gradients of a whole batch in one piece under any objective, with SAM's two passes."""
+
+    def __init__(self, parts: Parts, trained: dict[str, torch.nn.Parameter], dtype: Any) -> None:
+        self.parts, self.trained, self.dtype = parts, list(trained.values()), dtype
+        self.config, self.sources = parts.config.objective, len(parts.stream.sources)
+        self.q = torch.ones(self.sources, dtype=torch.float64)
+
+    def __call__(self, images: torch.Tensor, batch: Batch, step: int) -> torch.Tensor:
+        loss, q = self.backward(images, batch, step)
+        if self.config.sam:
+            with torch.no_grad():
+                kept = [p.clone() for p in self.trained]
+                gradients = [p.grad for p in self.trained]
+                norm = torch.cat([g.flatten().double() for g in gradients]).norm()  # type: ignore[union-attr]
+                for p, gradient in zip(self.trained, gradients, strict=True):
+                    p += (self.config.sam / norm * gradient).to(p.dtype)
+                    p.grad = None
+            self.backward(images, batch, step)
+            with torch.no_grad():
+                for p, own in zip(self.trained, kept, strict=True):
+                    p.copy_(own)
+        self.q = q
+        return loss
+
+    def backward(
+        self, images: torch.Tensor, batch: Batch, step: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        model: Any = self.parts.model
+        if self.config.name == "mixup":
+            loss = self.mixed(images, batch, step)
+            q = self.q
+        else:
+            features = model.forward_head(model.forward_features(images), pre_logits=True)
+            scores = model.head(features)
+            loss, _, q = slow_objective(
+                self.config, scores.double(), features.double(), batch.labels, batch.domains,
+                step, self.q,
+            )  # fmt: skip
+        (loss + moa.aux_loss(model)).backward()
+        return loss.detach(), q
+
+    def mixed(self, images: torch.Tensor, batch: Batch, step: int) -> torch.Tensor:
+        config, sources = self.parts.config, self.parts.stream.sources
+        ring = draw_ring(config.train.seed, step, self.sources, self.config.mixup_alpha)
+        where = [batch.domains == source for source in sources]
+        x, labels = torch.empty_like(images), torch.empty_like(batch.labels)
+        shares = torch.empty(len(images))
+        for here, partner, share in zip(where, ring.partners, ring.shares, strict=True):
+            x[here] = (share * images[here] + (1 - share) * images[where[partner]]).to(self.dtype)
+            labels[here], shares[here] = batch.labels[where[partner]], share
+        scores = self.parts.model(x).float()
+        own = F.cross_entropy(scores, batch.labels, reduction="none")
+        return (
+            shares * own + (1 - shares) * F.cross_entropy(scores, labels, reduction="none")
+        ).mean()
 
 
 class Reductions:

@@ -184,6 +184,31 @@ class _SumOverRanks(torch.autograd.Function):
         return sum_over_ranks(gradients[0])
 
 
+def gathered(value: Tensor) -> Tensor:
+    """The ranks' values, all of one shape, one behind the other along the first axis."""
+    if dist.get_world_size() == 1:
+        return value
+    whole = value.new_empty(dist.get_world_size() * len(value), *value.shape[1:])
+    dist.all_gather_into_tensor(whole, value.contiguous())
+    return whole
+
+
+def average_gradient(parameter: Tensor, gradient: Tensor) -> int:
+    """Averages the ranks' gradients of a parameter in place, as DeepSpeed does.
+
+    Those of experts are summed over the ranks that own the same ones, and divided by all.
+
+    Returns:
+        The number of ranks that hold the parameter.
+    """
+    group = None
+    if not getattr(parameter, "allreduce", True):
+        group = groups._get_expert_data_parallel_group(parameter.group_name)  # type: ignore[attr-defined]
+    dist.all_reduce(gradient, group=group)
+    gradient.div_(dist.get_world_size())
+    return dist.get_world_size(group)
+
+
 def from_main(value: T) -> T:
     """The main rank's `value` (any picklable object), on every rank."""
     box = [value]

@@ -95,6 +95,17 @@ class ZeroState:
                 _write_one(parameter, whole(own), moment)
         self.ds.global_steps = step
 
+    def adam_steps(self) -> int:
+        """Updates that Adam has made since it began."""
+        steps = (int(state["step"]) for state in self.ds.basic_optimizer.state.values() if state)
+        return next(steps, 0)
+
+    def restart_adam(self) -> None:
+        """Lets Adam begin anew: its moments and its count of steps become zero, on all ranks."""
+        for state in self.ds.basic_optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+
     def flat_masters(self) -> list[Tensor]:
         """This rank's share of the fp32 masters; the optimizer's own memory."""
         return [flat.detach() for flat in _flat_masters(self.ds.optimizer)]

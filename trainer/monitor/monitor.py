@@ -83,7 +83,7 @@ class Monitor:
         if self.utilisation is not None:
             points["perf/mfu"] = self.utilisation * perf["img_s"]
         for name, value in row.items():
-            if name in ("loss", "ce", "aux_loss", "lr", "grad_norm", "skipped_steps"):
+            if name in ("loss", "ce", "aux_loss", "penalty", "lr", "grad_norm", "skipped_steps"):
                 points[f"train/{name}"] = value
             elif name.startswith("moa/bad/"):
                 points[f"data/bad/{name.removeprefix('moa/bad/')}"] = value

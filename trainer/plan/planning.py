@@ -10,6 +10,7 @@ from moa.layers.layer import moa_layers
 from moa.parallel.placement import traffic
 from trainer.config import deepspeed_json
 from trainer.config.run_config import ROOT, RunConfig
+from trainer.objectives.objective import check_objective, passes
 from trainer.plan.data import Request, domain_names, images_evaluated, known_data
 from trainer.plan.measured import measured_rates
 from trainer.plan.memory import (
@@ -21,7 +22,7 @@ from trainer.plan.memory import (
     memory_warnings,
     read_sharding,
 )
-from trainer.plan.scaling import FLOPS, Load, Prediction, Rates, load_of, predict
+from trainer.plan.scaling import FLOPS, Load, Prediction, Rates, load_of, predict, with_passes
 from trainer.plan.sizes import adapter_file_bytes, checkpoint_bytes, roles, weights_of
 from trainer.prepare.backbone import outline
 from trainer.prepare.batches import Batches, batch_arithmetic
@@ -97,7 +98,9 @@ def make_plan(config: RunConfig, request: Request) -> Plan:
         rates = measured_rates(request.measured, config, rates)
     # The embedded digits are of a few hundred bytes each.
     loaders = 0 if config.data.dataset == "digits" else max(1, config.data.workers)
+    check_objective(config, sources, sharding.stage == 3)
     load = load_of(model, footprint, batches, sharding, loaders, graphed)
+    load = with_passes(load, footprint, *passes(config))
     layers = [layer for _, layer in moa_layers(model)]
     seen, width = footprint.tokens * batches.per_process, sharding.working_bytes
     shares = (n for n in batches.legal_world_sizes if not n % load.ep_size)

@@ -160,6 +160,18 @@ def load_of(
     )
 
 
+def with_passes(load: Load, footprint: Footprint, whole: int, forward: int) -> Load:
+    """With so many passes a step, and forwards without a graph; what they send is left out.
+
+    A forward is taken for a third of a pass's operations.
+    """
+    return replace(
+        load,
+        flops=whole * load.flops + forward * footprint.forward,
+        operations=round(load.operations * (whole + forward / 3)),
+    )
+
+
 def predict(load: Load, world: int, rates: Rates) -> Prediction:
     """One step on `world` GPUs, each with as many images as the load says."""
 

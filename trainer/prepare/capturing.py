@@ -14,11 +14,13 @@ def obstacle(config: RunConfig, sharded: bool) -> tuple[str, str] | None:
     exchanges = f"moa.ep_size {ep_size}, whose ranks exchange experts or tokens while a step runs"
     asks = "model.grad_checkpointing, which asks for a random generator's state"
     repeats = f"objective.name {config.objective.name}, whose step is more than one forward"
+    sharpness = f"objective.sam {config.objective.sam}, whose steps have two passes"
     for is_so, what, remedy in (
         (sharded, fetches, "ds_config ds_configs/zero2.json"),
         (ep_size > 1, exchanges, "moa.ep_size 1"),
         (config.model.grad_checkpointing, asks, "model.grad_checkpointing false"),
         (config.objective.name != "erm", repeats, "objective.name erm"),
+        (config.objective.sam > 0, sharpness, "objective.sam 0"),
     ):
         if is_so:
             return what, f"--{remedy}"

@@ -14,6 +14,7 @@ from shards.datasets import held_out_names
 from shards.stream.evaluation import Split, split_places
 from trainer.config import deepspeed_json
 from trainer.config.run_config import RunConfig
+from trainer.objectives.objective import check_objective
 from trainer.prepare.backbone import check_backbone, create_backbone, outline
 from trainer.prepare.batches import batch_arithmetic, check_prefetching
 from trainer.prepare.capturing import check_captured
@@ -137,7 +138,10 @@ def _checked(
         index = open_shards(config.data)
         config, withheld = _resolve(config, index)
         domains = len(index.domains)
-        batches = batch_arithmetic(config, world.size, domains, domains - len(withheld), {})
+        sources = domains - len(withheld)
+        with noted(problems):
+            check_objective(config, sources, sharded)
+        batches = batch_arithmetic(config, world.size, domains, sources, {})
         bf16 = config.train.precision == "bf16"
         deepspeed_json.resolve(config, world.size, batches.global_batch, bf16)
     if problems:

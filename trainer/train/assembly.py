@@ -70,8 +70,9 @@ def assemble(
         state, best, averages = {}, Best(), Averages(config.average, config.train.steps, engine)
     else:
         state = resumed.state | {"changes": resumed.state["changes"] + start.changes}
-        # Adam has not seen the steps that were left out.
+        # Adam has not seen the steps that were left out; older files do not tell its own count.
         adam_steps = int(state["step"]) - int(state.get("skipped_steps", 0))
+        adam_steps = int(state.get("adam_steps", adam_steps))
         engine.write(resumed.masters, resumed.moments, adam_steps)
         best, facts = restored_best(resumed, *schedule), dict(state.get("averages") or {})
         if start.changes:  # what was selected before is of another run

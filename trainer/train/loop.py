@@ -27,8 +27,8 @@ from trainer.process.world import World
 from trainer.train.bad_images import BadImages
 from trainer.train.behind import BEHIND, Behind
 from trainer.train.best import Best, is_left_out
-from trainer.train.micro_step import MicroStep
 from trainer.train.nonfinite import NonfiniteSteps
+from trainer.train.objective_step import make_step
 from trainer.train.resume import state_of
 from trainer.train.rows import Rows
 from trainer.train.validation import Validation
@@ -75,7 +75,8 @@ class Trainer:
         self.behind = Behind()
         ranks = torch.arange(world.size, device=engine.device)[:, None]
         self._others = ranks != world.rank
-        self.rows, self.micro_step = Rows(folder), MicroStep(parts, engine)
+        self.rows = Rows(folder)
+        self.micro_step = make_step(parts, engine, state.get("objective", {}))
 
     def train(self, monitor: Monitor | None) -> None:
         """Runs the remaining steps; `monitor` is given on the main rank only.
@@ -167,15 +168,17 @@ class Trainer:
         waited, losses = 0.0, []
         self.rate = self.config.optim.rate(self.step, self.config.train.steps)
         self.engine.set_rate(self.rate)
-        for _ in range(self.config.train.accumulation):
+        for last in [False] * (self.config.train.accumulation - 1) + [True]:
             self.watch.note(LOADING, self.step)
             started = time.perf_counter()
             ready = self.ahead.take(batches)
             waited += time.perf_counter() - started
             self.bad_images.note(ready.batch.bad)
             self.watch.note(COMPUTING)
-            with self.engine.checks_gradients() if self.step == 0 else nullcontext():
-                losses.append(self.micro_step(ready, self.step))
+            checks = self.step == 0 and last  # an objective may wait for all of a step's
+            with self.engine.checks_gradients() if checks else nullcontext():
+                found = self.micro_step(ready, self.step)
+            losses += [] if found is None else [found]
             self.watch.note(LOADING)
             started = time.perf_counter()
             self.ahead.fetch(batches)  # a device is computing meanwhile
@@ -192,13 +195,13 @@ class Trainer:
     def _send(self, losses: torch.Tensor) -> None:
         """Sends what the ranks found out in a step, in one vector and one collective.
 
-        Every rank's own [ce, aux], votes on stopping, counts of bad images; and the norm.
+        Every rank's own numbers of the step, votes on stopping, counts of bad images; and the norm.
         """
         evaluates = self._evaluates_after(self.step)
         votes = self.stopping.votes_in_step(evaluates, BEHIND)
         counted = torch.tensor([*votes, *self.bad_images.of_step()])
         counted = counted.to(losses.device, non_blocking=True)
-        own = losses.masked_fill(self._others, 0.0)  # [ranks, 2], also if not finite
+        own = losses.masked_fill(self._others, 0.0)  # [ranks, columns], also if not finite
         total = add_up(torch.cat([own.flatten(), counted]))
         known = {"step": self.step, "lr": self.rate}
         norm = self.engine.grad_norm().view(1)
@@ -206,10 +209,13 @@ class Trainer:
 
     def _learn(self, known: dict[str, Any], numbers: list[float]) -> None:
         """Acts on what `_send` has sent, on all ranks alike, and makes the row of it."""
-        ranks, step = self.world.size, known["step"]
-        by_rank, rest, norm = numbers[: 2 * ranks], numbers[2 * ranks : -1], numbers[-1]
-        ce, aux = sum(by_rank[::2]) / ranks, sum(by_rank[1::2]) / ranks
-        losses = [own_ce + own_aux for own_ce, own_aux in zip(*[iter(by_rank)] * 2, strict=True)]
+        ranks, step, columns = self.world.size, known["step"], self.micro_step.columns
+        size = len(columns) * ranks
+        rest, norm = numbers[size:-1], numbers[-1]
+        by_column = [numbers[place : size : len(columns)] for place in range(len(columns))]
+        means = {n: sum(own) / ranks for n, own in zip(columns, by_column, strict=True)}
+        ce, aux = means.pop("ce"), means.pop("aux_loss")
+        losses = [own_ce + own_aux for own_ce, own_aux in zip(*by_column[:2], strict=True)]
         self.stopping.decide(rest[: len(REASONS)])
         self.bad_images.end_step(step, rest[len(REASONS) :])
         self.nonfinite.note(step, losses, norm)
@@ -217,9 +223,10 @@ class Trainer:
         digest = {"batch_digest": self.stream.batch_digest(step)} if self.world.is_main else {}
         self.rows.known.append({
             "step": step,
-            "loss": ce + aux,
+            "loss": means.pop("objective", ce) + aux,
             "ce": ce,
             "aux_loss": aux,
+            **means,
             "lr": known["lr"],
             "grad_norm": norm,
             **digest,
@@ -262,6 +269,8 @@ class Trainer:
             "ep_size": self.config.moa.ep_size,
             "zero_stage": self.parts.ds_json["zero_optimization"]["stage"],
             "averages": self.validation.averages.facts(),
+            "objective": self.micro_step.facts(),
+            "adam_steps": self.engine.adam_steps(),
             "changes": self.changes,
             **state_of(self.parts),
         }

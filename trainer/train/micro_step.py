@@ -1,5 +1,7 @@
 """What is computed of a micro-batch: scores, losses, gradients."""
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,12 +18,18 @@ from trainer.train.nonfinite import poisoned
 class MicroStep:
     """Forward and backward of one micro-batch and, after the last one of a step, the update."""
 
+    columns: tuple[str, ...] = ("ce", "aux_loss")
+    """Names of the numbers that a step gives."""
+
     def __init__(self, parts: Parts, engine: Engine) -> None:
         self.engine, self.seed = engine, parts.config.train.seed
         self.graphed = graphed_as_set(parts, engine, self.compute)
 
-    def __call__(self, ready: Ready, step: int) -> Tensor:
-        """The losses [ce, aux] of this rank's piece, on the device."""
+    def __call__(self, ready: Ready, step: int) -> Tensor | None:
+        """The numbers of this rank's piece by `columns`, on the device.
+
+        None if they come with a later micro-batch of the step.
+        """
         engine, batch = self.engine, ready.batch
         position = moa.RoutingPosition(self.seed, step, batch.first_slot, len(batch.labels))
         inputs = (ready.images, ready.labels)
@@ -41,9 +49,18 @@ class MicroStep:
         step must be one of them, no number in Python.
         """
         engine = self.engine
-        scores = engine.model(images)  # [B, C]
-        ce = F.cross_entropy(scores.float(), labels)
+        ce = self.losses(engine.model(images), labels)
         aux = moa.aux_loss(engine.module, differentiable_sum)
         engine.differentiate(poisoned(ce + aux))  # averaged over ranks and micro-batches
         with torch.no_grad():
             return torch.stack([ce, aux.to(ce.dtype)])
+
+    def losses(
+        self, scores: Tensor, labels: Tensor, reduction: Literal["mean", "none"] = "mean"
+    ) -> Tensor:
+        """The cross-entropy of scores [B, C], or of each image [B]."""
+        return F.cross_entropy(scores.float(), labels, reduction=reduction)
+
+    def facts(self) -> dict[str, Any]:
+        """For a checkpoint's state: what is carried from step to step."""
+        return {}

@@ -63,8 +63,20 @@ SOFT = {"router": "soft", "shared_rank": 3}
 FEW = {"ranks": [1, 2], "blocks": [0]}  # fewer experts than ranks
 COMPILED = {"compile": "blocks", "checkpointing": True}
 GATHER, EXCHANGE = {"transport": "gather"}, {"transport": "all_to_all"}
+
+
+def minimising(name: str, stage: int, sam: float = 0.0, **config: Any) -> Case:
+    """A case with an objective; without a balance loss, so that pieces make no difference."""
+    weight = {"vrex": 1.5, "irm": 3.0}.get(name)
+    own = {f"{name}_anneal": 2, f"{name}_lambda": weight} if weight else {}
+    objective = {"name": name, "sam": sam, **own}
+    settings = {"aux_weight": 0.0, "objective": objective, **config}
+    return case(f"{name}, sam {sam} {config}", stage, **settings)
+
+
+PIECES = {"accumulation": 2}
 MORE = {
-    1: [],
+    1: [minimising("mmd", 1, **PIECES)],
     2: [
         case("offload", "zero2_offload"),
         case("offload", "zero3_offload"),
@@ -87,8 +99,18 @@ MORE = {
         case("full", 3, "full"),
         *(spread(2, method) for method in ("moa_lora", "moa_kron", "full")),
         spread(2, "moa_kron", checkpointing=True),
+        minimising("groupdro", 3, **PIECES),
+        minimising("irm", 2, ep_size=2, **GATHER),
+        minimising("coral", 2, sam=0.05, ep_size=2, **EXCHANGE, **PIECES),
+        minimising("mmd", 3),
+        minimising("erm", 1, sam=0.05, **PIECES),
+        minimising("vrex", 1, precision="bf16", **PIECES),
+        # Whose partners are on the other process: four domains, six images each.
+        minimising("mixup", 2, held_out="rotated+inverted", batch_per_domain=3, **PIECES),
     ],
     4: [
+        minimising("vrex", 1),
+        minimising("coral", 3),
         spread(4, "moa_kron"),
         case("idle ranks", 2, "moa_lora", ep_size=4, **FEW, **GATHER),
         case("idle ranks", 2, "moa_kron", ep_size=4, **FEW, **EXCHANGE),
@@ -115,6 +137,7 @@ FAULTS: list[Case] = [
         *((file, {}) for file in (1, 2, 3, "zero2_offload", "zero3_offload")),
         (2, {"ep_size": 2, **GATHER}),
         (1, {"ep_size": 2, **EXCHANGE}),
+        (2, {"objective": {"name": "groupdro", "sam": 0.05}}),
     ]
     # There DeepSpeed keeps what overflowed; the next step is not finite either, and ends the run.
     if (precision, file) != ("bf16", "zero2_offload")

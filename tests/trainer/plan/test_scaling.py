@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from trainer.plan.scaling import Load, Rates, predict
+from trainer.plan.scaling import Load, Rates, predict, with_passes
+from trainer.prepare.footprint import Footprint
 
 RATES = Rates(flops=1e12, node=1e9, network=1e8, latency=1e-3, gpus_per_node=4)
 LOAD = Load(
@@ -27,6 +28,15 @@ def test_terms_by_hand() -> None:
     assert step.experts == pytest.approx(2 * 1e-3 * 1 + 4e5 / 1e9)
     assert step.weights == 0
     assert step.seconds == pytest.approx(step.compute + step.gradients + step.experts)
+
+
+def test_passes_of_an_objective_are_computed_and_launched() -> None:
+    footprint = Footprint(
+        images=1, kept=0, peak=0, evaluation=0, forward=3 * 10**8, backward=7 * 10**8, recomputed=0
+    )
+    load = with_passes(replace(LOAD, operations=300), footprint, whole=2, forward=2)
+    assert (load.flops, load.operations) == (2 * 1e9 + 2 * 3e8, 800)
+    assert with_passes(LOAD, footprint, whole=1, forward=0) == LOAD
 
 
 def test_beyond_a_node_the_network_counts() -> None:
