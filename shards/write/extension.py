@@ -44,28 +44,19 @@ def extend_shards(
     Arguments and errors are those of `write_shards`. Besides, `DataConfigError`: there is no set,
     or one whose domains are fixed, that has a domain of these names, other classes or other groups.
     """
-    index = ShardIndex.load(out)
-    if spec.domains is not None or index.dataset != spec.name:
-        raise DataConfigError(
-            f"--extend: {out} holds {index.dataset!r}, and the domains of a known dataset are "
-            "fixed; only sets of --dataset folder can be extended"
-        )
-    if group_by not in (None, index.group_by):
-        raise DataConfigError(
-            f"--group_by {group_by!r:.200}: the set in {out} has {index.group_by!r:.200}, which "
-            "its new domains get too; leave the flag out"
-        )
-    plan = plan_shards(
-        root, out, spec, only=domains, group_by=index.group_by, jobs=jobs,
-        before=[info.key_prefix for info in index.domain_infos], **options,
-    )  # fmt: skip
+    _check_set(ShardIndex.load(out), out, spec, group_by)
     try:
         with filelock.FileLock(out / LOCK_NAME, timeout=0):
+            index = ShardIndex.load(out)  # nobody changes it from now on
             content = json.loads((out / layout.INDEX_NAME).read_bytes())
-            if plan.source_sha256 in content.get("extended", []):
+            plan = plan_shards(
+                root, out, spec, only=domains, group_by=index.group_by, jobs=jobs,
+                before=[info.key_prefix for info in index.domain_infos], **options,
+            )  # fmt: skip
+            if plan.source_sha256 in _extended(content):
                 log.info("%s already holds these domains", out)
             else:
-                _check(index, plan, out)
+                _check_domains(index, plan, out)
                 write_planned(out / WORK_NAME, plan, jobs)
                 _join(out, index, content, plan.source_sha256)
             shutil.rmtree(out / WORK_NAME, ignore_errors=True)
@@ -79,7 +70,21 @@ def extend_shards(
     return ShardIndex.load(out)
 
 
-def _check(index: ShardIndex, plan: ShardPlan, out: Path) -> None:
+def _check_set(index: ShardIndex, out: Path, spec: DatasetSpec, group_by: str | None) -> None:
+    """Raise unless a set can be extended so."""
+    if spec.domains is not None or index.dataset != spec.name:
+        raise DataConfigError(
+            f"--extend: {out} holds {index.dataset!r}, and the domains of a known dataset are "
+            "fixed; only sets of --dataset folder can be extended"
+        )
+    if group_by not in (None, index.group_by):
+        raise DataConfigError(
+            f"--group_by {group_by!r:.200}: the set in {out} has {index.group_by!r:.200}, which "
+            "its new domains get too; leave the flag out"
+        )
+
+
+def _check_domains(index: ShardIndex, plan: ShardPlan, out: Path) -> None:
     """Raise unless the new domains fit the set and nothing of theirs is in the way."""
     for domain in plan.listing.domains:
         if domain.name in index.domains:
@@ -116,15 +121,22 @@ def _join(out: Path, old: ShardIndex, content: dict[str, Any], source_sha256: st
     domains = [_joined_table(out, place, new, len(old.shards)) for place in range(len(new.domains))]
     every, shards = (*old.domain_infos, *domains), (*old.shards, *new.shards)
     write_json(out / layout.INFO_NAME, layout.stock_info(every, shards))
-    before = content["source_sha256"]
+    before = content.get("source_sha256")
     content |= {
         "source_sha256": hashlib.sha256(f"{before}\n{source_sha256}".encode()).hexdigest(),
-        "extended": [*content.get("extended", []), source_sha256],
+        "extended": [*_extended(content), source_sha256],
         "domains": [asdict(info) for info in every],
         "shards": [asdict(info) for info in shards],
     }
-    content["digests"] = {k: layout.section_digest(content[k]) for k in content["digests"]}
+    digests = content.get("digests", {})
+    content["digests"] = {name: layout.section_digest(content.get(name)) for name in digests}
     write_json(out / layout.INDEX_NAME, content)
+
+
+def _extended(content: dict[str, Any]) -> list[object]:
+    """What was added before, by its hash."""
+    found = content.get("extended")
+    return found if isinstance(found, list) else []
 
 
 def _joined_table(out: Path, place: int, new: IndexContent, first: int) -> layout.DomainInfo:

@@ -176,7 +176,7 @@ def told(index: ShardIndex, groups: Sequence[LookAlikes], trial_seed: int) -> st
         pair = [0, len(first.places) - 1]
     keys = [index.key(int(first.domains[at]), int(first.places[at])) for at in pair]
     return (
-        f"{sum(len(g.places) for g in groups)} images look alike, in {len(groups)} groups; "
-        f"{len(crossing)} groups lie on both sides of the split of trial seed {trial_seed}, "
-        f"{len(across)} in several domains (such as {' and '.join(keys)})"
+        f"{sum(len(g.places) for g in groups)} images look alike; groups of them: {len(groups)}, "
+        f"on both sides of the split of trial seed {trial_seed}: {len(crossing)}, in several "
+        f"domains: {len(across)} (such as {' and '.join(keys)})"
     )
