@@ -4,7 +4,9 @@ A set may say that its images come in groups, as the pictures of a patient or of
 whole groups are drawn instead, and a group is on the same side in every domain.
 """
 
+import functools
 import hashlib
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,8 +36,18 @@ def split_domain(
     """
     if index.group_by is None:
         return split_indices(index.num_samples(domain), trial_seed, domain, holdout_fraction)
-    groups = [index.table(number)["group"] for number in range(domain + 1)]
-    return split_groups(groups, trial_seed, holdout_fraction)[domain]
+    return _split_of_groups(index, trial_seed, holdout_fraction)[domain]
+
+
+@functools.lru_cache(maxsize=2)  # asked for domain by domain
+def _split_of_groups(
+    index: ShardIndex, trial_seed: int, holdout_fraction: float
+) -> list[tuple[Int64Array, Int64Array]]:
+    groups = [index.table(domain)["group"] for domain in range(len(index.domains))]
+    parts = split_groups(groups, trial_seed, holdout_fraction)
+    for places in itertools.chain(*parts):
+        places.setflags(write=False)
+    return parts
 
 
 def split_groups(
