@@ -14,7 +14,7 @@ from shards.command_line import EXIT_CODES, Parser, path, run_command
 from shards.config import MAX_PIXELS, DataConfig
 from shards.durable import replaced_when_whole
 from shards.embedded.digits import embedded_shards
-from shards.errors import OutputError
+from shards.errors import DataConfigError, OutputError
 from shards.preview.contents import Contents
 from shards.preview.page import listed, page
 from shards.preview.sheet import contact_sheet
@@ -60,6 +60,8 @@ def _run(argv: Sequence[str] | None) -> int:
     args = parser().parse_args(argv)
     check_at_least_one(jobs=args.jobs, max_pixels=args.max_pixels)
     config = DataConfig(cache_dir=args.cache_dir, cache_gib=args.cache_gib)
+    if problems := config.problems():
+        raise DataConfigError(problems[0])
     index = ShardIndex.load(embedded_shards() if args.root is None else args.root, config)
     _write(args.out, {})  # before the work
     contents = Contents(index, args.trial_seed, args.max_pixels)

@@ -59,7 +59,9 @@ def page(contents: Contents, sheet: bytes) -> str:
             "<h2>Formats and sizes</h2>",
             _table(columns, rows),
             "<h2>Images that look alike</h2>",
-            f"<p>{len(shown)} of {len(groups)} groups; look_alikes.csv has all.</p>",
+            f"<p>{len(shown)} of {len(groups)} groups; look_alikes.csv has all.</p>"
+            if groups
+            else "<p>None found.</p>",
             *(_shown(contents, group) for group in shown),
         ]
     return _PAGE.format(title=_text(index.name), body="\n".join(parts))

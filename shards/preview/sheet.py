@@ -4,52 +4,67 @@ import io
 import warnings
 
 import numpy as np
+import numpy.typing as npt
 
 from shards.preview.contents import SIDE, Contents
 from shards.read.naming import printable
 
 _GAP, _PER_CELL = 6, 3  # pixels between cells, pictures of a cell
-_MOST_CLASSES = 40
+_WIDE, _HIGH = _PER_CELL * SIDE + _GAP, SIDE + _GAP
+_MOST_CLASSES, _MOST_DOMAINS = 40, 20
 _LETTERS = 24
+_TOP, _MARGIN, _LEAST_WIDTH = 56, 8, 480
 
 
 def contact_sheet(contents: Contents) -> bytes:
-    """The contact sheet as a PNG file: some images of every domain and class."""
+    """The sheet as a PNG file; of many classes or domains some, evenly chosen."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     index = contents.index
-    count = min(len(index.classes), _MOST_CLASSES)
-    classes = np.linspace(0, len(index.classes) - 1, count).round().astype(int)
-    wide, high = _PER_CELL * SIDE + _GAP, SIDE + _GAP
-    shape = (high * count, wide * len(index.domains), 3)
-    mosaic = np.full(shape, 255, np.uint8)
-    for domain in range(len(index.domains)):
-        labels = index.labels(domain)
-        for row, label in enumerate(classes):
-            places = np.flatnonzero(labels == label)
-            some = places[np.linspace(0, len(places) - 1, min(len(places), _PER_CELL)).astype(int)]
-            for column, place in enumerate(some.tolist()):
-                x, y = domain * wide + column * SIDE, row * high
-                mosaic[y : y + SIDE, x : x + SIDE] = contents.picture(domain, place)
-    left, top = 10 + 8 * max(len(_label(index.classes[label])) for label in classes), 56
-    width, height = left + shape[1], top + shape[0]
+    classes = _evenly(len(index.classes), _MOST_CLASSES)
+    domains = _evenly(len(index.domains), _MOST_DOMAINS)
+    pictures = _mosaic(contents, domains, classes)
+    names = [_label(index.classes[label]) for label in classes]
+    left = 2 * _MARGIN + 8 * max(map(len, names))
+    right, bottom = left + pictures.shape[1], _TOP + pictures.shape[0]
+    width = max(right, _LEAST_WIDTH)
     with mpl.rc_context({"text.parse_math": False}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a box is drawn for it
-        figure = Figure(figsize=(width / 72, height / 72), dpi=72)
-        axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+        figure = Figure(figsize=(width / 72, bottom / 72), dpi=72)
+        axes = figure.add_axes((0, 0, 1, 1))
         axes.set_axis_off()
-        axes.imshow(mosaic, extent=(left, width, height, top), interpolation="nearest")
-        axes.text(8, 20, f"{index.name}: {contents.summary()}", size=13)
-        for domain, name in enumerate(index.domains):
-            axes.text(left + domain * wide, top - 8, _label(name), size=12)
-        for row, label in enumerate(classes):
-            name = _label(index.classes[label])
-            axes.text(left - 8, top + row * high + SIDE / 2, name, size=12, ha="right",
-                      va="center")  # fmt: skip
+        axes.imshow(pictures, extent=(left, right, bottom, _TOP), interpolation="nearest")
+        axes.set(xlim=(0, width), ylim=(bottom, 0))
+        axes.text(_MARGIN, 20, f"{index.name}: {contents.summary()}", size=13)
+        for column, domain in enumerate(domains):
+            axes.text(left + column * _WIDE, _TOP - 8, _label(index.domains[domain]), size=12)
+        for row, name in enumerate(names):
+            middle = _TOP + row * _HIGH + SIDE / 2
+            axes.text(left - _MARGIN, middle, name, size=12, ha="right", va="center")
         file = io.BytesIO()
         figure.savefig(file, format="png")
     return file.getvalue()
+
+
+def _mosaic(contents: Contents, domains: list[int], classes: list[int]) -> npt.NDArray[np.uint8]:
+    """Pictures of each class (row) and domain (column), without text."""
+    mosaic = np.full((_HIGH * len(classes), _WIDE * len(domains), 3), 255, np.uint8)
+    for column, domain in enumerate(domains):
+        labels = contents.index.labels(domain)
+        for row, label in enumerate(classes):
+            places = np.flatnonzero(labels == label)
+            for number, which in enumerate(_evenly(len(places), _PER_CELL)):
+                x, y = column * _WIDE + number * SIDE, row * _HIGH
+                picture = contents.picture(domain, int(places[which]))
+                mosaic[y : y + SIDE, x : x + SIDE] = picture
+    return mosaic
+
+
+def _evenly(count: int, most: int) -> list[int]:
+    """Numbers below `count`, at most so many, from the first to the last."""
+    chosen = np.linspace(0, max(0, count - 1), min(count, most)).round().astype(int)
+    return [int(number) for number in chosen]
 
 
 def _label(name: str) -> str:

@@ -7,6 +7,7 @@ place of the old one. They follow the old domains, whose numbers and splits do n
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Collection
 from dataclasses import asdict, replace
@@ -22,9 +23,11 @@ from shards.errors import DataConfigError, OutputError
 from shards.read import layout
 from shards.read.checking import IndexContent, parse_index
 from shards.read.index import ShardIndex
-from shards.write.conversion import LOCK_NAME, log, plan_shards, write_planned
+from shards.write.conversion import LOCK_NAME, plan_shards, write_planned
 from shards.write.set_name import write_json
-from shards.write.shard_plan import ShardPlan
+from shards.write.shard_plan import STATE_NAME, ShardPlan
+
+log = logging.getLogger(__name__)
 
 WORK_NAME = ".extension"
 
@@ -57,6 +60,7 @@ def extend_shards(
                 log.info("%s already holds these domains", out)
             else:
                 _check_domains(index, plan, out)
+                _discard_others(out / WORK_NAME, plan)
                 write_planned(out / WORK_NAME, plan, jobs)
                 _join(out, index, content, plan.source_sha256)
             shutil.rmtree(out / WORK_NAME, ignore_errors=True)
@@ -109,6 +113,14 @@ def _check_domains(index: ShardIndex, plan: ShardPlan, out: Path) -> None:
         files = [task.file for task in plan.tasks] + [f"{stem}.npy" for stem in plan.stems]
         if there := [name for name in files if (out / name).exists()]:
             raise OutputError(f"--out {out}: holds {there[0]!r} already; move it away")
+
+
+def _discard_others(work: Path, plan: ShardPlan) -> None:
+    """Delete what an extension by other domains, or other images, has left unfinished."""
+    state = work / STATE_NAME
+    begun = state.read_text(errors="replace").partition("\n")[0] if state.exists() else ""
+    if begun != plan.state_sha256 and not (work / layout.INDEX_NAME).exists():
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _join(out: Path, old: ShardIndex, content: dict[str, Any], source_sha256: str) -> None:

@@ -26,7 +26,7 @@ SEEN_DTYPE = np.dtype(
 
 _FEW = 5  # images of a class, of which 20 % may be none
 _SMALL_CLASS, _SMALL_DOMAIN = 10, 5  # times smaller than the median
-_SHOWN_CLASSES = 20
+_SHOWN_CLASSES, _SHOWN_DOMAINS = 20, 12
 _PER_PROCESS = 2000  # images that are worth the start of a process
 
 
@@ -58,9 +58,13 @@ def class_counts(index: ShardIndex) -> Int64Array:
 
 
 def counts_table(index: ShardIndex, counts: Int64Array) -> str:
-    """The counts as a table, of the smallest classes if there are many."""
+    """The counts as a table, of the smallest classes and the first domains if there are many."""
     from tabulate import tabulate
 
+    domains = [printable(name) for name in index.domains[:_SHOWN_DOMAINS]]
+    if rest := len(index.domains) - len(domains):
+        domains.append(f"{rest} others")
+        counts = np.vstack([counts[:_SHOWN_DOMAINS], counts[_SHOWN_DOMAINS:].sum(0)])
     order = np.arange(len(index.classes))
     if len(order) > _SHOWN_CLASSES:
         order = np.argsort(counts.sum(0), kind="stable")[:_SHOWN_CLASSES]
@@ -73,9 +77,9 @@ def counts_table(index: ShardIndex, counts: Int64Array) -> str:
     rows.append(["all", *counts.sum(1), counts.sum()])
     return tabulate(
         [list(map(str, row)) for row in rows],
-        ["class", *map(printable, index.domains), "all"],
+        ["class", *domains, "all"],
         tablefmt="plain", disable_numparse=True,
-        colalign=["left", *["right"] * (len(index.domains) + 1)],
+        colalign=["left", *["right"] * (len(domains) + 1)],
     )  # fmt: skip
 
 

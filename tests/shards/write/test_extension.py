@@ -72,8 +72,13 @@ def test_a_domain_follows_the_old_ones(images: Path, out: Path) -> None:
 def test_two_at_once_are_as_one_after_the_other(images: Path, out: Path, tmp_path: Path) -> None:
     shutil.copytree(out, tmp_path / "twice")
     assert extend(images, out, "--extend", "clip", "Art") == 0
+    left = tmp_path / "twice" / ".extension"
+    left.mkdir()
+    (left / ".writer.state").write_text("of an extension by another domain\n")
+    (left / "folder-other-000000.tar").write_text("not finished")
     for name in ("clip", "Art"):
         assert extend(images, tmp_path / "twice", "--extend", name) == 0
+    assert not left.exists()
     together, apart = folder_bytes(out), folder_bytes(tmp_path / "twice")
     assert together.keys() == apart.keys()
     assert {name for name in together if together[name] != apart[name]} <= {"index.json"}
