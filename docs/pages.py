@@ -42,7 +42,7 @@ is told in [architecture.md](architecture.md).
 COMMANDS = (
     "trainer.plan", "trainer.evaluate", "trainer.predict", "trainer.report", "trainer.export",
     "trainer.flatness", "trainer.sweep", "trainer.sweep.slurm_array", "trainer.bench",
-    "shards.writer",
+    "shards.writer", "shards.preview",
 )  # fmt: skip
 """Modules with a function `parser`, beside `trainer/run.py`."""
 

@@ -2,36 +2,43 @@
 
 import argparse
 import logging
-import os
 import re
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NoReturn
 
+from shards.command_line import EXIT_CODES, Parser, path, run_command
 from shards.config import MAX_PIXELS
 from shards.datasets import DATASETS, DatasetSpec, dataset_spec, nearest
-from shards.errors import DamagedDataError, DataConfigError, OutputError
+from shards.errors import DataConfigError
 from shards.opening import check_dataset
 from shards.read.index import ShardIndex
 from shards.read.subset import read_list
+from shards.stream.split import split_domain
 from shards.write.conversion import (
     DEFAULT_SHARD_BYTES,
     DEFAULT_SHARD_SIZE,
     check_at_least_one,
-    name_set,
     write_shards,
 )
+from shards.write.extension import extend_shards
 from shards.write.row_files import READERS, row_source
 from shards.write.rows import USUAL, Rows
+from shards.write.set_name import name_set
+from shards.write.survey import (
+    class_counts,
+    counts_table,
+    find_look_alikes,
+    imbalances,
+    survey,
+    told,
+)
 from shards.write.verify import verify_shards
 from shards.write.worker_pool import default_jobs
 
 log = logging.getLogger("shards.writer")
 
 __all__ = ["main", "write_shards"]
-_EXIT_CODES = {DataConfigError: 2, DamagedDataError: 65, OutputError: 73}
 
 
 def _byte_count(text: str) -> int:
@@ -42,48 +49,13 @@ def _byte_count(text: str) -> int:
     return int(match[1]) << 10 * " KMGT".index(match[2] or " ")
 
 
-def _path(text: str) -> Path:
-    """Read a path; a shell leaves the `~` of `--out=~/set` as it is."""
-    return Path(os.path.expanduser(text))
-
-
-def _underscored(word: str) -> str:
-    """Spell a flag such as `--shard-size=9` with underscores; leave any other word as it is."""
-    flag, equals, value = word.partition("=")
-    return "--" + flag[2:].replace("-", "_") + equals + value if word.startswith("--") else word
-
-
-class _Formatter(logging.Formatter):
-    """Begins warnings with `warning: `, as errors begin with `error: `."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        return f"warning: {text}" if record.levelno == logging.WARNING else text
-
-
-class _Parser(argparse.ArgumentParser):
-    """Takes dashes for the underscores of a flag; errors take one line and suggest the nearest."""
-
-    def parse_known_args(  # type: ignore[override]
-        self, args: Sequence[str] | None = None, namespace: Any = None
-    ) -> tuple[argparse.Namespace, list[str]]:
-        words = sys.argv[1:] if args is None else args
-        return super().parse_known_args([_underscored(word) for word in words], namespace)
-
-    def error(self, message: str) -> NoReturn:
-        flag = message.rpartition("unrecognized arguments: ")[2].split()[0]
-        hint = nearest(flag, list(self._option_string_actions)) if "unrec" in message else ""
-        self.exit(2, f"error: {message}{hint}; see python -m shards.writer --help\n")
-
-
 def parser() -> argparse.ArgumentParser:
     """Describe the command line."""
-    result = _Parser(
+    result = Parser(
         prog="python -m shards.writer",
         description="Convert images to a WebDataset shard set with an index, or check an existing "
         "set. They lie in folders <domain>/<class>/, or as --format says.",
-        epilog="Exit codes: 0 done, 2 bad settings, 65 damaged data, 73 output cannot be written, "
-        "130 interrupted.",
+        epilog=f"{EXIT_CODES}, 130 interrupted.",
         allow_abbrev=False,
     )
     add = result.add_argument
@@ -92,15 +64,28 @@ def parser() -> argparse.ArgumentParser:
         help=f"one of {', '.join(DATASETS)} (default: folder; with --verify alone: what the index "
         f"says); {', '.join(READERS)} stand for folder in that --format",
     )
-    add("--root", type=_path, help="folder of the images; not needed for --dataset digits")
+    add("--root", type=path, help="folder of the images; not needed for --dataset digits")
     add("--format", choices=["folder", *READERS], default="folder",
         help="how the images lie there (default: %(default)s)")  # fmt: skip
     add("--columns", nargs="+", default=[], metavar="ROLE=COLUMN",
         help=f"where another format has {', '.join(USUAL)}, if not where it is usual")  # fmt: skip
-    add("--out", type=_path, required=True, help="folder of the shard set")
+    add("--out", type=path, required=True, help="folder of the shard set")
     add("--name", help="what tables and cards shall call this set; without --root one that exists")
-    add("--exclude_list", type=_path, metavar="FILE",
+    add("--exclude_list", type=path, metavar="FILE",
         help="images to leave out, one path per line")  # fmt: skip
+    add(
+        "--extend", nargs="+", default=[], metavar="DOMAIN",
+        help="add these domains of --root to the set in --out, whose own files stay as they are",
+    )  # fmt: skip
+    add(
+        "--group_by", metavar="PATTERN",
+        help="regular expression searched in <domain>/<class>/<image>; images for which it, or "
+        "what is in its parentheses, matches the same text stay on one side of the split",
+    )  # fmt: skip
+    add(
+        "--quick", action="store_true",
+        help="do not look for images that are there twice, for which all are decoded",
+    )  # fmt: skip
     add(
         "--shard_size", type=int, default=DEFAULT_SHARD_SIZE, metavar="N",
         help="largest number of images of one shard (default: %(default)s)",
@@ -122,8 +107,8 @@ def parser() -> argparse.ArgumentParser:
     add("--deep", action="store_true", help="with --verify: also decode every image")
     add(
         "--max_pixels", type=int, default=MAX_PIXELS, metavar="N",
-        help="with --deep: images with more are too large, as data.max_pixels says in training "
-        "(default: %(default)s)",
+        help="when images are decoded, those with more are too large, as data.max_pixels says in "
+        "training (default: %(default)s)",
     )  # fmt: skip
     return result
 
@@ -148,10 +133,17 @@ def _open(args: argparse.Namespace, spec: DatasetSpec) -> ShardIndex:
         exclude = read_list(f"--exclude_list {args.exclude_list}", args.exclude_list)
     if args.root is not None:
         log.info("listing %s", args.root)
-        return write_shards(
-            args.root, args.out, spec, exclude=exclude, shard_size=args.shard_size,
-            shard_bytes=args.shard_bytes, jobs=args.jobs, name=args.name, source=_source(args),
-        )  # fmt: skip
+        options = {
+            "exclude": exclude, "shard_size": args.shard_size, "shard_bytes": args.shard_bytes,
+            "jobs": args.jobs, "source": _source(args), "group_by": args.group_by,
+        }  # fmt: skip
+        if not args.extend:
+            return write_shards(args.root, args.out, spec, name=args.name, **options)
+        index = extend_shards(args.root, args.out, spec, args.extend, **options)
+        return index if args.name is None else _named(args)
+    for flag in ("extend", "group_by"):
+        if getattr(args, flag):
+            raise DataConfigError(f"--{flag}: give the folder of the images, too, with --root")
     if spec.name == "digits" and not args.verify:
         from shards.embedded.digits import write_digits
 
@@ -161,10 +153,29 @@ def _open(args: argparse.Namespace, spec: DatasetSpec) -> ShardIndex:
     index = ShardIndex.load(args.out, dataset=spec.name)
     if args.dataset is not None:
         check_dataset(index, spec, "--dataset")
-    if args.name is None:
-        return index
+    return index if args.name is None else _named(args)
+
+
+def _named(args: argparse.Namespace) -> ShardIndex:
     name_set(args.out, args.name)
     return ShardIndex.load(args.out)
+
+
+def _tell(index: ShardIndex, args: argparse.Namespace) -> None:
+    """Say what a set that was just written holds, and what is odd about it."""
+    counts = class_counts(index)
+    log.info("%s", counts_table(index, counts))
+    for line in imbalances(index, counts):
+        log.warning("%s", line)
+    if args.quick:
+        return
+    seen = survey(index, args.jobs, args.max_pixels)
+    held_out = [split_domain(index, domain, 0, 0.2)[1] for domain in range(len(index.domains))]
+    if said := told(index, find_look_alikes(index, seen, held_out), 0):
+        log.warning(
+            "%s; `python -m shards.preview --root %s` lists them, --exclude_list leaves some out, "
+            "--group_by keeps what belongs together on one side", said, shlex.quote(str(args.out)),
+        )  # fmt: skip
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -177,6 +188,8 @@ def _run(args: argparse.Namespace) -> int:
     check_at_least_one(jobs=args.jobs, max_pixels=args.max_pixels)
     index = _open(args, spec)
     total = sum(shard.samples for shard in index.shards)
+    if args.root is not None or (spec.name == "digits" and not args.verify):
+        _tell(index, args)
     if args.verify:
         report = verify_shards(index, deep=args.deep, jobs=args.jobs, max_pixels=args.max_pixels)
         for problem in report.problems:
@@ -201,17 +214,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, of this process unless `argv` is given; gives the exit code."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Formatter())
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-    try:
-        return _run(parser().parse_args(argv))
-    except (DataConfigError, DamagedDataError, OutputError) as error:
-        log.error("error: %s", error)
-        return next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind))
-    except KeyboardInterrupt:
-        log.error("interrupted; run the same command again to finish")
-        return 130
+    return run_command(lambda: _run(parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = {
     "moa": "files > model, parallel > layers > config > blocks > errors",
-    "shards": "writer > opening > embedded > write, stream > read, pixels > config > datasets > "
-    "addresses, randomness, durable, errors",
+    "shards": "writer, preview > opening, command_line > embedded > write, stream > read, pixels > "
+    "config > datasets > addresses, randomness, durable, errors",
     "trainer": "run > bench > train > monitor, report, export, flatness, predict, doctor > sweep > "
     "evaluate > pretrain_embedded, plan, engine > prepare, checkpoint > objectives > config > "
     "process",
@@ -55,6 +55,7 @@ COMMANDS = (
     ["-m", "trainer.sweep.slurm_array"],
     ["-m", "trainer.bench"],
     ["-m", "shards.writer"],
+    ["-m", "shards.preview"],
 )
 
 

@@ -151,13 +151,15 @@ def _training(origin: Origin) -> str:
     averaged = ", ".join(map(code, origin.averaged))
     mean = f"The mean of these adapters, tensor by tensor: {averaged}.\n\n" if averaged else ""
     withheld = " and ".join(map(code, origin.withheld))
+    split = code(origin.split_hash)
     compiled = f" with compiled {escaped(origin.compiled)}" if origin.compiled else ""
+    groups = f"by groups that {code(origin.group_by)} names " if origin.group_by else ""
     return f"""
 ## Training
 
 {mean}Dataset {code(origin.shown_dataset)} (data hash {code(origin.data_hash)}),
 domain {withheld} held out, seed {origin.seed}. Trial seed {origin.trial_seed} splits every domain
-and holds {origin.holdout_fraction:g} of it back as `out` (split hash {code(origin.split_hash)}).
+{groups}and holds {origin.holdout_fraction:g} of it back as `out` (split hash {split}).
 
 {block(origin.command, "bash")}
 

@@ -33,6 +33,7 @@ class Origin:
         dataset_name: the shard set's own name; empty if it has none.
         precision: of the run's arithmetic, `fp32` or `bf16`; empty if not on record.
         compiled: what torch's compiler had made faster, `blocks`; empty if nothing.
+        group_by: pattern whose groups the splits keep together; empty for DomainBed's splits.
     """
 
     dataset: str
@@ -53,6 +54,7 @@ class Origin:
     dataset_name: str = ""
     precision: str = ""
     compiled: str = ""
+    group_by: str = ""
 
     @property
     def withheld(self) -> tuple[str, ...]:
@@ -71,6 +73,7 @@ class Origin:
             "dataset_name",
             "precision",
             "compiled",
+            "group_by",
         )  # empty, the file is as before they existed
         return {k: v for k, v in plain.items() if v or k not in later}
 

@@ -5,8 +5,10 @@ import io
 import re
 import warnings
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from shards.config import MAX_PIXELS
@@ -35,6 +37,29 @@ def open_rgb(data: bytes, *, incomplete: bool = False, max_pixels: int = MAX_PIX
     """
     with _pillow(max_pixels, incomplete), Image.open(io.BytesIO(data), formats=FORMATS) as image:
         return _eight_bits(image).convert("RGB")
+
+
+class Glance(NamedTuple):
+    """What a quick look at a file tells."""
+
+    format: str
+    """One of `FORMATS`."""
+    size: tuple[int, int]
+    """Width and height."""
+    grey: npt.NDArray[np.uint8]
+    """The whole picture in grey, [h, w]."""
+
+
+def glance(data: bytes, size: tuple[int, int], *, max_pixels: int = MAX_PIXELS) -> Glance:
+    """Look at a file, complete or not; gives it in grey at `size`, (width, height).
+
+    Of JPEG files only as much is decoded as that needs. Raises `ValueError` as `open_rgb`.
+    """
+    with _pillow(max_pixels, True), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        found = image.format or "", image.size
+        image.draft("L", (3 * size[0], 3 * size[1]))
+        small = _eight_bits(image).convert("L").resize(size, Image.Resampling.BILINEAR)
+        return Glance(*found, np.asarray(small))
 
 
 def is_too_large(data: bytes, max_pixels: int) -> bool:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from shards.errors import DamagedDataError, DataConfigError
 from shards.read.layout import (
     FORMAT_VERSION,
+    GROUPED_DTYPE,
     INDEX_NAME,
     REMEDY,
     TABLE_DTYPE,
@@ -33,12 +34,15 @@ INDEX_LIMIT = 32 << 20
 """Bytes of an index that is read at all; a shard takes some 150 of them."""
 _TABLE_HEADER = 4096  # bytes, and more than numpy writes before the rows of a table
 _ROWS = 1 << 20  # of a table, checked at a time
+GROUP_BY = r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]{1,500}"
+"""What a pattern that names groups may be, to be shown in one line."""
 _PATTERNS = {
     "file": r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}\.tar",
     "table": r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}\.npy",
     "sha256": r"[0-9a-f]{64}",
     "key_prefix": r"[A-Za-z0-9_-]{1,99}",
     "name": r"(?!\.{0,2}\Z)[^/\x00]+",  # it was a folder's, and names others
+    "group_by": GROUP_BY,
 }
 _UNIQUE = ("file", "name")
 
@@ -50,6 +54,8 @@ class IndexContent(NamedTuple):
     classes: tuple[str, ...]
     domains: tuple[DomainInfo, ...]
     shards: tuple[ShardInfo, ...]
+    group_by: str | None = None
+    """The pattern whose groups the split keeps together; None for DomainBed's split."""
 
 
 def regular_file(path: Path) -> os.stat_result:
@@ -104,7 +110,10 @@ def parse_index(where: str | Path, data: bytes) -> IndexContent:
             tuple(_text(at, "name", name) for at, name in _listed("classes", content["classes"])),
             _entries("domains", content["domains"], DomainInfo),
             _entries("shards", content["shards"], ShardInfo),
+            content.get("group_by"),
         )  # fmt: skip
+        if found.group_by is not None:
+            _text("group_by", "group_by", found.group_by)
     except DataConfigError:  # itself a ValueError
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -147,7 +156,7 @@ def _entries(section: str, values: object, kind: type[Info]) -> tuple[Info, ...]
 
 def most_bytes(info: DomainInfo) -> int:
     """Bytes that a domain's table has at most."""
-    return _TABLE_HEADER + info.samples * TABLE_DTYPE.itemsize
+    return _TABLE_HEADER + info.samples * GROUPED_DTYPE.itemsize
 
 
 def load_table(root: Path, info: DomainInfo, content: IndexContent) -> npt.NDArray[np.void]:
@@ -163,7 +172,8 @@ def load_table(root: Path, info: DomainInfo, content: IndexContent) -> npt.NDArr
         raise
     except Exception as error:  # numpy evaluates the header, which may be anything
         raise DamagedDataError(f"{path}: cannot be read ({str(error)[:200]}); {REMEDY}") from error
-    if table.dtype != TABLE_DTYPE or table.shape != (info.samples,):
+    expected = TABLE_DTYPE if content.group_by is None else GROUPED_DTYPE
+    if table.dtype != expected or table.shape != (info.samples,):
         raise DamagedDataError(f"{path}: not the table {INDEX_NAME} describes; {REMEDY}")
     _check_rows(path, table, content)
     return table

@@ -61,6 +61,7 @@ class ShardIndex:
         sha256: hash of `index.json`, the name apart; it contains the hashes of everything else.
         remote: whether shards have to be fetched.
         subset: the samples that are used; None for all.
+        group_by: pattern whose groups the split keeps together; None for DomainBed's split.
         reported: keys of the bad samples that the log has named, by whatever loader met them.
     """
 
@@ -68,7 +69,7 @@ class ShardIndex:
         self, root: Path, content: IndexContent, name: str, sha256: str, config: DataConfig
     ) -> None:
         self.root, self.name, self.sha256 = root, name, sha256
-        self.dataset, self.classes, self.domain_infos, self.shards = content
+        self.dataset, self.classes, self.domain_infos, self.shards, self.group_by = content
         self.domains = tuple(info.name for info in self.domain_infos)
         self._tables = tuple(load_table(root, info, content) for info in self.domain_infos)
         self.reader = ShardReader(root, self.shards, config.fetch_retries)

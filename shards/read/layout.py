@@ -31,6 +31,8 @@ TABLE_DTYPE = np.dtype(
         ("crc32", "<u4"),  # of the image bytes
     ]
 )
+GROUPED_DTYPE = np.dtype([*TABLE_DTYPE.descr, ("group", "<u8")])
+"""Of a set whose split keeps groups together: the hash of a group's name comes last."""
 REMEDY = "restore the file, or move the folder away and make the shard set again"
 
 
@@ -61,14 +63,17 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def key_prefixes(domains: Sequence[str]) -> list[str]:
-    """Prefixes of keys and file names, one a domain: ASCII letters, digits, `_` and `-`, unique."""
-    prefixes: list[str] = []
-    for domain, name in enumerate(domains):
+def key_prefixes(domains: Sequence[str], before: Sequence[str] = ()) -> list[str]:
+    """Prefixes of keys and file names, one a domain: ASCII letters, digits, `_` and `-`, unique.
+
+    `before` are the prefixes of the domains that come before these.
+    """
+    prefixes = [*before]
+    for name in domains:
         prefix = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:48]
         taken = {earlier.lower() for earlier in prefixes}  # some file systems ignore case
-        prefixes.append(prefix if prefix.lower() not in taken else f"{prefix}_env{domain}")
-    return prefixes
+        prefixes.append(prefix if prefix.lower() not in taken else f"{prefix}_env{len(prefixes)}")
+    return prefixes[len(before) :]
 
 
 def sample_key(prefix: str, place: int) -> str:

@@ -49,6 +49,11 @@ def name_and_sha256(path: Path, data: bytes, dataset: str) -> tuple[str, str]:
     return content["name"], hashlib.sha256(index_bytes(named(content, None))).hexdigest()
 
 
+def printable(text: str) -> str:
+    """A text in one line; what cannot be printed is escaped."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
 def check_texts(root: Path, names: Iterable[str]) -> None:
     """Raises `DataConfigError` if a domain or class has a name that nothing can print."""
     for name in names:

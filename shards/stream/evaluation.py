@@ -13,7 +13,7 @@ from shards.randomness import Int64Array, hash64
 from shards.read.index import ShardIndex
 from shards.stream.batches import Batch, BatchLoader, LoadedImage, made, rank_range, stack
 from shards.stream.one_image import open_image
-from shards.stream.split import split_indices
+from shards.stream.split import split_domain
 
 Split: TypeAlias = Literal["in", "out", "all", "left_out"]
 
@@ -28,15 +28,14 @@ def split_places(
 
     Raises `DataConfigError`: the split is unknown.
     """
-    num = index.num_samples(domain)
-    everything = np.arange(num, dtype=np.int64)
+    everything = np.arange(index.num_samples(domain), dtype=np.int64)
     if split == "all":
         return index.kept(domain, everything)
     if split == "left_out":
         return np.setdiff1d(everything, index.kept(domain, everything))
     if split not in get_args(Split):
         raise DataConfigError(f"split = {split!r}: must be one of {', '.join(get_args(Split))}")
-    inside, outside = split_indices(num, trial_seed, domain, holdout_fraction)
+    inside, outside = split_domain(index, domain, trial_seed, holdout_fraction)
     return index.kept(domain, inside if split == "in" else outside)
 
 

@@ -18,7 +18,7 @@ from shards.randomness import Int64Array, UInt32Array
 from shards.read.index import ShardIndex
 from shards.read.remote import Windows
 from shards.stream.order import ORDER_ID, DomainOrder
-from shards.stream.split import split_indices
+from shards.stream.split import split_domain
 
 FINGERPRINT_VERSION = 1
 
@@ -89,8 +89,7 @@ class DomainMix:
 
     def _training_part(self, domain: int) -> UInt32Array:
         """Give the places of a domain's `in` split, as small as they can be stored."""
-        num = self.index.num_samples(domain)
-        inside, _ = split_indices(num, self.trial_seed, domain, self.holdout_fraction)
+        inside, _ = split_domain(self.index, domain, self.trial_seed, self.holdout_fraction)
         kept = self.index.kept(domain, inside)
         if not len(kept):
             raise DataConfigError(

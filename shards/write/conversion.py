@@ -12,10 +12,9 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import filelock
 import numpy as np
@@ -23,12 +22,14 @@ import numpy as np
 from shards.datasets import DatasetSpec
 from shards.durable import PARTIAL, replaced_when_whole
 from shards.errors import DataConfigError, OutputError
-from shards.read import layout, naming
+from shards.read import layout
 from shards.read.index import ShardIndex
 from shards.write.exclusion import check_sizes, report_exclusion, report_leftovers
+from shards.write.groups import find_groups
 from shards.write.image_folder import dataset_folder, list_images
 from shards.write.listing import STAGED_NAME, Source, list_source, report_passed_over
 from shards.write.progress import progress
+from shards.write.set_name import check_name, name_set, write_json
 from shards.write.shard_file import PackedShard, pack_shard
 from shards.write.shard_plan import STATE_NAME, ShardPlan, ShardTask, make_plan
 from shards.write.worker_pool import run_tasks
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_SHARD_SIZE = 1000
 DEFAULT_SHARD_BYTES = 512 * 2**20
-_LOCK_NAME = ".writer.lock"
+LOCK_NAME = ".writer.lock"
 
 
 def write_shards(
@@ -51,6 +52,7 @@ def write_shards(
     jobs: int = 1,
     name: str | None = None,
     source: Source | None = None,
+    group_by: str | None = None,
 ) -> ShardIndex:
     """Convert images to a shard set, unless that has been done already, and open it.
 
@@ -65,25 +67,66 @@ def write_shards(
         jobs: number of processes; changes speed, never a byte.
         name: what tables and cards shall call the set, as of `name_set`.
         source: where the images come from, unless `root` is an image folder.
+        group_by: pattern that names groups in paths, as of `find_groups`; the split keeps them.
 
     Raises:
         DataConfigError: the images or the settings do not fit.
         DamagedDataError: an image cannot be read, or `out` holds a damaged copy of this set.
         OutputError: `out` cannot be written, is too small, is in use, or holds something else.
     """
+    check_name(name, spec.name)
+    plan = plan_shards(
+        root, out, spec, exclude=exclude, shard_size=shard_size, shard_bytes=shard_bytes,
+        jobs=jobs, source=source, group_by=group_by,
+    )  # fmt: skip
+    write_planned(out, plan, jobs)
+    if name is not None:
+        name_set(out, name)
+    return ShardIndex.load(out)
+
+
+def plan_shards(
+    root: Path,
+    out: Path,
+    spec: DatasetSpec,
+    *,
+    exclude: Collection[str] = (),
+    shard_size: int = DEFAULT_SHARD_SIZE,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    jobs: int = 1,
+    source: Source | None = None,
+    group_by: str | None = None,
+    only: Collection[str] = (),
+    before: Sequence[str] | None = None,
+) -> ShardPlan:
+    """Decide what `write_shards` will write, and say what is odd about the images.
+
+    Of all domains, or `only` of some, to extend the set whose domains' prefixes are `before`.
+    """
     check_at_least_one(shard_size=shard_size, shard_bytes=shard_bytes, jobs=jobs)
-    _check_name(name, spec.name)
     if out.resolve().is_relative_to(dataset_folder(root, spec).resolve()):
         raise DataConfigError(f"--out {out}: must not lie inside --root {root}")
-    listing = list_source(source, spec, exclude) if source else list_images(root, spec, exclude)
+    if source:
+        listing = list_source(source, spec, exclude, only)
+    else:
+        listing = list_images(root, spec, exclude, only)
     report_passed_over(listing)
     report_exclusion(listing, exclude)
     check_sizes(listing, spec, exclude)
-    plan = make_plan(listing, spec.name, shard_size, shard_bytes)
+    groups = find_groups(listing, group_by, extending=before is not None)
+    plan = make_plan(listing, spec.name, shard_size, shard_bytes, group_by, groups, before or ())
     report_leftovers(listing)
+    return plan
+
+
+def write_planned(out: Path, plan: ShardPlan, jobs: int) -> None:
+    """Write a set into its folder, unless that has been done already.
+
+    Raises as `write_shards`.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(out / _LOCK_NAME, timeout=0):
+        with filelock.FileLock(out / LOCK_NAME, timeout=0):
             if _is_done(out, plan):
                 log.info(
                     "%s already holds this set (same names and sizes; move it away if images were "
@@ -93,8 +136,6 @@ def write_shards(
             else:
                 _write_set(out, plan, _prepare(out, plan), jobs)
             (out / STATE_NAME).unlink(missing_ok=True)
-            if name is not None:
-                name_set(out, name)
     except filelock.Timeout as error:
         raise OutputError(f"--out {out}: another writer is at work there") from error
     except OSError as error:
@@ -102,29 +143,6 @@ def write_shards(
             f"--out {out}: cannot be written ({error.strerror or error}); what is finished stays, "
             "the same command continues"
         ) from error
-    return ShardIndex.load(out)
-
-
-def name_set(out: Path, name: str) -> None:
-    """Give a finished set a name; nothing but `index.json` is written.
-
-    Raises:
-        DataConfigError: the name is not legal.
-        OutputError: it cannot be written.
-    """
-    path = out / layout.INDEX_NAME
-    content = json.loads(path.read_bytes())
-    _check_name(name, content.get("dataset", ""))
-    if content.get("name") != name:
-        try:
-            _write_json(path, naming.named(content, name))
-        except OSError as error:
-            raise OutputError(f"--name: cannot write {path} ({error.strerror})") from error
-
-
-def _check_name(name: str | None, dataset: str) -> None:
-    if name is not None and (problem := naming.name_problem(name, dataset)):
-        raise DataConfigError(f"--name {name}: {problem}")
 
 
 def check_at_least_one(**settings: int) -> None:
@@ -155,7 +173,7 @@ def _prepare(out: Path, plan: ShardPlan) -> list[ShardTask]:
     The state file names the plan in its first line and a finished shard with its hash in each other
     line. A folder that holds anything foreign is refused.
     """
-    names = [name for name in sorted(os.listdir(out)) if name != _LOCK_NAME]
+    names = [name for name in sorted(os.listdir(out)) if name != LOCK_NAME]
     started = STATE_NAME in names
     for name in names:
         if not plan.writes(name) or not (started or name.endswith(PARTIAL)):
@@ -229,14 +247,15 @@ def _write_set(out: Path, plan: ShardPlan, tasks: Sequence[ShardTask], jobs: int
             log.warning("%s", note)
     domains = [_write_table(out, plan, domain, shards) for domain in range(len(plan.stems))]
     infos = [shard.info for shard in shards]
-    _write_json(out / layout.INFO_NAME, layout.stock_info(domains, infos))
+    write_json(out / layout.INFO_NAME, layout.stock_info(domains, infos))
     sections = {
         "dataset": plan.dataset,
         "classes": list(plan.listing.classes),
         "domains": [asdict(info) for info in domains],
         "shards": [asdict(info) for info in infos],
+        **({} if plan.group_by is None else {"group_by": plan.group_by}),
     }
-    _write_json(
+    write_json(
         out / layout.INDEX_NAME,
         {
             "format_version": layout.FORMAT_VERSION,
@@ -252,7 +271,10 @@ def _write_table(
 ) -> layout.DomainInfo:
     """Write the sample table of one domain."""
     listed = plan.listing.domains[domain]
-    table = np.zeros(len(listed.paths), dtype=layout.TABLE_DTYPE)
+    dtype = layout.GROUPED_DTYPE if plan.groups else layout.TABLE_DTYPE
+    table = np.zeros(len(listed.paths), dtype=dtype)
+    if plan.groups:
+        table["group"] = plan.groups[domain]
     table["rank"] = np.arange(len(table))
     table["label"] = listed.labels
     for number, (task, shard) in enumerate(zip(plan.tasks, shards, strict=True)):
@@ -267,8 +289,3 @@ def _write_table(
         name=listed.name, key_prefix=plan.prefixes[domain], table=path.name, samples=len(table),
         sha256=layout.file_sha256(path),
     )  # fmt: skip
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with replaced_when_whole(path) as stream:
-        stream.write(naming.index_bytes(content))

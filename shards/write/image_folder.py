@@ -16,7 +16,9 @@ from shards.write.folder_names import check_names
 from shards.write.listing import Listing, is_image, list_source
 
 
-def list_images(root: Path, spec: DatasetSpec, exclude: Collection[str] = ()) -> Listing:
+def list_images(
+    root: Path, spec: DatasetSpec, exclude: Collection[str] = (), only: Collection[str] = ()
+) -> Listing:
     """List all images of a folder, as `list_source` does.
 
     `root` has one folder per domain, or is the folder above it if the dataset has a usual name for
@@ -26,7 +28,7 @@ def list_images(root: Path, spec: DatasetSpec, exclude: Collection[str] = ()) ->
         raise DataConfigError(
             f"--root {root}: no such folder; give the folder that holds one folder per domain"
         )
-    return list_source(ImageFolder(dataset_folder(root, spec)), spec, exclude)
+    return list_source(ImageFolder(dataset_folder(root, spec)), spec, exclude, only)
 
 
 class ImageFolder:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
-from shards.datasets import DatasetSpec
+from shards.datasets import DatasetSpec, nearest
 from shards.errors import DataConfigError
 
 log = logging.getLogger(__name__)
@@ -84,19 +84,22 @@ class Source(Protocol):
         """Phrase what to do about the first of some domains and classes that is none."""
 
 
-def list_source(source: Source, spec: DatasetSpec, exclude: Collection[str] = ()) -> Listing:
+def list_source(
+    source: Source, spec: DatasetSpec, exclude: Collection[str] = (), only: Collection[str] = ()
+) -> Listing:
     """List all images of a source.
 
     Args:
         source: where they come from.
         spec: the dataset; its domains, where it has a fixed list, must be those found.
         exclude: paths `<domain>/<class>/...` with forward slashes; left out before counting.
+        only: the domains to list, in this order; all if there are none.
 
     Raises:
         DataConfigError: the source cannot be listed, domains or class lists differ from what they
             should be, or a domain or class is empty. Names the first difference.
     """
-    names = _domain_names(source, spec)
+    names = _domain_names(source, spec, only)
     classes = _class_names(source, names)
     if spec.num_classes is not None and len(classes) != spec.num_classes:
         raise DataConfigError(
@@ -137,9 +140,17 @@ def is_image(path: str) -> bool:
     return path.lower().endswith(EXTENSIONS)
 
 
-def _domain_names(source: Source, spec: DatasetSpec) -> list[str]:
+def _domain_names(source: Source, spec: DatasetSpec, only: Collection[str]) -> list[str]:
     """Name the domains in order, after checking those found against the dataset."""
     found = source.domains()
+    if only:
+        for name in only:
+            if name not in found:
+                raise DataConfigError(
+                    f"--extend {name!r}: not a domain of {source.root}; there are {some(found)}"
+                    f"{nearest(name, found)}"
+                )
+        return list(dict.fromkeys(only))
     if spec.domains is None:
         return found
     missing = [f"{name!r} is missing" for name in spec.domains if name not in found]

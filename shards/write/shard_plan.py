@@ -18,8 +18,8 @@ import numpy as np
 
 from shards.durable import PARTIAL
 from shards.errors import DamagedDataError
-from shards.randomness import Int64Array, hash64, permutation
-from shards.read.layout import FORMAT_VERSION, INDEX_NAME, INFO_NAME, TABLE_DTYPE, key_prefixes
+from shards.randomness import Int64Array, UInt64Array, hash64, permutation
+from shards.read.layout import FORMAT_VERSION, GROUPED_DTYPE, INDEX_NAME, INFO_NAME, key_prefixes
 from shards.write.listing import STAGED_NAME, Extent, Listing
 
 BLOCK = 512  # tar's unit
@@ -60,6 +60,9 @@ class ShardPlan:
     """Over settings, file names and sizes in order; part of the index."""
     state_sha256: str
     """The same with modification times: what an unfinished conversion must agree on."""
+    group_by: str | None = None
+    groups: tuple[UInt64Array, ...] = ()
+    """Of every domain the images' groups by place; empty if the split is DomainBed's."""
 
     def writes(self, name: str) -> bool:
         """Tell whether a file name is one that this conversion could write, finished or not."""
@@ -73,7 +76,7 @@ class ShardPlan:
         """Estimate the bytes of all shards and tables, within one block per sample."""
         images = sum(int(sample_bytes(task.sizes).sum()) for task in self.tasks)
         staged = sum(int(task.sizes.sum()) for task in self.tasks) if self.listing.stage else 0
-        rows = sum(len(task.places) for task in self.tasks) * TABLE_DTYPE.itemsize
+        rows = sum(len(task.places) for task in self.tasks) * GROUPED_DTYPE.itemsize
         return images + staged + rows
 
 
@@ -89,14 +92,25 @@ def unreadable(path: Path, error: OSError) -> DamagedDataError:
     )
 
 
-def make_plan(listing: Listing, dataset: str, shard_size: int, shard_bytes: int) -> ShardPlan:
+def make_plan(
+    listing: Listing,
+    dataset: str,
+    shard_size: int,
+    shard_bytes: int,
+    group_by: str | None = None,
+    groups: tuple[UInt64Array, ...] = (),
+    before: Sequence[str] = (),
+) -> ShardPlan:
     """Decide what goes where; the numbers limit a shard as in `write_shards`.
+
+    `before` are the prefixes of domains that these are to follow.
 
     Raises `DamagedDataError`: an image is not there.
     """
-    prefixes = tuple(key_prefixes([domain.name for domain in listing.domains]))
+    prefixes = tuple(key_prefixes([domain.name for domain in listing.domains], before))
     stems = tuple(f"{key_prefixes([dataset])[0]}-{prefix}" for prefix in prefixes)
     settings = f"{dataset}\0{shard_size}\0{shard_bytes}\n".encode()
+    settings += b"" if group_by is None else f"group_by {group_by}\n".encode()
     source, state = hashlib.sha256(settings), hashlib.sha256(settings)
     state.update(f"format {FORMAT_VERSION}\n".encode())
     tasks: list[ShardTask] = []
@@ -119,7 +133,8 @@ def make_plan(listing: Listing, dataset: str, shard_size: int, shard_bytes: int)
         ]  # fmt: skip
     return ShardPlan(
         listing=listing, dataset=dataset, prefixes=prefixes, stems=stems, tasks=tuple(tasks),
-        source_sha256=source.hexdigest(), state_sha256=state.hexdigest(),
+        source_sha256=source.hexdigest(), state_sha256=state.hexdigest(), group_by=group_by,
+        groups=groups,
     )  # fmt: skip
 
 

@@ -129,7 +129,7 @@ def test_the_documentation_agrees_with_the_program() -> None:
     lines = text.replace("\\\n", " ").splitlines()
     commands = [line for line in lines if line.startswith("python -m shards.writer")]
     found = [parser().parse_args(shlex.split(line)[3:]).dataset for line in commands]
-    assert found == ["domainnet"] * 2 + ["parquet", "pacs", "csv", "csv", "webdataset"]
+    assert found == ["domainnet"] * 2 + [None] * 2 + ["parquet", "pacs", "csv", "csv", "webdataset"]
     for spec in DATASETS.values():
         if spec.folder is not None and spec.domains is not None:
             row = f"| `{spec.name}` | `{spec.folder}` | {', '.join(spec.domains)} |"
@@ -229,26 +229,35 @@ def test_deep_check_finds_an_image_that_was_never_readable(
 
 
 def test_lines_begin_with_how_grave_they_are_and_the_last_gives_the_domains(tmp_path: Path) -> None:
-    root = make_folder(tmp_path / "images", domains=("it's", "Real World", "art"), per_class=2)
+    root = make_folder(tmp_path / "images", domains=("it's", "Real World", "art"), per_class=5)
     image = image_bytes(1, "JPEG", size=(200, 200))
     (root / "Real World" / "cat" / "im001.jpg").write_bytes(image[: len(image) // 2])
     argv = ["--root", str(root), "--out", str(tmp_path / "out"), "--verify", "--deep", "--jobs=1"]
     code, said = command(*argv)
-    lines = [line for line in said.splitlines() if " images/s" not in line]
+    grave = ("warning: ", "error: ")
+    table, lines = said.split("looking at: ")
     assert code == 0
-    assert lines[1].startswith(f"warning: {tmp_path}/out/folder-Real_World-000000.tar: sample ")
-    assert "Real_World-0000001 (Real World/cat/im001.jpg): the image is incomplete" in lines[1]
-    assert lines[2] == "warning: 1 of 15 images cannot be used as they are"
-    assert "15 images, 3 domains ('Real World', art, 'it'\"'\"'s'), 2 classes, " in lines[3]
-    assert len(lines) == 4
+    assert table.splitlines()[-4:] == [
+        "class      Real World    art    it's    all",
+        "cat                 6      7       5     18",
+        "dog                 5      5       5     15",
+        "all                11     12      10     33",
+    ]
+    warnings = [line for line in lines.splitlines() if line.startswith(grave)]
+    assert warnings[0].startswith(f"warning: {tmp_path}/out/folder-Real_World-000000.tar: sample ")
+    assert "Real_World-0000001 (Real World/cat/im001.jpg): the image is incomplete" in warnings[0]
+    assert warnings[1:] == ["warning: 1 of 33 images cannot be used as they are"]
+    closing = lines.splitlines()[-1]
+    assert "33 images, 3 domains ('Real World', art, 'it'\"'\"'s'), 2 classes, " in closing
     (root / "art" / "cat" / "im000.png").write_bytes(b"")
-    code, said = command(*argv[:3], str(tmp_path / "other"), *argv[4:])
-    lines = [line for line in said.splitlines() if " images/s" not in line]
+    code, said = command(*argv[:3], str(tmp_path / "other"), *argv[4:], "--quick")
+    assert "looking at" not in said
+    lines = [line for line in said.splitlines() if line.startswith(grave)]
     assert code == 65
-    assert lines[1] == f"warning: {root}/art/cat/im000.png is empty; " + lines[1].partition("; ")[2]
+    assert lines[0] == f"warning: {root}/art/cat/im000.png is empty; " + lines[0].partition("; ")[2]
     assert "sample art-0000000 (art/cat/im000.png): cannot be decoded (" in lines[-2]
     assert lines[-2].startswith("error: ")
-    assert lines[-1] == "warning: 2 of 15 images cannot be used as they are"
+    assert lines[-1] == "warning: 2 of 33 images cannot be used as they are"
 
 
 def test_help_is_light(tmp_path: Path) -> None:

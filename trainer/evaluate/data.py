@@ -89,7 +89,7 @@ def _warnings(
                 f"{_other_domains(origin, index.domains)}"
             )
         elif origin.split_hash != split:
-            yield f"{name} was trained {_other_split(origin, trial_seed, fraction)}"
+            yield f"{name} was trained {_other_split(origin, trial_seed, fraction, index.group_by)}"
         if (origin.decode, origin.truncated) != (config.decode, config.truncated):
             yield (
                 f"{name} was trained with data.decode {origin.decode}, data.truncated "
@@ -108,8 +108,14 @@ def _other_domains(origin: Origin, domains: Sequence[str]) -> str:
     return f"{told}: if that is only another name, it was" if gone else told
 
 
-def _other_split(origin: Origin, trial_seed: int, fraction: float) -> str:
+def _other_split(origin: Origin, trial_seed: int, fraction: float, group_by: str | None) -> str:
     """How a training's split differs from the one evaluated, and what that means."""
+    if origin.group_by != (group_by or ""):
+        then, now = (f"groups of {by!r}" if by else "none" for by in (origin.group_by, group_by))
+        return (
+            f"on a split of other groups ({then}; here {now}): its training images are in both "
+            "`in` and `out`"
+        )
     if (origin.trial_seed, origin.holdout_fraction) == (trial_seed, fraction):
         return (
             "with other lists (data.exclude_list, data.include_list): `in` and `out` are other "

@@ -84,8 +84,12 @@ def known_data(config: RunConfig, request: Request) -> tuple[int, int, int, dict
             f"legal: {', '.join(names)}"
         )
     sizes = dict(zip(names, samples or (), strict=False))
-    held_back = config.data.holdout_fraction
+    held_back, trial = config.data.holdout_fraction, config.train.trial_seed
     kept = {d: n - int(n * held_back) for d, n in sizes.items() if d not in held_out}
+    if index is not None and index.group_by is not None:
+        from shards.stream.split import split_domain
+
+        kept = {d: len(split_domain(index, names.index(d), trial, held_back)[0]) for d in kept}
     return number, number - len(held_out), classes, kept, sum(sizes.values())
 
 

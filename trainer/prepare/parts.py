@@ -185,6 +185,12 @@ def _resolve(config: RunConfig, index: ShardIndex) -> tuple[RunConfig, tuple[int
     return replace(config, data=data, train=train, moa=config.moa.resolved()), withheld
 
 
+def _in_groups(index: ShardIndex) -> str:
+    if index.group_by is None:
+        return ""
+    return f", or make the set with smaller groups than those of --group_by {index.group_by!r}"
+
+
 def _check_splits(config: RunConfig, index: ShardIndex, withheld: tuple[int, ...]) -> None:
     """Sources need an image to validate on, or selection is arbitrary; targets one to test on."""
     fraction, trial = config.data.holdout_fraction, config.train.trial_seed
@@ -196,6 +202,7 @@ def _check_splits(config: RunConfig, index: ShardIndex, withheld: tuple[int, ...
             raise ConfigError(
                 f"data.holdout_fraction: {fraction} of the {index.num_samples(number)} images of "
                 f"{domain!r} is not one image to validate on; raise it"
+                f"{_in_groups(index)}"
             )
         given = "exclude_list" if config.data.exclude_list else "include_list"
         use = "tested" if number in withheld else "validated"

@@ -32,6 +32,7 @@ def origin_of(
         command=shown_command(sys.argv), processes=world.size, weights=config.model.weights,
         decode=config.data.decode, truncated=config.data.truncated,
         precision=config.train.precision, compiled=config.model.compile.removeprefix("off"),
+        group_by=index.group_by or "",
     )  # fmt: skip
 
 

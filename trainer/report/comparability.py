@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from shards.read.naming import name_problem
+from shards.read.naming import name_problem, printable
 from trainer.config.resume_rules import FREE
 from trainer.process.errors import ConfigError
 from trainer.report.runs import Run
@@ -39,6 +39,9 @@ def check_comparable(runs: Sequence[Run]) -> list[str]:
         seen[f"{run.dataset}: runs with different images"][run.data].append(run)
         trial = f"{run.dataset}, trial seed {run.seeds[1]}"
         seen[f"{trial}: runs with different splits"][run.split].append(run)
+        grouped = run.rows[0].get("moa/group_by")
+        how = f"groups of {printable(str(grouped))!r:.200}" if grouped else "DomainBed's split"
+        seen[f"{run.dataset}: runs with and without groups"][how if run.split else ""].append(run)
     for groups in seen.values():
         groups.pop("", None)  # not recorded
     problems = [

@@ -19,9 +19,9 @@ def result_row(
 ) -> dict[str, Any]:
     """A row that DomainBed's own `collect_results` can read, with what an evaluation found.
 
-    Beside its keys stand the set's name if it has one, `moa/domains` in order, and hashes of the
-    images, of their split and of the base weights, by which a report tells whether two runs can be
-    compared.
+    Beside its keys stand the set's name if it has one, `moa/domains` in order, hashes of the
+    images, of their split and of the base weights, and the pattern that groups the images if there
+    is one, by which a report tells whether two runs can be compared.
     """
     config, origin = parts.config, parts.info.origin
     assert origin is not None, "`build` gives every run one"
@@ -34,6 +34,7 @@ def result_row(
         "moa/domains": list(parts.index.domains),
         "moa/data_hash": origin.data_hash,
         "moa/split_hash": origin.split_hash,
+        **({"moa/group_by": origin.group_by} if origin.group_by else {}),
         "moa/base_hash": parts.info.base_sha256,
         "args": {
             "dataset": DOMAINBED_NAMES.get(dataset, dataset),

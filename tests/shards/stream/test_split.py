@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from shards.errors import DataConfigError
-from shards.stream.split import split_indices, split_seed
+from shards.stream.split import split_groups, split_indices, split_seed
 
 DOMAINNET = (48129, 51605, 72266, 172500, 172947, 69128)
 
@@ -91,3 +91,43 @@ def test_bad_fraction_is_refused(fraction: float) -> None:
         split_indices(10, 0, 0, fraction)
     with pytest.raises(DataConfigError, match="n = -1"):
         split_indices(-1, 0, 0)
+
+
+@pytest.mark.parametrize(("n", "env"), [(0, 0), (1, 2), (99, 1), (1000, 3)])
+def test_groups_of_one_sample_give_the_split_of_samples(n: int, env: int) -> None:
+    alone = np.random.default_rng(n).permutation(n).astype(np.uint64)  # names in any order
+    groups = [np.zeros(0, np.uint64)] * env + [alone]
+    for mine, theirs in zip(split_groups(groups, 7)[env], split_indices(n, 7, env), strict=True):
+        assert mine.tolist() == theirs.tolist()
+
+
+@pytest.mark.parametrize("trial", range(5))
+@pytest.mark.parametrize("fraction", [0.0, 0.2, 0.6])
+def test_groups_stay_on_one_side_in_all_domains(trial: int, fraction: float) -> None:
+    random = np.random.default_rng(trial)
+    groups = [random.integers(0, 40, 200) + 25 * env for env in range(3)]  # some are shared
+    groups = [(np.uint64(2**63) + group.astype(np.uint64)) for group in groups]
+    parts = split_groups(groups, trial, fraction)
+    sides: dict[int, set[str]] = {}
+    for group, (inside, outside) in zip(groups, parts, strict=True):
+        assert sorted([*inside.tolist(), *outside.tolist()]) == list(range(200))
+        assert inside.dtype == outside.dtype == np.int64
+        for side, places in (("in", inside), ("out", outside)):
+            for name in group[places].tolist():
+                sides.setdefault(name, set()).add(side)
+    assert max(map(len, sides.values())) == 1
+    _, sizes = np.unique(groups[0][parts[0][0]], return_counts=True)
+    assert abs(len(parts[0][1]) - int(200 * fraction)) <= sizes.min() / 2
+    alone = split_groups(groups[:1], trial, fraction)
+    assert [part.tolist() for part in alone[0]] == [part.tolist() for part in parts[0]]
+    if fraction:
+        other = split_groups(groups, trial + 1, fraction)
+        assert sorted(other[0][1].tolist()) != sorted(parts[0][1].tolist())
+
+
+def test_a_single_group_is_trained_on() -> None:
+    for fraction in (0.2, 0.9):
+        inside, outside = split_groups([np.full(5, 3, np.uint64)], 0, fraction)[0]
+        assert (inside.tolist(), outside.tolist()) == ([0, 1, 2, 3, 4], [])
+    with pytest.raises(DataConfigError, match=r"holdout_fraction = 1"):
+        split_groups([], 0, 1)

@@ -23,9 +23,13 @@ from moa.files.card import creation
 from moa.files.reading import read_adapter
 from moa.files.saving import WEIGHTS_FILE, write_adapter
 from shards import DataConfig, eval_transform, evaluation_loader, open_shards
+from shards.datasets import dataset_spec
 from shards.embedded.digits import embedded_shards
-from shards.write.conversion import name_set
+from shards.stream.evaluation import split_places
+from shards.write.conversion import write_shards
+from shards.write.set_name import name_set
 from tests.support import warm
+from tests.support.shards_fixtures import few_digits
 from tests.support.trainer_fixtures import environment
 from trainer.checkpoint import checkpoint
 from trainer.config.command_line import parse
@@ -39,6 +43,7 @@ from trainer.evaluate.job import prepare
 from trainer.evaluate.members import labels, read_members
 from trainer.evaluate.output import domain_title
 from trainer.evaluate.predictions import collect
+from trainer.plan.data import Request, known_data
 from trainer.prepare.backbone import create_backbone
 from trainer.prepare.parts import build
 from trainer.process.errors import ConfigError
@@ -229,6 +234,28 @@ def test_split_is_the_adapters_own(
     printed = capsys.readouterr()
     assert "another split (trial seed 3, 0.2 held back)" in printed.err
     assert json.loads(printed.out)["moa/env0_out_nll"] != own["moa/env0_out_nll"]
+
+
+def test_a_split_of_groups_is_the_adapters_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, pattern = few_digits(tmp_path, per_class=5), r"([0-9])\.png"
+    spec = dataset_spec("digits")
+    grouped = write_shards(tmp_path / "images", tmp_path / "grouped", spec, group_by=pattern)
+    adapter = make(tmp_path / "adapter", 0, f"--data.root={grouped.root}", "--moa.method=lora")
+    assert f"by groups that `{pattern}` names and holds 0.2" in (adapter / "README.md").read_text()
+    command = ["--adapter", str(adapter), "--domains", "plain", "--split", "out", "--json"]
+    counts = []
+    for index in (grouped, plain):
+        assert main([*command, "--data.root", str(index.root)]) == 0
+        printed = capsys.readouterr()
+        counts.append(json.loads(printed.out)["moa/env0_out_samples"])
+        other = f"a split of other groups (groups of {pattern!r}; here none): its training images"
+        assert (other in printed.err) == (index is plain), printed.err
+    held_back = split_places(grouped, 0, "out", trial_seed=0, holdout_fraction=0.2)
+    assert counts == [len(held_back), 10]
+    kept = known_data(parse([f"--data.root={grouped.root}"]), Request())[3]
+    assert kept["plain"] == 50 - len(held_back)
 
 
 def test_a_list_is_not_taken_for_another_split(

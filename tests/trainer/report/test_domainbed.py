@@ -226,6 +226,8 @@ def test_our_rows_have_all_that_domainbed_reads(tmp_path: Path) -> None:
     assert "moa/dataset" not in row
     own = replace(parts, info=replace(parts.info, origin=replace(origin, dataset_name="mine")))
     assert result_row(own, folder, 10, columns) == {**row, "moa/dataset": "mine"}
+    own = replace(parts, info=replace(parts.info, origin=replace(origin, group_by="p.")))
+    assert result_row(own, folder, 10, columns) == {**row, "moa/group_by": "p."}
     # DomainBed's tables skip every dataset whose name is not one of its class names.
     for ours, theirs in zip(
         ("pacs", "vlcs", "officehome", "terraincognita", "domainnet"),

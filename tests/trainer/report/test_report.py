@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,13 @@ def test_runs_on_different_images_or_splits_are_refused_by_name(
     flat_run(tmp_path / "repeated", 0.5, trial_seed=1, **other_trial)
     code, _, err = outcome(capsys, tmp_path)
     assert (code, err) == (0, ""), "another trial seed has another split"
+    grouped = {**other_trial, "moa/split_hash": "s3", "moa/group_by": "p[0-9]"}
+    flat_run(tmp_path / "grouped", 0.5, 1, trial_seed=2, **grouped)
+    code, out, err = outcome(capsys, tmp_path)
+    assert (code, out) == (2, ""), "of no trial that another run has"
+    assert "digits: runs with and without groups cannot share a table: DomainBed's split in " in err
+    assert f"; groups of 'p[0-9]' in {tmp_path / 'grouped'}\n" in err
+    shutil.rmtree(tmp_path / "grouped")
     second = flat_run(tmp_path / "second", 0.5, 1, **other_trial)
     code, out, err = outcome(capsys, tmp_path)
     assert (code, out) == (2, "")
