@@ -1,4 +1,4 @@
-"""What somebody has who installs the package: commands, recipes, DeepSpeed files; images, notebook."""
+"""What an installation has: commands, recipes, DeepSpeed files; images and the notebook."""
 
 import json
 import os
@@ -67,9 +67,7 @@ def run(installed: Path, folder: Path, line: str) -> str:
     return result.stdout
 
 
-def test_an_installed_wheel_trains_away_from_the_checkout(
-    installed: Path, tmp_path: Path
-) -> None:
+def test_an_installed_wheel_trains_away_from_the_checkout(installed: Path, tmp_path: Path) -> None:
     where = run(installed, tmp_path, 'python -c "import trainer, moa; print(trainer.__file__)"')
     assert Path(where.strip()).is_relative_to(installed)
     for name in PROJECT["scripts"]:
@@ -112,7 +110,8 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     told: dict[str, Any] = {}
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
-            exec("".join(cell["source"]).replace("STEPS, BATCH = 120, 8", "STEPS, BATCH = 2, 2"), told)
+            code = "".join(cell["source"])
+            exec(code.replace("STEPS, BATCH = 120, 8", "STEPS, BATCH = 2, 2"), told)
     assert told["STEPS"] == 2
     assert told["known"] == {"rotated": told["found"]["rotated"]}
     assert told["accuracy"](told["served"], told["held_out"]) == told["found"]["rotated"]

@@ -193,9 +193,9 @@ class RunConfig:
             raise ConfigError("\n".join(found))
 
     def ds_config_path(self) -> Path:
-        """The DeepSpeed JSON: the file given, else the one of ours of that name, such as `zero2`."""
+        """The DeepSpeed JSON: the file given, else the one of ours that is called so (`zero2`)."""
         given = Path(self.ds_config)
-        if given.is_file() or given.parent.name not in ("", "ds_configs"):
+        if given.is_file() or str(given.parent) not in (".", "ds_configs"):
             return given
         return SHIPPED / given.with_suffix(".json").name
 
