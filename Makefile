@@ -12,7 +12,7 @@ help:
 	@echo "make test             the CPU test suite"
 	@echo "make test-gpu         what only a GPU can show"
 	@echo "make gpu-report       that, and what a GPU takes for steps and runs (under 8 minutes)"
-	@echo "make lint             ruff, mypy, codespell, shellcheck"
+	@echo "make lint             ruff, mypy, codespell, hadolint, shellcheck"
 	@echo "make bench            speed and memory ratios, one table"
 	@echo "make reference        the pages that are made from the code"
 	@echo "make backbones        the page on timm's models (some minutes)"
@@ -58,6 +58,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/codespell
+	@if [ -x $(BIN)/hadolint ]; then $(BIN)/hadolint Dockerfile; fi
 	@if command -v shellcheck >/dev/null; then \
 	  git ls-files -z '*.sh' '*.env.example' .ci/run | xargs -0 shellcheck; \
 	elif [ -n "$$CI" ]; then \

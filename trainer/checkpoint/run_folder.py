@@ -184,7 +184,9 @@ def read_rows(path: Path, torn: bool = False) -> list[dict[str, Any]]:
 
 
 def git_commit() -> str:
-    """The commit of the code that runs, or `unknown` outside a repository."""
+    """The commit of the code that runs, or `unknown` outside its repository."""
+    if not (ROOT / ".git").exists():  # installed, perhaps within a repository of somebody else's
+        return "unknown"
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -24,7 +24,9 @@ from trainer.process.stopping import seconds_of
 RENAMED = {"data.mode": "data.order", "data.window": "data.order_window"}
 """Settings by the names they had when older runs and recipes were written."""
 ROOT = Path(__file__).resolve().parent.parent.parent
-"""Folder that holds `trainer/`, `ds_configs/` and the other top-level folders."""
+"""Folder that holds `trainer/`; in a checkout the other top-level folders, too."""
+SHIPPED = Path(__file__).with_name("ds_configs")
+"""The DeepSpeed JSONs of the package: in a checkout a link to those at its top."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +166,8 @@ class RunConfig:
     """A complete run."""
 
     ds_config: str = "ds_configs/zero2.json"
-    """DeepSpeed JSON; its "auto" entries are filled from this configuration"""
+    """DeepSpeed JSON, or one of ours by name: zero2; its "auto" entries are filled from this
+    configuration"""
     output_dir: str | None = None
     """run folder; default outputs/DATASET-BACKBONE-HELD_OUT-METHOD-seedS-trialT, and -hparamsH if
     hparams_seed is not 0"""
@@ -194,8 +197,8 @@ class RunConfig:
         if self.output_dir == "":
             found.append("output_dir: '' names no folder; without it the default is used")
         if not self.ds_config_path().is_file():
-            shipped = sorted(f"ds_configs/{path.name}" for path in ROOT.glob("ds_configs/*.json"))
-            found.append(f"ds_config: no file {self.ds_config!r}; shipped are {', '.join(shipped)}")
+            shipped = ", ".join(sorted(f"ds_configs/{path.name}" for path in SHIPPED.iterdir()))
+            found.append(f"ds_config: no file {self.ds_config!r}; shipped are {shipped}")
         if found:
             raise ConfigError("\n".join(found))
 
@@ -208,9 +211,11 @@ class RunConfig:
                 yield f"{name}: {step} steps; must be fewer than train.steps ({steps})"
 
     def ds_config_path(self) -> Path:
-        """The DeepSpeed JSON: as given, else relative to the folder that holds `trainer/`."""
+        """The DeepSpeed JSON: the file given, else the one of ours that is called so (`zero2`)."""
         given = Path(self.ds_config)
-        return given if given.is_file() else ROOT / given
+        if given.is_file() or str(given.parent) not in (".", "ds_configs"):
+            return given
+        return SHIPPED / given.with_suffix(".json").name
 
     def run_folder(self, held_out: str) -> Path:
         """The run folder, with the default name filled in."""

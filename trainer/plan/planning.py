@@ -9,7 +9,7 @@ from moa import adapter_state_dict
 from moa.layers.layer import moa_layers
 from moa.parallel.placement import traffic
 from trainer.config import deepspeed_json
-from trainer.config.run_config import ROOT, RunConfig
+from trainer.config.run_config import SHIPPED, RunConfig
 from trainer.objectives.objective import check_objective, passes
 from trainer.plan.data import Request, domain_names, images_evaluated, known_data
 from trainer.plan.measured import measured_rates
@@ -130,7 +130,7 @@ def _sharding(config: RunConfig, world: int, global_batch: int, trainable: int) 
     """What the DeepSpeed JSON makes of the run, once it has proved legal."""
     bf16 = config.train.precision != "fp32"  # "auto" is bf16 on a GPU
     problems: list[str] = []
-    if config.ds_config_path().resolve().parent != ROOT / "ds_configs":  # which are right
+    if config.ds_config_path().resolve().parent != SHIPPED.resolve():  # which are right
         from trainer.prepare.zero_check import zero_problems  # imports deepspeed: seconds
 
         problems += zero_problems(config)

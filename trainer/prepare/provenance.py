@@ -48,8 +48,11 @@ def shown_command(argv: Sequence[str]) -> str:
             kept.append(token)
         elif not equals and rest:
             rest.pop(0)
-    script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script
-    start = ["python", str(script)] if script.suffix == ".py" else [str(script)]
+    if script == ROOT / "trainer" / "run.py" and not (ROOT / "pyproject.toml").exists():
+        start = ["moa-train"]  # installed
+    else:
+        script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script
+        start = ["python", str(script)] if script.suffix == ".py" else [str(script)]
     return shlex.join([*start, *map(without_secrets, kept)])
 
 
