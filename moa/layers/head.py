@@ -3,6 +3,7 @@
 Letters: N images, D width of the backbone, P width of the class vectors' space, C classes.
 """
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -99,8 +100,11 @@ def check_settings(head: Mapping[str, Any]) -> None:
     if kind is None:
         return
     if kind != "cosine":
-        raise ValueError(f"head: kind {kind!r:.80}; legal is 'cosine', or none for a linear head")
+        legal = "legal is 'cosine', or none for a linear head"
+        raise ValueError(f"head: kind {reprlib.repr(kind)}; {legal}")
     if not (space is None or (type(space) is int and 1 <= space <= MOST_SPACE)):
-        raise ValueError(f"head: space {space!r:.80}; must be null or from 1 to {MOST_SPACE}")
+        raise ValueError(f"head: space {reprlib.repr(space)}; must be null or 1 to {MOST_SPACE}")
     if type(frozen) is not bool or (frozen and space is None):
-        raise ValueError(f"head: frozen {frozen!r:.80} with space {space}; frozen needs a space")
+        raise ValueError(
+            f"head: frozen {reprlib.repr(frozen)}; legal is true with a space, or false"
+        )
