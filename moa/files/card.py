@@ -23,6 +23,8 @@ def model_card(info: AdapterInfo) -> str:
     may be compared with those of others; the table below has every domain.
     """
     base = "\n".join(creation(info))
+    head = "cosine head; " if info.head.get("kind") == "cosine" else ""
+    what = f"{head}ranks {list(info.moa.resolved().ranks or ())}"
     imports = "\n".join(["import moa, timm", *registration(info.base_model)])
     use = f"""{imports}
 
@@ -33,7 +35,7 @@ moa.load_adapter(model, "path/to/this/folder")  # or "hf-hub:organisation/name\"
 ---
 # {escaped(_title(info))}
 
-{len(info.classes)} classes; ranks {list(info.moa.resolved().ranks or ())}. Base weights (SHA-256)
+{len(info.classes)} classes; {what}. Base weights (SHA-256)
 {code(info.base_sha256)}.
 
 {block(use, "python")}

@@ -19,6 +19,7 @@ from moa.config import MoAConfig
 from moa.errors import AdapterError, one_line
 from moa.files.hub import CONFIG_FILE, WEIGHTS_FILE, adapter_folder
 from moa.files.origin import Origin, origin_from
+from moa.layers.head import check_settings
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class AdapterInfo:
         data_config: the base's `input_size`, `mean`, `std`, `interpolation`.
         results: figures for the model card.
         origin: the run it comes from; None if unknown.
-        head: how the classifier began, if not at random.
+        head: how the classifier began, if not at random, and its kind, if not linear.
     """
 
     base_model: str
@@ -166,6 +167,7 @@ def _check_kinds(config: dict[str, Any]) -> None:
     for name, kind in (kinds | dict.fromkeys(("data_config", "results", "head"), dict)).items():
         if name in config and not isinstance(config[name], kind):
             raise ValueError(f"{name}: {reprlib.repr(config[name])}; must be {_KINDS[kind]}")
+    check_settings(config.get("head", {}))
     names = config["classes"]
     if {type(name) for name in names} != {str}:
         raise ValueError(f"classes: {reprlib.repr(names)}; must be one or more names")

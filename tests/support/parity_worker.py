@@ -72,6 +72,7 @@ def run_config(
     compile: Literal["off", "blocks"] = "off",
     precision: Literal["fp32", "bf16"] = "fp32",
     graph: Literal["off", "on"] = "off",
+    head: Literal["linear", "cosine"] = "linear",
     objective: dict[str, Any] | None = None,
     held_out: str | None = None,
     batch_per_domain: int = 4,
@@ -80,7 +81,7 @@ def run_config(
     return RunConfig(
         data=DataConfig(held_out=held_out),
         objective=ObjectiveConfig(**objective or {}),
-        model=ModelConfig(grad_checkpointing=checkpointing, compile=compile),
+        model=ModelConfig(grad_checkpointing=checkpointing, compile=compile, head=head),
         moa=MoAConfig(method=method, **adapters),  # type: ignore[arg-type]
         optim=OPTIM,
         average=AVERAGE,

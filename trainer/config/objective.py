@@ -35,6 +35,9 @@ class ObjectiveConfig:
     """weight of the distance between the domains by Gaussian kernels"""
     mixup_alpha: float = 0.2
     """both parameters of the Beta distribution of the shares in which two domains are mixed"""
+    margin: float = 0.0
+    """margin in training by which the right class must win, the larger the less alike the other
+    (CLIPood's lambda, there 0.3); needs --model.head cosine --model.head_init text"""
     sam: float = 0.0
     """radius of sharpness-aware steps, with any objective: the gradient g' that trains is taken at
     the weights + sam g/|g|, in a second pass; 0 turns it off"""
@@ -52,5 +55,5 @@ class ObjectiveConfig:
         return found + out_of_range(
             "objective", self, groupdro_eta=ABOVE_0, vrex_lambda=FROM_0, vrex_anneal=SEED,
             irm_lambda=FROM_0, irm_anneal=SEED, coral_gamma=FROM_0, mmd_gamma=FROM_0,
-            mixup_alpha=ABOVE_0, sam=FROM_0,
+            mixup_alpha=ABOVE_0, margin=FROM_0, sam=FROM_0,
         )  # fmt: skip

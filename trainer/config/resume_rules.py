@@ -31,7 +31,8 @@ FIXED = {
     **dict.fromkeys(("data.dataset", "eval.mode"), "its evaluations would not fit together"),
     **dict.fromkeys(
         ("model.backbone", "moa.method", "moa.ranks", "moa.shared_rank", "moa.router",
-         "moa.router_dim", "moa.balance", "moa.kron_dim", "moa.targets", "moa.blocks"),
+         "moa.router_dim", "moa.balance", "moa.kron_dim", "moa.targets", "moa.blocks",
+         "model.head", "model.head_frozen"),
         "the checkpoint's tensors would not fit the model",
     ),
     "average.beta": "the Beta average begins before the first step",

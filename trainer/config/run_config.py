@@ -42,8 +42,14 @@ class ModelConfig:
     compile: Literal["off", "blocks"] = "off"
     """blocks: torch.compile of the transformer's blocks in training, at the first step; the result
     is the same up to rounding"""
+    head: Literal["linear", "cosine"] = "linear"
+    """linear, or cosine: scores are scaled cosines with a vector for each class; from text these
+    stay and CLIP's projection trains, at random they train themselves"""
     head_init: Literal["random", "text"] = "random"
-    """random, or text: the classifier starts as CLIP's zero-shot classifier of the class names"""
+    """random, or text: the classifier starts as CLIP's zero-shot classifier of the class names,
+    exactly if it is a cosine, else up to the confidence"""
+    head_frozen: bool = False
+    """keep a cosine head from text as it starts, CLIP's projection too"""
     text_model: str | None = None
     """open_clip model of the texts: NAME:TAG, NAME:FILE, hf-hub:OWNER/REPOSITORY or
     local-dir:FOLDER; default: the model whose visual tower the backbone is"""
@@ -55,17 +61,22 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         """Every setting that cannot work, one line each."""
+        found: list[str] = []
+        if self.head_frozen and (self.head, self.head_init) != ("cosine", "text"):
+            found.append(
+                "model.head_frozen: true keeps a head as it starts, which only one from text is "
+                "good for; add --model.head cosine --model.head_init text, or leave it out"
+            )
         if self.head_init == "text":
             if self.weights == "random":
                 needed = "a pretrained CLIP backbone, not model.weights random"
-                return [f"model.head_init: text fits {needed}"]
-            found: list[str] = []
+                return [*found, f"model.head_init: text fits {needed}"]
             with noted(found):
                 read_templates(self.prompts)
             with noted(found):
                 read_class_names(self.class_names)
             return found
-        return [
+        return found + [
             f"model.{name}: {getattr(self, name)!r} has no effect without --model.head_init text"
             for name in ("text_model", "prompts", "class_names")
             if getattr(self, name) != getattr(ModelConfig, name)
@@ -191,6 +202,7 @@ class RunConfig:
         found: list[str] = []
         for section in vars(self).values():
             found += section.problems() if hasattr(section, "problems") else []
+        found += self._problems_of_head()
         found += self._beyond_the_end()
         if not 0 <= self.hparams_seed < 2**63:
             found.append(f"hparams_seed: {self.hparams_seed}; must be {SEED[0]}")
@@ -209,6 +221,21 @@ class RunConfig:
         for name, step in names.items():
             if step and step >= steps:
                 yield f"{name}: {step} steps; must be fewer than train.steps ({steps})"
+
+    def _problems_of_head(self) -> list[str]:
+        """What other sections ask of the head and it cannot give, one line each."""
+        model, margin, found = self.model, self.objective.margin, []
+        if margin and (model.head, model.head_init) != ("cosine", "text"):
+            found.append(
+                f"objective.margin: {margin} needs embeddings of the classes; add --model.head "
+                "cosine --model.head_init text, or leave it at 0"
+            )
+        if model.head_frozen and self.moa.method == "linear":
+            found.append(
+                "model.head_frozen: true leaves nothing to train with moa.method linear; give "
+                "another method, or leave it out"
+            )
+        return found
 
     def ds_config_path(self) -> Path:
         """The DeepSpeed JSON: the file given, else the one of ours that is called so (`zero2`)."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import moa
 import trainer.prepare.vit_embedded  # noqa: F401  (registers the embedded backbone with timm)
+from moa.model.heads import fit_head
 from moa.model.injection import classifier
 from trainer.config.run_config import ModelConfig
 from trainer.process.errors import ConfigError, did_you_mean
@@ -116,13 +117,31 @@ def create_backbone(config: ModelConfig, num_classes: int, seed: int) -> Backbon
             _check_weights(model, own_head, *(loads[-1] if loads else ([], [])))
     except UNREADABLE as error:
         raise ConfigError(_no_weights(config, name, short_reason(error))) from error
-    projection = None
-    if own_head:
-        found = model.get_classifier()
-        projection = found if isinstance(found, nn.Linear) else None
-        model.reset_classifier(num_classes)
+    projection = _fresh_head(model, config, num_classes)
     _set_checkpointing(model, config)
     return Backbone(model, name, _data_config(model), moa.base_hash(model), projection)
+
+
+def _fresh_head(model: nn.Module, config: ModelConfig, num_classes: int) -> nn.Linear | None:
+    """Gives a model its classifier, random as yet; returns the projection where one is needed.
+
+    A model for a head from text comes with its own classifier, any other with one for the classes.
+
+    Raises `ConfigError`: there is no projection.
+    """
+    projection = model.get_classifier() if config.head_init == "text" else None  # type: ignore[operator]
+    if config.head_init == "text":
+        if not isinstance(projection, nn.Linear):
+            raise ConfigError(
+                f"model.head_init: {config.backbone} comes without the projection that CLIP "
+                "trained; use a CLIP backbone with its own weights"
+            )
+        model.reset_classifier(num_classes)  # type: ignore[operator]
+    if config.head == "cosine":
+        space = None if projection is None else projection.out_features
+        kind = {"kind": "cosine", "space": space, "frozen": config.head_frozen}
+        fit_head(model, num_classes, kind)
+    return projection
 
 
 def hub_weights(name: str) -> tuple[str, bool]:
@@ -217,8 +236,10 @@ def outline(
     """
     # Weights are not needed here, and may lie on another machine.
     name = check_backbone(replace(config, weights="random"))
+    classes = {} if config.head_init == "text" else {"num_classes": num_classes}
     with torch.device("meta"):
-        model = timm.create_model(config.backbone, pretrained=False, num_classes=num_classes)
+        model = timm.create_model(config.backbone, pretrained=False, **classes)
+        _fresh_head(model, config, num_classes)
         report = moa.inject(model, settings)
     _set_checkpointing(model, config)
     return Backbone(model, name, _data_config(model), ""), report

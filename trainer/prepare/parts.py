@@ -9,6 +9,7 @@ from torch import nn
 
 import moa
 from moa.files.reading import AdapterInfo
+from moa.model.heads import head_settings
 from shards import Decoder, DomainStream, ShardIndex, loader_transform, open_shards
 from shards.datasets import held_out_names
 from shards.stream.evaluation import Split, split_places
@@ -76,14 +77,15 @@ def build(config: RunConfig, world: World, problems: Sequence[str] = ()) -> Part
     """
     config, index, withheld = _checked(config, world, [*problems])
     settings = config.train
-    head: dict[str, Any] = {}
+    texts: dict[str, Any] = {}
     if not world.is_main:  # one process reads and hashes the weights; the engine hands them out
         backbone, report = outline(config.model, config.moa, len(index.classes))
     else:
         backbone = create_backbone(config.model, len(index.classes), settings.seed)
         if config.model.head_init == "text":
-            head = use_text_head(config, index, withheld, backbone)
+            texts = use_text_head(config, index, withheld, backbone)
         report = moa.inject(backbone.model, config.moa)
+    head = head_settings(backbone.model) | texts
     _compiled(config, backbone.model)
     loader = loader_transform(
         backbone.data_config, config.data.resolved_augment(),

@@ -12,6 +12,7 @@ from trainer.engine.engine import Engine
 from trainer.prepare.ahead import Ready
 from trainer.prepare.parts import Parts
 from trainer.train.graphed import graphed_as_set
+from trainer.train.margin import margin_of
 from trainer.train.nonfinite import poisoned
 
 
@@ -23,6 +24,7 @@ class MicroStep:
 
     def __init__(self, parts: Parts, engine: Engine) -> None:
         self.engine, self.seed = engine, parts.config.train.seed
+        self.margin = margin_of(parts.model, parts.config.objective.margin)
         self.graphed = graphed_as_set(parts, engine, self.compute)
 
     def __call__(self, ready: Ready, step: int) -> Tensor | None:
@@ -58,8 +60,9 @@ class MicroStep:
     def losses(
         self, scores: Tensor, labels: Tensor, reduction: Literal["mean", "none"] = "mean"
     ) -> Tensor:
-        """The cross-entropy of scores [B, C], or of each image [B]."""
-        return F.cross_entropy(scores.float(), labels, reduction=reduction)
+        """The cross-entropy of scores [B, C] less the margin, or of each image [B]."""
+        scores = self.margin(scores, labels).float()
+        return F.cross_entropy(scores, labels, reduction=reduction)
 
     def facts(self) -> dict[str, Any]:
         """For a checkpoint's state: what is carried from step to step."""
