@@ -73,6 +73,7 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], info: AdapterInfo
         "results": dict(info.results),
         "origin": None if info.origin is None else info.origin.plain(),
         "head": dict(info.head),
+        "model_args": dict(info.model_args),
     }
     config["sha256"] = {
         WEIGHTS_FILE: hashlib.sha256(weights).hexdigest(),

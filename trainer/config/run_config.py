@@ -29,6 +29,10 @@ SHIPPED = Path(__file__).with_name("ds_configs")
 """The DeepSpeed JSONs of the package: in a checkout a link to those at its top."""
 
 
+MOST_PIXELS = 2**14
+"""Of a side of an image."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The frozen backbone."""
@@ -37,6 +41,13 @@ class ModelConfig:
     """timm name, architecture.tag; vit_embedded is the small one shipped with the trainer"""
     weights: str = "pretrained"
     """pretrained (timm's own for the tag), random, or the path of a safetensors file"""
+    image_size: int | None = None
+    """side of the images in pixels, a multiple of the patch; position embeddings are interpolated
+    (default: the backbone's own size)"""
+    patch_size: int | None = None
+    """side of the patches in pixels; their embedding is resampled (default: the backbone's own)"""
+    dynamic_size: bool = False
+    """leave the base's position embeddings as they are, and interpolate them at every forward"""
     grad_checkpointing: bool = False
     """recompute activations in backward: less memory, about a third more time"""
     compile: Literal["off", "blocks"] = "off"
@@ -61,7 +72,11 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         """Every setting that cannot work, one line each."""
-        found: list[str] = []
+        found = [
+            f"model.{name}: {size}; must be a whole number from 1 to {MOST_PIXELS}"
+            for name, size in (("image_size", self.image_size), ("patch_size", self.patch_size))
+            if size is not None and not 1 <= size <= MOST_PIXELS
+        ]
         if self.head_frozen and (self.head, self.head_init) != ("cosine", "text"):
             found.append(
                 "model.head_frozen: true keeps a head as it starts, which only one from text is "

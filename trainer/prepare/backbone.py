@@ -22,7 +22,8 @@ import trainer.prepare.vit_embedded  # noqa: F401  (registers the embedded backb
 from moa.model.heads import fit_head
 from moa.model.injection import classifier
 from trainer.config.run_config import ModelConfig
-from trainer.process.errors import ConfigError, did_you_mean
+from trainer.prepare.image_size import of_one_size, set_image_size, size_arguments
+from trainer.process.errors import ConfigError, did_you_mean, short_reason
 from trainer.process.world import world_from_environment
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class Backbone:
     name: str
     """`architecture.tag`."""
     data_config: dict[str, Any]
-    """The model's own `input_size`, `mean`, `std`, `interpolation`."""
+    """`input_size`, `mean`, `std`, `interpolation` of its images."""
     sha256: str
     """`moa.base_hash` of the model before injection; empty for an outline."""
     projection: nn.Linear | None = None
@@ -111,10 +112,14 @@ def create_backbone(config: ModelConfig, num_classes: int, seed: int) -> Backbon
                 config.backbone,
                 pretrained=config.weights != "random",
                 pretrained_cfg_overlay=overlay,
+                **size_arguments(config),
                 **({} if own_head else {"num_classes": num_classes}),
             )
+        set_image_size(model, config)
         if config.weights != "random":
             _check_weights(model, own_head, *(loads[-1] if loads else ([], [])))
+    except TypeError as error:
+        raise of_one_size(config, error) from error
     except UNREADABLE as error:
         raise ConfigError(_no_weights(config, name, short_reason(error))) from error
     projection = _fresh_head(model, config, num_classes)
@@ -222,11 +227,6 @@ def _data_config(model: nn.Module) -> dict[str, Any]:
     return {key: found[key] for key in ("input_size", "mean", "std", "interpolation")}
 
 
-def short_reason(error: Exception) -> str:
-    """One line of why something cannot be had."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
 def outline(
     config: ModelConfig, settings: moa.MoAConfig, num_classes: int
 ) -> tuple[Backbone, moa.InjectReport]:
@@ -238,7 +238,13 @@ def outline(
     name = check_backbone(replace(config, weights="random"))
     classes = {} if config.head_init == "text" else {"num_classes": num_classes}
     with torch.device("meta"):
-        model = timm.create_model(config.backbone, pretrained=False, **classes)
+        try:
+            model = timm.create_model(
+                config.backbone, pretrained=False, **size_arguments(config), **classes
+            )
+        except TypeError as error:
+            raise of_one_size(config, error) from error
+        set_image_size(model, config)
         _fresh_head(model, config, num_classes)
         report = moa.inject(model, settings)
     _set_checkpointing(model, config)

@@ -21,6 +21,7 @@ from trainer.prepare.batches import batch_arithmetic, check_prefetching
 from trainer.prepare.capturing import check_captured
 from trainer.prepare.compiling import check_compiled, prepare_compiler
 from trainer.prepare.footprint import forward_only
+from trainer.prepare.image_size import size_arguments
 from trainer.prepare.provenance import origin_of
 from trainer.prepare.text_head import use_text_head
 from trainer.process.errors import ConfigError, noted
@@ -107,6 +108,7 @@ def build(config: RunConfig, world: World, problems: Sequence[str] = ()) -> Part
     info = AdapterInfo(
         backbone.name, backbone.sha256, config.moa, index.classes, backbone.data_config,
         origin=origin_of(config, index, withheld, world), head=head,
+        model_args=size_arguments(config.model),
     )  # fmt: skip
     return Parts(config, index, withheld, backbone.model, report, stream, resolved, info)
 

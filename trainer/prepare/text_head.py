@@ -34,8 +34,8 @@ from moa.model.injection import classifier
 from shards import ShardIndex, eval_transform, evaluation_loader
 from trainer.config.class_texts import read_class_names, read_templates, spoken_names
 from trainer.config.run_config import RunConfig
-from trainer.prepare.backbone import UNREADABLE, Backbone, short_reason
-from trainer.process.errors import ConfigError, did_you_mean
+from trainer.prepare.backbone import UNREADABLE, Backbone
+from trainer.process.errors import ConfigError, did_you_mean, short_reason
 
 SCHEMES = ("hf-hub:", "local-dir:")
 IMAGES_PER_DOMAIN = 4
