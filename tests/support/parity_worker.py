@@ -32,9 +32,10 @@ from tests.support.dispatched import Dispatched  # noqa: E402
 from tests.support.slow_objectives import slow_objective  # noqa: E402
 from trainer.checkpoint.run_folder import RunFolder  # noqa: E402
 from trainer.config.averages import AverageConfig  # noqa: E402
+from trainer.config.model import ModelConfig  # noqa: E402
 from trainer.config.objective import ObjectiveConfig  # noqa: E402
 from trainer.config.optim import OptimConfig  # noqa: E402
-from trainer.config.run_config import ROOT, ModelConfig, RunConfig, TrainConfig  # noqa: E402
+from trainer.config.run_config import ROOT, RunConfig, TrainConfig  # noqa: E402
 from trainer.engine import collectives  # noqa: E402
 from trainer.engine.engine import Engine  # noqa: E402
 from trainer.objectives.mixup import draw_ring  # noqa: E402

@@ -58,7 +58,7 @@ def _check(args: argparse.Namespace, parts: Sequence[str]) -> None:
     """Finds what would end the benchmark after minutes of measuring."""
     import torch
 
-    from trainer.config.run_config import ModelConfig
+    from trainer.config.model import ModelConfig
     from trainer.prepare.backbone import check_backbone
 
     if args.device == "cuda" and not torch.cuda.is_available():

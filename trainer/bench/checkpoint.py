@@ -18,7 +18,7 @@ from moa.files.saving import adapter_state_dict, base_hash
 from trainer.bench.timing import Comparison
 from trainer.checkpoint import checkpoint
 from trainer.checkpoint.save_queue import SaveQueue
-from trainer.config.run_config import ModelConfig
+from trainer.config.model import ModelConfig
 from trainer.prepare.backbone import create_backbone
 
 BACKBONE, CLASSES, ROUNDS = "vit_large_patch14_clip_224", 345, 3

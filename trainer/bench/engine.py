@@ -16,7 +16,8 @@ import moa
 from trainer.bench.step import IN_FLIGHT
 from trainer.bench.timing import Comparison, in_fresh_process, milliseconds
 from trainer.config import deepspeed_json
-from trainer.config.run_config import ModelConfig, RunConfig, TrainConfig
+from trainer.config.model import ModelConfig
+from trainer.config.run_config import RunConfig, TrainConfig
 from trainer.monitor.efficiency import highest_resident, peak_gib
 from trainer.prepare.backbone import Backbone, create_backbone
 from trainer.process.device import device_of

@@ -13,7 +13,7 @@ from moa.files.hub import HUB_PREFIX, adapter_folder
 from moa.files.reading import AdapterInfo, read_adapter
 from moa.files.saving import check_replaceable, write_adapter
 from trainer.checkpoint.checkpoint import MANIFEST_FILE, verify
-from trainer.config.run_config import ModelConfig
+from trainer.config.model import ModelConfig
 from trainer.prepare.backbone import Backbone, create_backbone
 from trainer.prepare.provenance import shareable
 from trainer.process.errors import ConfigError, OutputError, cannot_write

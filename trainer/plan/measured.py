@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.config.run_config import ModelConfig, RunConfig
+from trainer.config.model import ModelConfig
+from trainer.config.run_config import RunConfig
 from trainer.process.errors import ConfigError
 
 if TYPE_CHECKING:

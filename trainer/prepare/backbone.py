@@ -21,7 +21,7 @@ import moa
 import trainer.prepare.vit_embedded  # noqa: F401  (registers the embedded backbone with timm)
 from moa.model.heads import fit_head
 from moa.model.injection import classifier
-from trainer.config.run_config import ModelConfig
+from trainer.config.model import ModelConfig
 from trainer.prepare.image_size import of_one_size, set_image_size, size_arguments
 from trainer.process.errors import ConfigError, did_you_mean, short_reason
 from trainer.process.world import world_from_environment

@@ -5,7 +5,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from trainer.config.run_config import ModelConfig
+from trainer.config.model import ModelConfig
 from trainer.process.errors import ConfigError, short_reason
 
 

@@ -20,7 +20,7 @@ from shards.writer import write_shards
 from tests.support.shards_fixtures import make_folder
 from tests.support.trainer_fixtures import ROOT
 from trainer.config.command_line import RECIPES, parse
-from trainer.config.run_config import ModelConfig
+from trainer.config.model import ModelConfig
 from trainer.plan.__main__ import read_command_line
 from trainer.plan.planning import make_plan
 from trainer.prepare.parts import build

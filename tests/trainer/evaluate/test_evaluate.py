@@ -33,7 +33,7 @@ from tests.support.shards_fixtures import few_digits
 from tests.support.trainer_fixtures import environment
 from trainer.checkpoint import checkpoint
 from trainer.config.command_line import parse
-from trainer.config.run_config import ModelConfig
+from trainer.config.model import ModelConfig
 from trainer.evaluate import plots
 from trainer.evaluate.__main__ import main, parser
 from trainer.evaluate.combine import models_on

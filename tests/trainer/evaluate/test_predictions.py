@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from shards import DataConfig, ShardIndex, eval_transform, evaluation_loader, open_shards
-from trainer.config.run_config import ModelConfig
+from trainer.config.model import ModelConfig
 from trainer.evaluate.evaluator import Evaluator
 from trainer.evaluate.predictions import (
     Predictions,

@@ -18,7 +18,7 @@ from moa.files.saving import save_adapter
 from shards import DataConfig, open_shards
 from tests.support.moa_fixtures import images, small_config, stir, tiny_vit
 from tests.support.shards_server import Server
-from trainer.config.run_config import ModelConfig
+from trainer.config.model import ModelConfig
 from trainer.flatness import __main__ as flatness, measure as measuring
 from trainer.flatness.surface import (
     Surface,

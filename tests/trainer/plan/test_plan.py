@@ -29,7 +29,8 @@ from trainer.checkpoint import checkpoint
 from trainer.config import deepspeed_json
 from trainer.config.averages import AverageConfig
 from trainer.config.command_line import parse
-from trainer.config.run_config import ModelConfig, RunConfig
+from trainer.config.model import ModelConfig
+from trainer.config.run_config import RunConfig
 from trainer.engine.swad import Swad
 from trainer.monitor.efficiency import image_utilisation
 from trainer.plan.__main__ import main, read_command_line

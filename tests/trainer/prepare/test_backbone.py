@@ -13,7 +13,7 @@ from torch import Tensor
 
 import moa
 from moa.model.injection import classifier
-from trainer.config.run_config import ModelConfig
+from trainer.config.model import ModelConfig
 from trainer.prepare import backbone
 from trainer.prepare.backbone import create_backbone
 from trainer.prepare.vit_embedded import WEIGHTS_PATH

@@ -13,7 +13,7 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 
 import moa
 from tests.support.trainer_fixtures import arguments
-from trainer.config.run_config import ModelConfig
+from trainer.config.model import ModelConfig
 from trainer.evaluate import __main__ as evaluate
 from trainer.evaluate.members import base_of, read_members
 from trainer.plan.__main__ import read_command_line

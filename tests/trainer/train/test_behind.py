@@ -13,8 +13,9 @@ import moa
 from moa import MoAConfig
 from tests.support.dispatched import Dispatched
 from trainer.checkpoint.run_folder import RunFolder
+from trainer.config.model import ModelConfig
 from trainer.config.optim import OptimConfig
-from trainer.config.run_config import ModelConfig, RunConfig, TrainConfig
+from trainer.config.run_config import RunConfig, TrainConfig
 from trainer.engine import collectives
 from trainer.engine.engine import Engine
 from trainer.prepare.parts import build
