@@ -198,7 +198,9 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     try:
         for model in models:
             model.eval()
-        with torch.inference_mode():
+        # What ZeRO-3 fetches in inference mode it may keep, and training could not go on with it.
+        sharded = any(hasattr(p, "ds_id") for model in models for p in model.parameters())
+        with torch.no_grad() if sharded else torch.inference_mode():
             yield
     finally:
         for model, mode in zip(models, modes, strict=True):

@@ -437,6 +437,7 @@ def test_a_run_reports_clips_zero_shot_accuracy_and_its_adapter_loads(
     size = {"train__steps": "3", "train__eval_every": "2", "checkpoint__every": "3"}
     settings = arguments(tmp_path / "run", moa__method="moa_lora", **size)
     settings += [*flags, "--model.head=cosine", "--objective.margin=0.3", "--average.ema=true"]
+    settings.append("--ds_config=ds_configs/zero3.json")  # which evaluates before it has trained
     result = launch(*settings, processes=2)
     assert result.returncode == 0, result.stderr
     row = json.loads((tmp_path / "run" / "zero_shot.json").read_text())

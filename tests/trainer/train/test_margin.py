@@ -1,21 +1,21 @@
 """The margin against its formula, value and gradient, and that none costs nothing."""
 
-import timm
 import torch
 from torch.nn import functional as F
 
 from moa.model.heads import fit_head
+from tests.support.moa_fixtures import DIM, tiny_vit
 from trainer.train.margin import margin_of
 
 
 def test_it_is_the_formula_of_the_paper() -> None:
-    model = timm.create_model("vit_embedded", num_classes=6)
+    model = tiny_vit(6)
     fit_head(model, 6, {"kind": "cosine", "space": 5, "frozen": False})
     torch.manual_seed(1)
     head = model.head.double()
     head.weight.data.normal_()
     head.scale.fill_(30.0)
-    f = torch.randn(8, 128, dtype=torch.float64, requires_grad=True)
+    f = torch.randn(8, DIM, dtype=torch.float64, requires_grad=True)
     labels, strength = torch.tensor([0, 5, 2, 2, 1, 4, 3, 0]), 0.3
     ours = F.cross_entropy(margin_of(model, strength)(head(f), labels), labels)
     total = f.new_zeros(())
