@@ -115,8 +115,9 @@ class Tracking:
         self._queue.put(None)
         self._thread.join(CLOSING)
         if self._thread.is_alive():
-            names = ", ".join(self._makers)
-            log.warning("%s: not everything was sent within %.0f s", names, CLOSING)
+            log.warning(
+                "log: trackers did not take everything within %.0f s; metrics.jsonl has it", CLOSING
+            )
 
 
 def _known_runs(config: RunConfig, folder: RunFolder, first_step: int) -> dict[str, Any]:

@@ -273,7 +273,7 @@ def test_a_tracker_that_cannot_start_or_does_not_end_leaves_the_run_alone(
         "the run goes on without it"
     )
     assert "log.wandb: no API key is configured; wandb login, or WANDB_MODE=offline" in key
-    assert late == "log.wandb, log.plugins: hanging: not everything was sent within 1 s"
+    assert late == "log: trackers did not take everything within 1 s; metrics.jsonl has it"
     assert last_steps(tmp_path / "run" / "scalars.csv") == {"train/loss": 0}
 
 
