@@ -140,8 +140,8 @@ def last_steps(record: Path) -> dict[str, int]:
     if torn or not whole:
         replace_text(record, (whole + end).decode(errors="replace") or "step,tag,value\n")
     last: dict[str, int] = {}
-    for row in csv.reader(whole.decode(errors="replace").splitlines()):
-        with suppress(ValueError):  # of the heading, and of what is no record
-            step, tag, _ = row
+    for line in whole.decode(errors="replace").splitlines():
+        with suppress(ValueError, csv.Error):  # of the heading, and of what is no record
+            step, tag, _ = next(csv.reader([line]))
             last[tag] = max(int(step), last.get(tag, -1))
     return last
