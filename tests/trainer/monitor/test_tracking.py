@@ -28,7 +28,7 @@ from trainer.config.optim import OptimConfig
 from trainer.config.run_config import RunConfig, TrainConfig
 from trainer.engine.leaving import leave_group
 from trainer.monitor.monitor import Monitor
-from trainer.monitor.tracking import Tracking, last_steps
+from trainer.monitor.tracking import Tracking, points
 from trainer.train import session
 
 SECRET = "hunter2"
@@ -109,9 +109,9 @@ def tracked(few: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> It
         with (here / "run" / "scalars.csv").open(newline="") as file:
             header, *lines = csv.reader(file)
         assert header == ["step", "tag", "value"]
-        points = {(tag, int(step)): float(value) for step, tag, value in lines}
-        assert len(points) == len(lines), "no point is there twice"
-        yield Tracked(here / "run", here, run.info.status, points)
+        found = {(tag, int(step)): float(value) for step, tag, value in lines}
+        assert len(found) == len(lines), "no point is there twice"
+        yield Tracked(here / "run", here, run.info.status, found)
 
 
 def store(here: Path) -> mlflow.MlflowClient:
@@ -126,15 +126,15 @@ def experiment(here: Path) -> str:
 
 def test_killed_and_resumed_is_one_run_without_a_doubled_step(tracked: Tracked) -> None:
     """TensorBoard, the file, W&B, MLflow and the plugin have the same points."""
-    points = tracked.points
-    assert steps_of("train/loss", points) == list(range(7))
-    assert steps_of("eval/plain/out_acc", points) == [0, 3, 6]
+    wanted = tracked.points
+    assert steps_of("train/loss", wanted) == list(range(7))
+    assert steps_of("eval/plain/out_acc", wanted) == [0, 3, 6]
     selected = {row["step"] for row in rows(tracked.folder / "results.jsonl")}
-    assert set(steps_of("eval/rotated/in_acc", points)) == selected
+    assert set(steps_of("eval/rotated/in_acc", wanted)) == selected
     events = EventAccumulator(str(tracked.folder / "tensorboard")).Reload()
-    assert {tag for tag, _ in points} == set(events.Tags()["scalars"]) - hparams(events)
+    assert {tag for tag, _ in wanted} == set(events.Tags()["scalars"]) - hparams(events)
     losses = {row["step"]: row["loss"] for row in rows(tracked.folder / "metrics.jsonl")}
-    assert {step: points["train/loss", step] for step in losses} == losses
+    assert {step: wanted["train/loss", step] for step in losses} == losses
 
     ids, found, files = set(), [], sorted(tracked.folder.glob("wandb/offline-run-*/run-*.wandb"))
     for file in files:
@@ -150,26 +150,26 @@ def test_killed_and_resumed_is_one_run_without_a_doubled_step(tracked: Tracked) 
                 names = [name for name in row if name[0] != "_" and name != "step"]
                 found += [((name, row["step"]), row[name]) for name in names]
     assert len(files) == 2
-    assert dict(found) == points
-    assert len(found) == len(points)
+    assert dict(found) == wanted
+    assert len(found) == len(wanted)
 
-    known = json.loads((tracked.folder / "tracking.json").read_text())
-    assert ids == {known["wandb team/digits"]}
+    known = {k: v for row in rows(tracked.folder / "tracking.jsonl") for k, v in row.items()}
+    assert ids == {known["run of log.wandb team/digits"]}
     (run,) = store(tracked.store).search_runs([experiment(tracked.store)])
-    assert run.info.run_id == known["mlflow digits"]
+    assert run.info.run_id == known["run of log.mlflow digits"]
     assert (tracked.status, run.info.status) == ("KILLED", "FINISHED")
     assert run.data.params["optim.lr"] == str(parse([]).optim.lr)
     history = [
         ((tag, metric.step), metric.value)
-        for tag in {tag for tag, _ in points}
+        for tag in {tag for tag, _ in wanted}
         for metric in store(tracked.store).get_metric_history(run.info.run_id, tag)
     ]
-    assert dict(history) == points
-    assert len(history) == len(points)
+    assert dict(history) == wanted
+    assert len(history) == len(wanted)
 
 
-def steps_of(tag: str, points: Points) -> list[int]:
-    return [step for name, step in points if name == tag]
+def steps_of(tag: str, found: Points) -> list[int]:
+    return [step for name, step in found if name == tag]
 
 
 def hparams(events: EventAccumulator) -> set[str]:
@@ -195,7 +195,7 @@ def test_a_plugin_that_fails_is_told_of_once_and_the_run_goes_on(tracked: Tracke
     assert max(got.values()) == 1
     lines = (tracked.folder / "log.txt").read_text().splitlines()
     (warning,) = (line for line in lines if "log." in line and "WARNING" in line)
-    assert "log.plugins: recorder: ConnectionError: no route to https://host/" in warning
+    assert "log.plugins recorder: ConnectionError: no route to https://host/" in warning
 
 
 def test_no_secret_is_written(tracked: Tracked) -> None:
@@ -238,13 +238,31 @@ def test_a_record_that_was_torn_is_mended_and_another_run_begins_its_own(tmp_pat
         tracker.close(whole=False)
         with folder.scalars.open("a") as file:
             file.write(f"\n{'x' * 200_000}\n,\n6,train/lo")
-    assert last_steps(folder.scalars) == {"train/loss": 5}
-    lines = [line for line in folder.scalars.read_text().splitlines() if line.endswith("0.5")]
-    assert lines == [f"{step},train/loss,0.5" for step in range(6)]
-    tracking(tmp_path, csv=True).close(whole=False)
-    assert last_steps(folder.scalars) == {"train/loss": 5}, "the same command again"
-    tracking(tmp_path, lr=0.2, csv=True).close(whole=False)
-    assert last_steps(folder.scalars) == {}, "another run, of which nothing was kept"
+    for lr, kept in ((0.1, range(6)), (0.2, range(0))):
+        tracking(tmp_path, lr=lr, csv=True).close(whole=False)
+        assert [point[:3] for point in points(folder.scalars)] == [
+            (step, "train/loss", 0.5) for step in kept
+        ]
+    assert folder.scalars.read_text() == "step,tag,value\n"
+
+
+def test_what_was_not_sent_when_a_run_ended_is_sent_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the tracker is new, was left out, or had not come to it when the run was killed."""
+    offer(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    import recorder
+
+    recorder.points.clear()
+    none = {"plugins": ("recorder",)}
+    for first, end, log in ((0, 4, {"csv": True}), (4, 8, none), (8, 10, none)):
+        tracker = tracking(tmp_path, first, **log)
+        for step in range(first, end):
+            tracker.scalars({"train/loss": 0.5, "train/ce": 0.5}, step)
+        tracker.close(whole=False)  # amid the second it fails, at step 5
+    for name in ("train/loss", "train/ce"):
+        assert [step for tag, step, _ in recorder.points if tag == name] == list(range(10))
 
 
 def test_a_tracker_that_cannot_start_or_does_not_end_leaves_the_run_alone(
@@ -268,12 +286,13 @@ def test_a_tracker_that_cannot_start_or_does_not_end_leaves_the_run_alone(
         record.getMessage() for record in caplog.records if record.name == "trainer"
     )
     assert missing == (
-        "log.plugins: unused: ModuleNotFoundError: No module named 'missing'; "
+        "log.plugins unused: ModuleNotFoundError: No module named 'missing'; "
         "the run goes on without it"
     )
-    assert "log.wandb: no API key is configured; wandb login, or WANDB_MODE=offline" in key
-    assert late == "log: trackers did not take everything within 1 s; metrics.jsonl has it"
-    assert last_steps(tmp_path / "run" / "scalars.csv") == {"train/loss": 0}
+    assert "log.wandb p: no API key is configured; wandb login, or WANDB_MODE=offline" in key
+    assert late == "log: trackers did not take everything within 1 s"
+    (point,) = points(tmp_path / "run" / "scalars.csv")
+    assert point[:3] == (0, "train/loss", 0.5)
 
 
 def test_bad_values_are_told_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
