@@ -37,7 +37,7 @@ ALL = [block for page in PAGES for block in blocks(page)]
 RUNNING = sorted({block.page for block in ALL if not block.needs})
 SHELL = set(
     "git cd source tensorboard pip cat less ls rm srun squeue scancel scontrol sacct tail cp "
-    "salloc torchrun export apptainer bash jq for done kill".split()
+    "salloc torchrun export apptainer bash jq for done kill wandb".split()
 )
 ASSIGNMENT = re.compile(r"[A-Z_]+=")
 SOONER = {"-m trainer.flatness": ("--samples=4", "--points=5", "--steps=3")}

@@ -40,6 +40,7 @@ class RunFolder:
         self.tensorboard, self.log = path / "tensorboard", path / "log.txt"
         self.results, self.metrics = path / "results.jsonl", path / "metrics.jsonl"
         self.evaluations = path / "evaluations.jsonl"
+        self.scalars, self.tracking = path / "scalars.csv", path / "tracking.jsonl"
         self.routing, self.heartbeats = path / "routing.png", path / "heartbeats"
         self.done = path / "done"
         self._lock = FolderLock(path)

@@ -12,7 +12,8 @@ FREE = {
     "data.max_bad_fraction", "model.weights",
     "model.grad_checkpointing", "model.compile", "moa.ep_size", "moa.transport",
     "train.steps", "train.eval_batch", "train.time_limit", "train.skip_nonfinite",
-    "train.step_deadline", "train.graph", "checkpoint.every", "checkpoint.keep",
+    "train.step_deadline", "train.graph", "train.profile",
+    "log.wandb", "log.mlflow", "log.csv", "log.plugins", "checkpoint.every", "checkpoint.keep",
     "checkpoint.background", "checkpoint.allow_changes",
 }  # fmt: skip
 

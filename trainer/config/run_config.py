@@ -14,6 +14,7 @@ from shards.addresses import without_secrets
 from shards.config import DataConfig
 from trainer.config.averages import AverageConfig
 from trainer.config.limits import COUNT, NUMBER, SECONDS, SEED, out_of_range
+from trainer.config.log import LogConfig
 from trainer.config.model import ModelConfig
 from trainer.config.objective import ObjectiveConfig
 from trainer.config.optim import OptimConfig
@@ -61,6 +62,17 @@ class TrainConfig:
     step_deadline: float = 1800.0
     """seconds in which no process gets on after which all end (three times that for the first
     step of a start); 0 waits for ever"""
+    profile: str | None = None
+    """steps to trace with torch's profiler, such as 20:25 for the five from 20 on; every process
+    writes into profile/, and a snapshot of its GPU memory, too"""
+
+    @property
+    def profiled(self) -> range:
+        """Steps to trace; raises `ValueError`."""
+        first, end = map(int, self.profile.split(":")) if self.profile is not None else (0, 0)
+        if self.profile is not None and not 0 <= first < end <= min(self.steps, first + 100):
+            raise ValueError(self.profile)
+        return range(first, end)
 
     def problems(self) -> list[str]:
         """Every range problem, one line each."""
@@ -75,6 +87,13 @@ class TrainConfig:
             found.append(
                 f"train.time_limit: {self.time_limit!r}; must be a duration such as 3h30m, 45m, "
                 "600s or 1-12:00:00 (days-hours:minutes:seconds; in YAML within quotes)"
+            )
+        try:
+            _ = self.profiled
+        except ValueError:
+            found.append(
+                f"train.profile: {self.profile!r}; must be START:STOP for up to 100 steps, with "
+                f"0 <= START < STOP <= train.steps ({self.steps}); STOP is left out"
             )
         return found
 
@@ -142,6 +161,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     average: AverageConfig = field(default_factory=AverageConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     def check(self) -> None:
         """Raises `ConfigError` with every problem of every section, one a line."""

@@ -20,6 +20,7 @@ from torch.utils.tensorboard.summary import hparams
 from moa.files.atomic_folder import with_path
 from moa.files.markdown import block
 from trainer.config.run_config import RunConfig, as_plain, flat
+from trainer.monitor.tracking import Tracking
 from trainer.prepare.provenance import shown_command
 
 TARGET = "select/training_domain_validation/target_acc"
@@ -42,11 +43,18 @@ class Curves:
     Args:
         first_step: where the run (re)starts; later events of an earlier start are purged.
         layers: paths of the layers that route.
+        tracking: where the same scalars go beside TensorBoard.
     """
 
     def __init__(
-        self, config: RunConfig, folder: Path, first_step: int, layers: Sequence[str]
+        self,
+        config: RunConfig,
+        folder: Path,
+        first_step: int,
+        layers: Sequence[str],
+        tracking: Tracking | None = None,
     ) -> None:
+        self.tracking = tracking
         self.writer = SummaryWriter(str(folder), purge_step=first_step)
         self.writer.add_custom_scalars(layout(layers, config.average.names))
         text = yaml.safe_dump(as_plain(config), sort_keys=False)
@@ -64,10 +72,12 @@ class Curves:
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """One point on each of some curves; values that are not finite leave a gap."""
+        finite = {tag: value for tag, value in values.items() if math.isfinite(value)}
         with with_path(self.writer.log_dir):
-            for tag, value in values.items():
-                if math.isfinite(value):
-                    self.writer.add_scalar(tag, value, step)
+            for tag, value in finite.items():
+                self.writer.add_scalar(tag, value, step)
+        if self.tracking is not None:
+            self.tracking.scalars(finite, step)
 
     def picture(self, tag: str, png: bytes, step: int) -> None:
         """An image, given as a file, of a page with a slider over steps."""
@@ -91,7 +101,9 @@ class Curves:
         )  # fmt: skip
 
     def close(self, whole: bool) -> None:
-        """Flushes; `whole` marks the run as finished on the hparams page."""
+        """Flushes; `whole` marks the run as finished on the hparams page and in trackers."""
+        if self.tracking is not None:
+            self.tracking.close(whole)
         if whole:
             self._add(self._end)
         with with_path(self.writer.log_dir):

@@ -19,6 +19,7 @@ from trainer.monitor.console import Standing, evaluation_line, plain_line
 from trainer.monitor.curves import MEAN_OUT, TARGET, VALIDATION, Curves
 from trainer.monitor.efficiency import DataWait, hint, image_utilisation, peak_gib
 from trainer.monitor.router_health import RouterHealth
+from trainer.monitor.tracking import Tracking
 from trainer.prepare.parts import Parts
 from trainer.process.world import World
 
@@ -50,7 +51,8 @@ class Monitor:
         self.config, self.folder, self.device, self.console = parts.config, folder, device, console
         moa, total = self.config.moa, self.config.train.steps
         layers = parts.report.layers if moa.routed else ()
-        self.curves = Curves(self.config, folder.tensorboard, first_step, layers)
+        tracking = Tracking(self.config, folder, first_step) if self.config.log.active else None
+        self.curves = Curves(self.config, folder.tensorboard, first_step, layers, tracking)
         self.standing = Standing(total, first_step, parts.withheld_names, done=first_step)
         self.every = max(1, min(50, total // 10))  # steps between plain lines and router notes
         balance = "--moa.balance bias, or raise --moa.aux_weight"
@@ -76,11 +78,14 @@ class Monitor:
         self.curves.close(whole=kind is None)
 
     def step(self, row: Mapping[str, float], perf: Mapping[str, float]) -> None:
-        """Notes one step: its `metrics.jsonl` row, and `img_s`, `step_ms`, `data_wait_ms`."""
+        """Notes one step: its `metrics.jsonl` row, and `img_s`, `step_ms`, `data_wait_ms`.
+
+        The latter are left out where they would tell of something else.
+        """
         step = int(row["step"])
         peak = peak_gib(self.device)
         points = {"mem/peak_gib": peak} | {f"perf/{name}": value for name, value in perf.items()}
-        if self.utilisation is not None:
+        if perf and self.utilisation is not None:
             points["perf/mfu"] = self.utilisation * perf["img_s"]
         for name, value in row.items():
             if name in ("loss", "ce", "aux_loss", "penalty", "lr", "grad_norm", "skipped_steps"):
@@ -89,9 +94,12 @@ class Monitor:
                 points[f"data/bad/{name.removeprefix('moa/bad/')}"] = value
         self.curves.scalars(points, step)
         standing = self.standing
-        standing.done, standing.row, standing.img_s = step + 1, row, perf["img_s"]
+        standing.done, standing.row = step + 1, row
+        standing.img_s = perf.get("img_s", standing.img_s)
         standing.peak_gib, standing.phase = peak, "training"
-        if step > standing.first_step:  # the first step of a start waits for the loaders to start
+        if (
+            perf and step > standing.first_step
+        ):  # the first step of a start waits for the loaders to start
             if self.wait.note(perf["data_wait_ms"], perf["step_ms"]):
                 cores = len(os.sched_getaffinity(0))
                 log.warning("%s", hint(self.wait.share, self.config, cores))

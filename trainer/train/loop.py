@@ -29,6 +29,7 @@ from trainer.train.behind import BEHIND, Behind
 from trainer.train.best import Best, is_left_out
 from trainer.train.nonfinite import NonfiniteSteps
 from trainer.train.objective_step import make_step
+from trainer.train.profiling import Profiling
 from trainer.train.resume import state_of
 from trainer.train.rows import Rows
 from trainer.train.validation import Validation
@@ -77,6 +78,8 @@ class Trainer:
         self._others = ranks != world.rank
         self.rows = Rows(folder)
         self.micro_step = make_step(parts, engine, state.get("objective", {}))
+        steps = self.config.train.profiled
+        self.profiling = Profiling(steps, folder.path, world, engine, self.ahead)
 
     def train(self, monitor: Monitor | None) -> None:
         """Runs the remaining steps; `monitor` is given on the main rank only.
@@ -99,6 +102,7 @@ class Trainer:
         try:
             self._steps(batches, monitor)
         finally:
+            self.profiling.end()
             self.behind.read()
             self.rows.write()
         self.watch.note(EVALUATING)
@@ -113,13 +117,13 @@ class Trainer:
             step, started = self.step, time.perf_counter()
             self.evaluation_due = self._evaluates_after(step)
             saves = (step + 1) % self.config.checkpoint.every == 0 or step + 1 == train.steps
-            with self.stopping.timed("step"):
+            with self.profiling.around(step), self.stopping.timed("step"):
                 waited = self.train_step(batches)
                 self.step = step + 1
                 if self.evaluation_due or saves or self.stopping.reason:
                     self.behind.read()
-            took = time.perf_counter() - started
-            if step > self.first_step:  # the first step of a start also pays for warming up
+            took = 0.0 if step in self.profiling.steps else time.perf_counter() - started
+            if took and step > self.first_step:  # the first of a start also pays for warming up
                 self.images_timed += self.stream.global_batch
                 self.seconds_timed += took
             self.rows.tell(step, self.stream.global_batch, took, waited, self.engine.module)
@@ -139,6 +143,7 @@ class Trainer:
         """
         if self.evaluation_due and not self.stopping.reason:
             self.rows.write()
+            self.profiling.end()  # of an evaluation a trace would be huge
             # The speed of training since the start, evaluations left out.
             speed = {SPEED: self.images_timed / self.seconds_timed} if self.images_timed else {}
             self.watch.note(EVALUATING)

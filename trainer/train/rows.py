@@ -28,10 +28,14 @@ class Rows:
         self._told: dict[int, _Told] = {}
 
     def tell(self, step: int, images: int, took: float, waited: float, model: nn.Module) -> None:
-        """Notes a step of so many images and seconds, `waited` of them for data."""
+        """Notes a step of so many images and seconds, `waited` of them for data.
+
+        0 seconds stand for a step whose time says nothing, as of one that is profiled.
+        """
         if self.monitor is None:
             return
-        perf = {"img_s": images / took, "step_ms": 1000 * took, "data_wait_ms": 1000 * waited}
+        perf = {"step_ms": 1000 * took, "data_wait_ms": 1000 * waited}
+        perf = perf | {"img_s": images / took} if took else {}
         shown = step % self.monitor.every == 0 or step == self.monitor.standing.total - 1
         stats = moa.routing_stats(model) if shown else {}
         self._told[step] = _Told(perf, {
