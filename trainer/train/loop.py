@@ -79,7 +79,7 @@ class Trainer:
         self.rows = Rows(folder)
         self.micro_step = make_step(parts, engine, state.get("objective", {}))
         steps = self.config.train.profiled
-        self.profiling = Profiling(steps, folder.path, world, engine, self.ahead)
+        self.profiling = Profiling(steps, folder, world, engine, self.ahead)
 
     def train(self, monitor: Monitor | None) -> None:
         """Runs the remaining steps; `monitor` is given on the main rank only.

@@ -5,11 +5,11 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, tensorboard_trace_handler
 
+from trainer.checkpoint.run_folder import RunFolder
 from trainer.engine.engine import Engine
 from trainer.prepare.ahead import Ahead
 from trainer.process.world import World
@@ -26,9 +26,9 @@ class Profiling:
     """
 
     def __init__(
-        self, steps: range, folder: Path, world: World, engine: Engine, ahead: Ahead
+        self, steps: range, folder: RunFolder, world: World, engine: Engine, ahead: Ahead
     ) -> None:
-        self.steps, self._folder = steps, folder / "profile"
+        self.steps, self._run_folder = steps, folder
         self._rank, self._on_gpu = world.rank, engine.device.type == "cuda"
         self._labelled = (
             (ahead, "take", "data"), (ahead, "fetch", "data"), (engine.model, "forward", "forward"),
@@ -84,10 +84,11 @@ class Profiling:
         with self._harmless():
             traced, self._profile = self._profile, None
             traced.stop()
+            folder = self._run_folder.path / "profile"
             name = f"rank-{self._rank:05d}"
-            tensorboard_trace_handler(str(self._folder), name, use_gzip=True)(traced)
+            tensorboard_trace_handler(str(folder), name, use_gzip=True)(traced)
             if self._on_gpu:
-                memory = self._folder / f"{name}.{time.time_ns()}.memory.pickle"
+                memory = folder / f"{name}.{time.time_ns()}.memory.pickle"
                 torch.cuda.memory._dump_snapshot(str(memory))  # type: ignore[no-untyped-call]
                 torch.cuda.memory._record_memory_history(enabled=None)
-            log.info("profile: %s", self._folder)
+            log.info("profile: %s", folder)
