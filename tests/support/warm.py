@@ -29,6 +29,7 @@ IMPORTED = [
     "trainer.train.assembly",
     "trainer.train.session",
     "trainer.prepare.zero_check",
+    "tests.support.drawn",
     "tests.support.frozen",
 ]
 """Nothing that a command runs as its main module."""

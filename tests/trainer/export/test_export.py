@@ -64,15 +64,16 @@ def process(*command: str, hub: str, cache: Path) -> subprocess.CompletedProcess
     )  # fmt: skip
 
 
-def test_pushed_adapter_is_loaded_by_name(mixture: Path, tmp_path: Path) -> None:
+def test_pushed_adapter_is_loaded_by_name(
+    mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     _, tensors = read_adapter(mixture)
     with running_hub() as hub:
-        pushed = process(
-            "-m", "trainer.export", "--adapter", str(mixture), "--push", "lab/moa",
-            hub=hub.address, cache=tmp_path,
-        )  # fmt: skip
-        assert pushed.returncode == 0, pushed.stderr
-        assert '"hf-hub:lab/moa"' in pushed.stdout
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        assert main(["--adapter", str(mixture), "--push", "lab/moa"]) == 0
+        assert '"hf-hub:lab/moa"' in capsys.readouterr().out
         files = hub.repositories["lab/moa"]
         assert sorted(f for f in files if f != ".gitattributes") == FILES
         assert files[FILES[2]] == (mixture / FILES[2]).read_bytes()

@@ -2,13 +2,26 @@
 
 import json
 from pathlib import Path
+from typing import IO
 
 import pytest
 
+from tests.support.warm import Started
 from trainer.report.__main__ import main as report
 from trainer.sweep import __main__ as sweep
 
 SHORT = ["--train.steps=3", "--train.eval_every=2", "--train.batch_per_domain=2"]
+
+
+@pytest.fixture(autouse=True)
+def warm_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs begin as forks; the sweep of docs/reports.md has interpreters of their own."""
+
+    def call(command: list[str], stdout: IO[str], stderr: IO[str], env: dict[str, str]) -> int:
+        files = (Path(file.name) for file in (stdout, stderr))
+        return Started(tuple(command[1:]), *files, env).wait(400)
+
+    monkeypatch.setattr("subprocess.call", call)
 
 
 def run(root: Path, *more: str, methods: str = "linear", held_out: str = "plain") -> int:
@@ -16,15 +29,17 @@ def run(root: Path, *more: str, methods: str = "linear", held_out: str = "plain"
     return sweep.main([*command, *SHORT, *more])
 
 
-def test_a_sweep_from_start_to_refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = tmp_path / "table of runs"
-    assert run(root, methods="linear,lora") == 0
+def test_a_sweep_from_start_to_refusal(
+    few: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, data = tmp_path / "table of runs", f"--data.root={few['data__root']}"
+    assert run(root, data, methods="linear,lora") == 0
     assert f"table: python -m trainer.report '{root}'" in capsys.readouterr().out
     before = (root / "lora-plain-0" / "metrics.jsonl").stat().st_mtime_ns
-    assert run(root, methods="linear,lora") == 0
+    assert run(root, data, methods="linear,lora") == 0
     assert "2 runs, 2 of them finished before" in capsys.readouterr().out
     assert (root / "lora-plain-0" / "metrics.jsonl").stat().st_mtime_ns == before
-    assert run(root, "--optim.lr=0.5", "--train.steps=4") == 2
+    assert run(root, data, "--optim.lr=0.5", "--train.steps=4") == 2
     error = capsys.readouterr().err
     finished = f"the finished run in {root / 'linear-plain-0'} has"
     for name, old, new in (("optim.lr", 0.002, 0.5), ("train.steps", 3, 4)):
