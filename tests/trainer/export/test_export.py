@@ -9,7 +9,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import peft
 import pytest
 import timm
 import torch
@@ -150,6 +149,8 @@ def test_out_folder_holds_the_adapter_alone(mixture: Path, tmp_path: Path) -> No
 
 
 def test_peft_export_computes_the_same(tmp_path: Path) -> None:
+    import peft
+
     folder = adapter(tmp_path / "lora", "lora")
     assert main(["--adapter", str(folder), "--peft", str(tmp_path / "peft")]) == 0
     ours, base = (
