@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "deepspeed": {
         "trainer/engine/collectives.py",
         "trainer/engine/engine.py",
+        "trainer/prepare/libraries.py",
         "trainer/prepare/zero_check.py",
         "trainer/engine/zero_state.py",
         "moa/parallel/expert_parallel.py",

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPORTED = [
-    "deepspeed",
+    "trainer.prepare.libraries",
     "deepspeed.ops.op_builder.all_ops",
     "torch.utils.cpp_extension",
     "matplotlib.figure",
