@@ -1,5 +1,6 @@
 """What holds for every test: none is told by the tests that ran before it in the same process."""
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -26,6 +27,15 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    """Nobody looks for garbage among a million objects that stay: no engine, and no fork either.
+
+    A fork would write to all of them, and so make each page its own.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

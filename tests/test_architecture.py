@@ -28,6 +28,7 @@ MAY_IMPORT = {
         "trainer/engine/collectives.py",
         "trainer/engine/engine.py",
         "trainer/engine/parameter_groups.py",
+        "trainer/prepare/libraries.py",
         "trainer/prepare/zero_check.py",
         "trainer/engine/zero_state.py",
         "moa/parallel/expert_parallel.py",

@@ -22,7 +22,7 @@ from tests.support import warm
 from tests.support.docs_blocks import PAGES, ROOT, Block, blocks
 from tests.support.image_folders import make_own_images
 from tests.support.shards_fixtures import few_digits
-from tests.support.trainer_fixtures import launch
+from tests.support.trainer_fixtures import DEEPSPEED, launch
 from trainer.config.command_line import parse
 from trainer.evaluate.members import base_of, read_members
 from trainer.plan.__main__ import read_command_line
@@ -126,6 +126,8 @@ def run_line(line: str, folder: Path, env: dict[str, str]) -> "subprocess.Comple
         return warm.run(*words, *SOONER.get(" ".join(words[:2]), ()), env=env, cwd=folder)
     if first == "deepspeed" and words[0] == "--num_gpus":  # that flag is tested with the run
         return warm.run(*words[2:], processes=int(words[1]), env=env, cwd=folder)
+    if first == "deepspeed":
+        return warm.run(DEEPSPEED, *words, env=env, cwd=folder)
     return run_script(line, folder, env)
 
 

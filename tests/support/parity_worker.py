@@ -39,10 +39,12 @@ from trainer.config.run_config import ROOT, RunConfig, TrainConfig  # noqa: E402
 from trainer.engine import collectives  # noqa: E402
 from trainer.engine.engine import Engine  # noqa: E402
 from trainer.objectives.mixup import draw_ring  # noqa: E402
+from trainer.prepare import vit_embedded  # noqa: E402
 from trainer.prepare.parts import Parts, build  # noqa: E402
 from trainer.process.world import World, world_from_environment  # noqa: E402
 from trainer.train.loop import Trainer  # noqa: E402
 
+vit_embedded._SIZES["depth"] = 3  # of which two have adapters, as many as more would tell
 STEPS = 4
 DEADLINE = 1000.0
 BUFFER = "not_rounded"

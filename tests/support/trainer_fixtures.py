@@ -46,15 +46,19 @@ def launch(*command: str, processes: int = 0, **extra: str) -> subprocess.Comple
 def launch_anew(
     *command: str, processes: int = 0, **extra: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs it in a new interpreter or under the deepspeed launcher, as users do."""
-    launcher = [sys.executable, RUN]
+    """Runs it in new interpreters, under the deepspeed launcher if in several, as users do."""
     if processes:
-        launcher = [DEEPSPEED, "--num_gpus", str(processes), "--master_port", free_port(), RUN]
+        return warm.run(*under_deepspeed(processes), *command, env=environment(**extra))
     return subprocess.run(
-        [*launcher, *command],
+        [sys.executable, RUN, *command],
         capture_output=True, text=True, cwd=ROOT, timeout=400, check=False,
         env=environment(**extra),
     )  # fmt: skip
+
+
+def under_deepspeed(processes: int) -> tuple[str, ...]:
+    """What comes before the arguments of a run to have deepspeed start its processes."""
+    return DEEPSPEED, "--num_gpus", str(processes), "--master_port", free_port(), RUN
 
 
 def kill_after_step(command: list[str], metrics: Path, step: int) -> None:

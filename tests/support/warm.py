@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPORTED = [
-    "deepspeed",
+    "trainer.prepare.libraries",
     "deepspeed.ops.op_builder.all_ops",
     "torch.utils.cpp_extension",
     "matplotlib.figure",
@@ -29,6 +29,7 @@ IMPORTED = [
     "trainer.train.assembly",
     "trainer.train.session",
     "trainer.prepare.zero_check",
+    "tests.support.drawn",
     "tests.support.frozen",
 ]
 """Nothing that a command runs as its main module."""

@@ -47,6 +47,7 @@ def run(config: RunConfig, world: World, stopping: Stopping) -> None:
     # Heavy imports come after the command line has proved legal.
     from rich.console import Console
 
+    import trainer.prepare.libraries  # noqa: F401  (before all that imports timm or DeepSpeed)
     from trainer.checkpoint.run_folder import RunFolder
     from trainer.monitor.console import set_up_logging
     from trainer.prepare.parts import build

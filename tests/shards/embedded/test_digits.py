@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from shards.config import DataConfig
 from shards.datasets import dataset_spec
@@ -88,6 +87,8 @@ def test_images_are_the_shipped_files(
 
 def test_every_digit_is_drawn_as_it_was_scanned(pictures: dict[str, dict[int, Path]]) -> None:
     """The labels are scikit-learn's, and `coarse` shows its scans in four levels."""
+    from sklearn.datasets import load_digits
+
     bundle = load_digits()
     for number, label in enumerate(bundle.target):
         assert pictures[STYLES[number % 6]][number].parent.name == str(label)

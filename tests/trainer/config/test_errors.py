@@ -125,19 +125,20 @@ def test_ds_config_that_contradicts_the_run(
     assert "not JSON" in capsys.readouterr().err
 
 
-def test_weights_without_a_network(tmp_path: Path) -> None:
-    """The hub client is told to be offline, as it is on many compute nodes."""
-    result = launch_anew(
-        *arguments(tmp_path / "run", model__backbone="vit_tiny_patch16_224", moa__method="linear"),
-        HF_HUB_OFFLINE="1",
-        HF_HOME=str(tmp_path / "hub"),
-    )
-    assert result.returncode == 2
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
+def test_weights_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The hub client is offline, as HF_HUB_OFFLINE makes it on many compute nodes."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    changes = {"model__backbone": "vit_tiny_patch16_224", "moa__method": "linear"}
+    assert main(arguments(tmp_path / "run", **changes)) == 2
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("error")]
     assert len(lines) == 1
     for word in ("vit_tiny_patch16_224", "--model.weights", "HF_HOME"):
         assert word in lines[0]
-    assert "Traceback" not in result.stderr
+    assert "Traceback" not in error
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 from shards import DataConfig, ShardIndex, eval_transform, evaluation_loader, open_shards
 from trainer.config.model import ModelConfig
@@ -131,9 +130,11 @@ def random_predictions(samples: int, classes: int, sharpness: float) -> Predicti
 
 @pytest.mark.parametrize("sharpness", [0.1, 1.0, 10.0])
 def test_calibration_error_is_that_of_torchmetrics(sharpness: float) -> None:
+    from torchmetrics.functional import classification
+
     predictions = random_predictions(500, 7, sharpness)
     found = reliability(predictions).ece
-    expected = multiclass_calibration_error(
+    expected = classification.multiclass_calibration_error(
         predictions.logits.double().softmax(1), predictions.labels, num_classes=7, n_bins=15
     )
     assert found == pytest.approx(float(expected), rel=1e-6)

@@ -9,7 +9,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import peft
 import pytest
 import timm
 import torch
@@ -64,15 +63,16 @@ def process(*command: str, hub: str, cache: Path) -> subprocess.CompletedProcess
     )  # fmt: skip
 
 
-def test_pushed_adapter_is_loaded_by_name(mixture: Path, tmp_path: Path) -> None:
+def test_pushed_adapter_is_loaded_by_name(
+    mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     _, tensors = read_adapter(mixture)
     with running_hub() as hub:
-        pushed = process(
-            "-m", "trainer.export", "--adapter", str(mixture), "--push", "lab/moa",
-            hub=hub.address, cache=tmp_path,
-        )  # fmt: skip
-        assert pushed.returncode == 0, pushed.stderr
-        assert '"hf-hub:lab/moa"' in pushed.stdout
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        assert main(["--adapter", str(mixture), "--push", "lab/moa"]) == 0
+        assert '"hf-hub:lab/moa"' in capsys.readouterr().out
         files = hub.repositories["lab/moa"]
         assert sorted(f for f in files if f != ".gitattributes") == FILES
         assert files[FILES[2]] == (mixture / FILES[2]).read_bytes()
@@ -149,6 +149,8 @@ def test_out_folder_holds_the_adapter_alone(mixture: Path, tmp_path: Path) -> No
 
 
 def test_peft_export_computes_the_same(tmp_path: Path) -> None:
+    import peft
+
     folder = adapter(tmp_path / "lora", "lora")
     assert main(["--adapter", str(folder), "--peft", str(tmp_path / "peft")]) == 0
     ours, base = (

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from sklearn.metrics import confusion_matrix
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
@@ -57,6 +56,8 @@ def evaluated(insight: Insight, step: int) -> Seen:
 
 
 def test_counts_maps_and_features_are_those_of_single_images(index: ShardIndex) -> None:
+    from sklearn.metrics import confusion_matrix
+
     model, config = vit(method="moa_lora", ranks=RANKS)
     names = [name for name, _ in moa_layers(model)]
     whole, parts = Insight(evaluator(index, config, World(0, 1, 0, 1)), model, [HELD_OUT], LAST), []

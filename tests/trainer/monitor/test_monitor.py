@@ -17,7 +17,6 @@ from matplotlib.text import Text
 from matplotlib.textpath import TextPath
 from PIL import Image
 from rich.console import Console
-from sklearn.metrics import mutual_info_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.plugins.hparams.metadata import PLUGIN_NAME
@@ -37,6 +36,8 @@ ROW = {"step": 41, "loss": 1.25, "ce": 1.2, "aux_loss": 0.05, "grad_norm": 2.0, 
 
 
 def test_mutual_information_is_scikit_learns_in_bits() -> None:
+    from sklearn.metrics import mutual_info_score
+
     rng = np.random.default_rng(0)
     for _ in range(20):
         counts = rng.integers(0, 30, (5, 4)).astype(float)

@@ -20,15 +20,15 @@ from torch.utils.data import DataLoader
 
 from shards import DataConfig, DomainStream, open_shards
 from tests.support.trainer_fixtures import (
-    DEEPSPEED,
     ROOT,
     RUN,
     arguments,
     environment,
     launch,
     rows,
+    under_deepspeed,
 )
-from tests.support.warm import Started, free_port, ranks
+from tests.support.warm import Started, ranks
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.run_config import TrainConfig
 from trainer.process.ending import conclude
@@ -51,9 +51,7 @@ LONG = {"train__steps": "25", "train__eval_every": "24", "train__batch_per_domai
 PATIENCE = 500.0  # seconds after which a test gives up; a busy machine is nowhere near it
 
 
-def wait_until(
-    condition: Callable[[], object], *processes: subprocess.Popen[bytes] | Started
-) -> None:
+def wait_until(condition: Callable[[], object], *processes: Started) -> None:
     """Polls until the condition holds; fails if a process ends before."""
     end = time.monotonic() + PATIENCE
     while not condition():
@@ -117,10 +115,8 @@ def test_interrupted_twice_is_byte_for_byte_the_uninterrupted_run(
     assert not list((whole / "heartbeats").glob("*")), "cleared at the end"
 
     command = arguments(output, **LONG, **few, data__workers="1")
-    launcher = subprocess.Popen(
-        [DEEPSPEED, "--num_gpus", "2", "--master_port", free_port(), RUN, *command],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT, env=environment(),
-    )  # fmt: skip
+    log = tmp_path / "launcher.txt"
+    launcher = Started((*under_deepspeed(2), *command), log, log, environment())
     wait_until(lambda: steps_done(output) > 3, launcher)
     pids = [
         json.loads((output / "heartbeats" / f"rank-0000{rank}.json").read_text())["pid"]
@@ -131,8 +127,8 @@ def test_interrupted_twice_is_byte_for_byte_the_uninterrupted_run(
         process.send_signal(signal.SIGUSR1)
     with contextlib.suppress(ProcessLookupError):  # a second one, while the first is honoured
         os.kill(pids[0], signal.SIGTERM)
-    printed = launcher.communicate(timeout=PATIENCE)[0].decode()
-    assert launcher.returncode == RESUBMIT, printed
+    assert launcher.wait(PATIENCE) == RESUBMIT, log.read_text()
+    printed = log.read_text()
     state = newest_state(output)
     assert steps_done(output) == state["step"] <= 25, "not one step is lost"
     line = next(line for line in printed.splitlines() if line.startswith("stopped by"))
@@ -168,9 +164,11 @@ def test_time_limit_that_is_over_at_once_still_lets_one_step_through(
     assert not (output / "results.jsonl").exists(), "the evaluation waits for the next start"
 
 
-def test_steps_that_are_not_finite_leave_no_trace_and_then_end_the_run(tmp_path: Path) -> None:
+def test_steps_that_are_not_finite_leave_no_trace_and_then_end_the_run(
+    few: dict[str, str], tmp_path: Path
+) -> None:
     output = tmp_path / "run"
-    command = arguments(output, **LONG, train__skip_nonfinite="1")
+    command = arguments(output, **LONG, **few, train__skip_nonfinite="1")
     codes, text = finished(output, WORKER, "nonfinite", *command)
     assert codes == [TRAINING_INVALID, TRAINING_INVALID], text
     assert "leaves the group" not in text, "after an error that may wait for ever"
@@ -186,8 +184,8 @@ def test_steps_that_are_not_finite_leave_no_trace_and_then_end_the_run(tmp_path:
         same = [before == after for before, after in states]
         assert same == [False, False, True, False, True, False], "step 4's end is known in step 6"
     stream = DomainStream(
-        open_shards(DataConfig()), sources=range(5), batch_per_domain=2, seed=3, trial_seed=0,
-        transform=lambda x: x,  # type: ignore[arg-type, return-value]
+        open_shards(DataConfig(root=few["data__root"])), sources=range(5), batch_per_domain=2,
+        seed=3, trial_seed=0, transform=lambda x: x,  # type: ignore[arg-type, return-value]
     )  # fmt: skip
     for step in (2, 4):
         dump = json.loads((output / f"nonfinite-step-{step}.json").read_text())

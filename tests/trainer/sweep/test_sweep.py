@@ -27,9 +27,11 @@ def run(root: Path, *more: str, methods: str = "linear", held_out: str = "plain"
     return sweep.main([*command, *SHORT, *more])
 
 
-def test_a_sweep_from_start_to_refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = tmp_path / "table of runs"
-    assert run(root, methods="linear,lora") == 0
+def test_a_sweep_from_start_to_refusal(
+    few: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, data = tmp_path / "table of runs", f"--data.root={few['data__root']}"
+    assert run(root, data, methods="linear,lora") == 0
     printed = capsys.readouterr().out
     assert f"table: python -m trainer.report '{root}'" in printed
     first, last = re.findall(r"(\d) of 2: (\S+): ([\d.]+) %; took \d:\d\d:\d\d; (.*)", printed)
@@ -41,10 +43,10 @@ def test_a_sweep_from_start_to_refusal(tmp_path: Path, capsys: pytest.CaptureFix
             (root / name / "console.txt").read_text().split()
         ), "what the run itself says"
     before = (root / "lora-plain-0" / "metrics.jsonl").stat().st_mtime_ns
-    assert run(root, methods="linear,lora") == 0
+    assert run(root, data, methods="linear,lora") == 0
     assert "2 runs, 2 of them finished before" in capsys.readouterr().out
     assert (root / "lora-plain-0" / "metrics.jsonl").stat().st_mtime_ns == before
-    assert run(root, "--optim.lr=0.5", "--train.steps=4") == 2
+    assert run(root, data, "--optim.lr=0.5", "--train.steps=4") == 2
     error = capsys.readouterr().err
     finished = f"the finished run in {root / 'linear-plain-0'} has"
     for name, old, new in (("optim.lr", 0.002, 0.5), ("train.steps", 3, 4)):

@@ -38,9 +38,9 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run folder of the same run in two processes."""
+    """Run folder of the same run in two processes, evaluated at both ends alone."""
     output = tmp_path_factory.mktemp("two") / "run"
-    result = launch(*arguments(output), processes=2)
+    result = launch(*arguments(output, train__eval_every="50"), processes=2)
     assert result.returncode == 0, result.stderr
     return output
 
