@@ -33,7 +33,7 @@ class Comparison:
     """One method against another.
 
     Attributes:
-        difference: mean over pairs of the one's accuracy minus the other's.
+        difference: mean over pairs of the one's result minus the other's.
         better: pairs in which the one is better.
         p_pairs: two-sided p if pairs flip one by one.
         p_domains: the same if all pairs of a held-out domain flip together.
@@ -79,9 +79,9 @@ def compare(scored: Sequence[Score], baseline: str) -> list[Comparison]:
     """
     results: dict[str, dict[Pair, float]] = defaultdict(dict)
     for score in scored:
-        if score.choice is not None:
+        if score.result is not None:
             run = score.run
-            results[score.label][run.dataset, run.held_out[0], run.seeds] = score.choice.accuracy
+            results[score.label][run.dataset, run.held_out[0], run.seeds] = score.result
     if baseline == "all":
         couples = [(b, a) for a, b in combinations(results, 2)]
     elif baseline in results:
