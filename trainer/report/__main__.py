@@ -131,7 +131,7 @@ def _unmet(found: Sequence[Score], rule: str, metric: str) -> list[str]:
     unmet = [score.run.folder for score in finished if score.choice is None]
     if unmet and rule == CLASS_MEAN_VALIDATION:
         notes.append(
-            f"{rule}: {len(unmet)} runs, such as {unmet[0]}, have not the class means of every "
+            f"{rule}: {len(unmet)} runs, such as {unmet[0]}, lack the class means of every "
             "domain at every evaluation: they are of an older release, of DomainBed, or with "
             "eval.mode selection; a run with eval.mode full has them"
         )
@@ -238,7 +238,7 @@ def _write_page(
 
     scored = next(iter(report.scored.values()))
     notes = [*report.notes, *complaints]
-    content = page(runs, report.tables, report.comparisons.values(), scored, notes)
+    content = page(runs, report.tables, report.comparisons, scored, notes)
     if out is None:
         sys.stdout.write(content.decode("ascii"))
         return

@@ -29,7 +29,7 @@ LINE = 2**20
 MOST_BYTES = 32 * 2**20
 MOST_PIXELS = 40_000_000
 MOST_CLASSES = 1000
-WIDTH = 760
+WIDTH = 520
 """Pixels of a routing map on the page."""
 BAD = (OSError, ValueError, TypeError, KeyError, LookupError, AttributeError, OverflowError,
        RecursionError, ZeroDivisionError)  # fmt: skip

@@ -4,7 +4,7 @@ Whatever comes from a run folder is escaped, cut to a length, or drawn into a pi
 """
 
 import base64
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from matplotlib.figure import Figure
@@ -22,6 +22,8 @@ from trainer.report.tables import ResultTable
 
 MOST_PICTURES = 6
 """Confusion matrices, and routing maps, of one page."""
+INCHES = 11.5
+"""Widest bars: a browser makes wider ones, and their names, smaller."""
 MOST_NOTES = 40
 LONGEST = 4000
 """Letters of a text that are shown."""
@@ -39,6 +41,7 @@ table { border-collapse: collapse; margin: .6em 0 } caption { text-align: left; 
 th, td { padding: .25em .7em; border-bottom: 1px solid #ddd; white-space: nowrap }
 th { border-bottom-color: #888 } tbody tr:hover { background: #f3f6fa }
 #runs table { font-size: 12px } #runs td { padding: .15em .55em }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: 0 1em }
 img { max-width: 100%; height: auto; display: block; margin: .6em 0 } figure { margin: 1em 0 }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f5f5; padding: .5em;
  margin: .2em 0 } .note { color: #555 } summary { cursor: pointer; overflow-wrap: anywhere }
@@ -50,16 +53,23 @@ Found = TypeVar("Found")
 def page(
     runs: Sequence[Run],
     tables: Iterable[ResultTable],
-    comparisons: Iterable[Sequence[Comparison]],
+    comparisons: Mapping[str, Sequence[Comparison]],
     scored: Sequence[Score],
     notes: Sequence[str],
 ) -> bytes:
-    """The page in ASCII; `scored` are the runs of the tables by the first rule."""
+    """The page in ASCII; `scored` are the runs of the tables by the first rule.
+
+    Comparisons come by the name of their rule and metric.
+    """
     finished = sum(run.finished for run in runs)
     methods = len({score.label for score in scored})
     sections = {
         "results": _results(tables),
-        "comparisons": "".join(comparison_table(found).html() for found in comparisons),
+        "comparisons": "".join(
+            f"<h3>{markup(name.replace('_', ' '))}</h3>{comparison_table(found).html()}"
+            for name, found in comparisons.items()
+            if found
+        ),
         "curves": _curves(scored),
         "confusion": _confusions(scored),
         "routing": _routing(scored),
@@ -83,14 +93,14 @@ def _results(tables: Iterable[ResultTable]) -> str:
     for table in tables:
         found.append(result_table(table).html())
         if has_numbers(table):
-            found.append(_picture(bars_figure(table), f"bars of {table.title}"))
+            found.append(_picture(bars_figure(table, INCHES), f"bars of {table.title}"))
     return "".join(found)
 
 
 def _curves(scored: Sequence[Score]) -> str:
     """A figure per dataset, a row of panels per held-out domain, a line per run."""
     by_dataset: dict[str, dict[str, list[Lines]]] = {}
-    for score in _one_per_run(scored):
+    for score in sorted(_one_per_run(scored), key=lambda score: score.run.held_out):
         run = score.run
         domains = by_dataset.setdefault(run.dataset, {})
         lines = Lines(score.label, loss(run), validation(run))
@@ -107,7 +117,7 @@ def _curves(scored: Sequence[Score]) -> str:
 
 
 def _confusions(scored: Sequence[Score]) -> str:
-    found, left = _first_of_rows(scored, confusion)
+    found = _first_of_rows(scored, confusion)
     by_classes: dict[tuple[str, ...], dict[str, Confusion]] = {}
     for name, one in found.items():
         by_classes.setdefault(one.classes, {})[name] = one
@@ -116,27 +126,28 @@ def _confusions(scored: Sequence[Score]) -> str:
         for classes, of in by_classes.items()
     ]
     pictures = "".join(_picture(figure, "confusion matrices") for figure in figures)
-    return _note(_which("evaluation.json", left)) + pictures if pictures else ""
+    return _note(_which("evaluation.json")) + pictures if pictures else ""
 
 
 def _routing(scored: Sequence[Score]) -> str:
-    found, left = _first_of_rows(scored, routing)
+    found = _first_of_rows(scored, routing)
     figures = [
         f"<figure><figcaption>{markup(_cut(name))}</figcaption>{_image(content, name)}</figure>"
         for name, content in found.items()
     ]
-    return _note(_which("routing.png", left)) + "".join(figures) if figures else ""
+    if not figures:
+        return ""
+    return f'{_note(_which("routing.png"))}<div class="grid">{"".join(figures)}</div>'
 
 
-def _which(name: str, left: int) -> str:
-    more = f"; {left} more rows have one" if left else ""
-    return f"Of each row the first run with a {name}{more}."
+def _which(name: str) -> str:
+    return f"Of each row the first run that has {name}, and of {MOST_PICTURES} rows at most."
 
 
 def _first_of_rows(
     scored: Sequence[Score], read: Callable[[Run], Found | None]
-) -> tuple[dict[str, Found], int]:
-    """What is read of the first run of each row that has it, by name, and how many rows more."""
+) -> dict[str, Found]:
+    """What is read of the first run of each row that has it, by the run's name."""
     found: dict[str, Found] = {}
     rows: set[tuple[str, str]] = set()
     for score in _one_per_run(scored):
@@ -149,8 +160,7 @@ def _first_of_rows(
             rows.add(row)
             domain = run.domains[run.held_out[0]]
             found[f"{score.label}, {domain} held out, {run.folder.name}"] = one
-    every = {(score.run.dataset, score.label) for score in scored}
-    return found, len(every - rows) if len(found) == MOST_PICTURES else 0
+    return found
 
 
 def _one_per_run(scored: Iterable[Score]) -> list[Score]:
@@ -173,7 +183,8 @@ def _runs(runs: Sequence[Run], scored: Sequence[Score]) -> str:
             score.label if score else run.method,
             " + ".join(run.domains[env] for env in run.held_out), f"{run.seeds[0]}/{run.seeds[1]}",
             "-" if choice is None else str(choice.step),
-            _percent(choice and choice.accuracy), _percent(choice and choice.class_mean),
+            _percent(choice.accuracy if choice else None),
+            _percent(choice.class_mean if choice else None),
             *(digest[:12] or "-" for digest in (
                 run.data, run.split, str(run.settings.get("model.base_hash", "")), commit,
             )),

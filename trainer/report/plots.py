@@ -57,10 +57,10 @@ def has_numbers(table: ResultTable) -> bool:
 
 
 @literally
-def bars_figure(table: ResultTable) -> Figure:
-    """The table as bars."""
+def bars_figure(table: ResultTable, most: float = 18.0) -> Figure:
+    """The table as bars, at most so many inches wide."""
     width = 2.0 + (0.28 * len(table.lines) + 0.3) * len(table.columns)
-    figure = Figure(figsize=(min(max(width, 6.0), 18.0), 4.2), layout="constrained")
+    figure = Figure(figsize=(min(max(width, 6.0), most), 4.2), layout="constrained")
     _bars(figure.subplots(), table)
     return figure
 
@@ -92,8 +92,12 @@ def curves_figure(by_domain: Mapping[str, Sequence[Lines]], title: str) -> Figur
         axes.tick_params(labelsize=8)
     for axes in panels[-1]:
         axes.set_xlabel("step", fontsize=9)
-    figure.legend(shown.values(), [label(row) for row in shown], loc="outside lower center",
-                  ncols=min(5, len(shown)), fontsize=8, frameon=False)  # fmt: skip
+    legend = figure.legend(
+        shown.values(), [label(row) for row in shown], loc="outside lower center",
+        ncols=min(5, len(shown)), fontsize=8, frameon=False,
+    )  # fmt: skip
+    for line in legend.get_lines():
+        line.set_linewidth(3)
     return figure
 
 
