@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from moa.files.markdown import visible
 from shards.addresses import without_secrets
 from trainer.evaluate.selection import validation_accuracy
 from trainer.report.runs import Run
@@ -133,7 +134,8 @@ def confusion(run: Run) -> Confusion | None:
 
 def _of_held_out(content: Any, domain: str) -> Confusion | None:
     classes = tuple(map(str, content["classes"]))
-    splits = list(content["results"].values())[-1][domain]
+    by_domain = list(content["results"].values())[-1]
+    splits = {visible(name): splits for name, splits in by_domain.items()}[domain]
     parts = [np.asarray(splits[s]["confusion"]) for s in ("in", "out", "all") if s in splits]
     side = len(classes)
     for part in parts:

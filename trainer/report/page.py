@@ -113,7 +113,7 @@ def _curves(scored: Sequence[Score]) -> str:
         _picture(curves_figure(domains, dataset), f"curves of {dataset}")
         for dataset, domains in by_dataset.items()
     ]
-    return _note(note) + "".join(figures)
+    return _note(note) + "".join(figures) if figures else ""
 
 
 def _confusions(scored: Sequence[Score]) -> str:

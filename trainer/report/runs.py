@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from moa.files.markdown import visible
 from shards.datasets import DATASETS
 from shards.stream.split import seed_hash
 from trainer.checkpoint.folder_lock import FolderLock, describe, is_alive
@@ -19,6 +20,7 @@ from trainer.sweep.grid import CONSOLE, is_finished
 
 SAFE = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """Ten times as fast where PyYAML has it: a folder may hold hundreds of runs."""
+LONGEST_NAME = 200
 Seeds = tuple[int, int]
 """A repetition: seed and trial seed."""
 
@@ -114,7 +116,7 @@ def read_run(folder: Path) -> Run:
         args = rows[0]["args"]
         own = rows[0].get("moa/dataset")
         dataset = str(own or settings.get("data.dataset") or args["dataset"])
-        dataset = dataset.lower() if dataset.lower() in DATASETS else dataset
+        dataset = dataset.lower() if dataset.lower() in DATASETS else _name(dataset)
         held_out = tuple(sorted(int(env) for env in args["test_envs"]))
         count = len(rows[0].get("moa/domains", ())) or num_domains(rows[0])
         if not held_out or not all(0 <= env < count for env in held_out):
@@ -124,8 +126,8 @@ def read_run(folder: Path) -> Run:
         (zero_shot,) = read_rows(text) if text.is_file() else (None,)
         return Run(
             folder=folder, dataset=dataset, rows=tuple(rows), settings=settings,
-            method=str(settings.get("moa.method") or args["algorithm"]),
-            domains=_domains(rows[0], dataset, settings, held_out, count),
+            method=_name(str(settings.get("moa.method") or args["algorithm"])),
+            domains=tuple(map(_name, _domains(rows[0], dataset, settings, held_out, count))),
             held_out=held_out, seeds=_seeds(args),
             hparams_seed=int(args.get("hparams_seed", 0)),
             data=str(rows[0].get("moa/data_hash", "")),
@@ -144,8 +146,16 @@ def _check(rows: Sequence[Row], count: int, complete: bool) -> None:
         int(row["step"])
         for name in (*names, *more):
             wanted = (complete and name in names) or name in row
-            if wanted and not math.isfinite(float(row.get(name, math.nan))):
-                raise ValueError(f"row {number}: {name} is {row.get(name, 'missing')}")
+            value = row.get(name, "missing")
+            if wanted and not (isinstance(value, int | float) and math.isfinite(value)):
+                raise ValueError(f"row {number}: {name} is {value}")
+
+
+def _name(text: str) -> str:
+    """A name as tables and pictures can show it; `ValueError` if it is too long for them."""
+    if len(text) > LONGEST_NAME:
+        raise ValueError(f"a name of {len(text)} letters, {text[:20]}...")
+    return visible(text)
 
 
 def _seeds(args: Mapping[str, Any]) -> Seeds:

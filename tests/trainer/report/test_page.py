@@ -25,7 +25,7 @@ from trainer.report.details import (
 from trainer.report.runs import read_run
 
 EVIL = "<script>alert('1')<img src=x onerror=alert(2)>\"'&\x1b"
-DOMAINS = ("plain", EVIL, "outline")
+DOMAINS = ("plain", EVIL, "out\ud800\nline")
 HASHES = {"moa/data_hash": "d" * 16, "moa/split_hash": "s" * 16, "moa/base_hash": "b" * 64}
 
 

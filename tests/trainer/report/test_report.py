@@ -330,6 +330,15 @@ def not_a_number(folder: Path) -> None:
     later(folder, '"env1_in_acc": 0.5 -> "env1_in_acc": NaN')
 
 
+def a_word(folder: Path) -> None:
+    later(folder, '"env1_in_acc": 0.5 -> "env1_in_acc": "0.5"')
+
+
+def long_name(folder: Path) -> None:
+    path = folder / "results.jsonl"
+    path.write_text(path.read_text().replace("plain", "p" * 201))
+
+
 def no_row(folder: Path) -> None:
     path = folder / "results.jsonl"
     path.write_text(path.read_text() + "[]\n")
@@ -350,6 +359,8 @@ def empty_folder(folder: Path) -> None:
         (strange_target, ["left out", "test_envs [7] of 3 domains"]),
         (without_columns, ["left out", "row 2: env1_out_acc is missing"]),
         (not_a_number, ["left out", "row 2: env1_in_acc is nan"]),
+        (a_word, ["left out", "row 2: env1_in_acc is 0.5"]),
+        (long_name, ["left out", "a name of 201 letters, pppp"]),
         (no_row, ["left out", "its results cannot be read"]),
         (empty_folder, ["neither a run folder (no config.yaml, no results.jsonl)"]),
     ],
