@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -29,8 +30,18 @@ LEFT_OUT = "left_out"
 """What `data.exclude_list` or `data.include_list` leaves out, evaluated apart."""
 DomainSplit = tuple[int, str]
 """(domain number, split)."""
-SplitCounts = dict[DomainSplit, tuple[int, int, int]]
-"""What was (correct, seen, unusable and so guessed) of each split."""
+
+
+class Counted(NamedTuple):
+    """Of one split: what was correct, seen, unusable and so guessed; `class_mean` is in [0, 1]."""
+
+    correct: int
+    seen: int
+    unusable: int
+    class_mean: float
+
+
+SplitCounts = dict[DomainSplit, Counted]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +107,15 @@ class Evaluator:
             local = self._count(model, places)
         counts: SplitCounts = {}
         losses: dict[DomainSplit, float] = {}
+        classes = len(self.index.classes)
         total = self.sum_over_ranks(local).tolist()
-        for place, (correct, number, unusable, loss) in zip(places, total, strict=True):
+        for place, (unusable, loss, *by_class) in zip(places, total, strict=True):
+            right, seen = by_class[:classes], by_class[classes:]
+            number = sum(seen)
             self.check_usable(*place, int(unusable), int(number))
-            counts[place] = (int(correct), int(number), int(unusable))
+            shares = [hits / all_ for hits, all_ in zip(right, seen, strict=True) if all_]
+            class_mean = fmean(shares) if shares else 0.0
+            counts[place] = Counted(int(sum(right)), int(number), int(unusable), class_mean)
             losses[place] = loss / number if number else 0.0
         return counts, losses if self.losses else {}
 
@@ -167,19 +183,25 @@ class Evaluator:
         check_unusable(where, unusable, total, self.max_bad_fraction)
 
     def _count(self, model: nn.Module, places: Sequence[DomainSplit]) -> Tensor:
-        """[splits, 4] float64: correct, all, unusable, summed loss of this rank's shares."""
+        """[splits, 2 + 2 C] float64: unusable, summed loss, and of each class the right and all.
+
+        Of this rank's shares, with C classes.
+        """
         # whole up to 2^53
-        total = torch.zeros(len(places), 4, dtype=torch.float64, device=self.device)
+        classes = len(self.index.classes)
+        columns = 2 + 2 * classes
+        total = torch.zeros(len(places), columns, dtype=torch.float64, device=self.device)
         for number, (batch, images, labels) in self.batches([model], places):
             counts = total[number]
             scores = model(images)
             if self.note is not None:
                 self.note(int(batch.domains[0]), labels, scores)
-            counts[0] += (scores.argmax(1) == labels).sum()
-            counts[1] += len(labels)
-            counts[2] += batch.substituted
+            right = (scores.argmax(1) == labels).to(counts.dtype)
+            counts[0] += batch.substituted
+            counts[2:].index_add_(0, labels, right)
+            counts[2 + classes :].index_add_(0, labels, torch.ones_like(right))
             if self.losses:
-                counts[3] += F.cross_entropy(scores.float(), labels, reduction="sum")
+                counts[1] += F.cross_entropy(scores.float(), labels, reduction="sum")
         return total
 
 
@@ -210,13 +232,15 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 def accuracies(counts: SplitCounts) -> dict[str, float]:
     """`env{i}_{split}_acc` in [0, 1] as in DomainBed's rows; a split without samples gives 0.
 
-    What a list leaves out gives `moa/env{i}_left_out_acc`. Where images could not be used,
+    What a list leaves out gives `moa/env{i}_left_out_acc`. `moa/env{i}_{split}_class_mean` is the
+    mean of the accuracies of the classes that occur. Where images could not be used,
     `moa/unusable/env{i}_{split}` tells how many.
     """
     row: dict[str, float] = {}
-    for (env, split), (correct, total, unusable) in counts.items():
+    for (env, split), (correct, total, unusable, class_mean) in counts.items():
         prefix = "moa/" if split == LEFT_OUT else ""
         row[f"{prefix}env{env}_{split}_acc"] = correct / total if total else 0.0
+        row[f"moa/env{env}_{split}_class_mean"] = class_mean
         if unusable:
             row[f"moa/unusable/env{env}_{split}"] = unusable
     return row

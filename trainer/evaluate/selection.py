@@ -14,15 +14,21 @@ from typing import Any
 
 Row = Mapping[str, Any]
 OUT_ACCURACY = re.compile(r"env(\d+)_out_acc")
+OUT_CLASS_MEAN = re.compile(r"moa/env(\d+)_out_class_mean")
+DOMAINBED = re.compile(r"env\d+_(in|out)_acc")
 
+CLASS_MEAN_VALIDATION = "class_mean_validation"
 ORACLE = "oracle"
 LEAVE_ONE_DOMAIN_OUT = "leave_one_domain_out"
 RULES: dict[str, str] = {
     "training_domain_validation": "step with the best mean of the sources' out accuracies",
     ORACLE: "the last step; ranks settings by the target's own out accuracy",
     LEAVE_ONE_DOMAIN_OUT: "step with the best mean over runs that hold out one more domain each",
+    CLASS_MEAN_VALIDATION: "step with the best mean of the sources' out class means",
 }
-"""Name and meaning of every rule; the first is the default."""
+"""Name and meaning of every rule; the first is the default, and the last is not DomainBed's."""
+METRICS = {"accuracy": "env{}_in_acc", "class_mean": "moa/env{}_in_class_mean"}
+"""What a table may show of the target, and its column."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +38,13 @@ class Choice:
     Attributes:
         validation: what the rule ranks by, in steps and between settings.
         accuracy: the number to report, the target's `in` accuracy.
+        class_mean: the same as the mean over classes; None where the row does not tell.
     """
 
     step: int
     validation: float
     accuracy: float
+    class_mean: float | None = None
 
 
 def num_domains(row: Row) -> int:
@@ -47,12 +55,18 @@ def num_domains(row: Row) -> int:
 def columns_of(kind: str, row: Row) -> dict[str, Any]:
     """Columns `moa/{kind}/...` of a row, such as an average's, as if they were the run's own."""
     start = f"moa/{kind}/"
-    return {k.removeprefix(start): value for k, value in row.items() if k.startswith(start)}
+    names = {key: key.removeprefix(start) for key in row if key.startswith(start)}
+    return {
+        name if DOMAINBED.fullmatch(name) else f"moa/{name}": row[key]
+        for key, name in names.items()
+    }
 
 
-def validation_accuracy(row: Row, withheld: Collection[int]) -> float:
+def validation_accuracy(
+    row: Row, withheld: Collection[int], column: re.Pattern[str] = OUT_ACCURACY
+) -> float:
     """Unweighted mean of the source domains' `out` accuracies; `withheld` are no sources."""
-    found = sorted((int(match[1]), key) for key in row if (match := OUT_ACCURACY.fullmatch(key)))
+    found = sorted((int(match[1]), key) for key in row if (match := column.fullmatch(key)))
     sources = [row[key] for number, key in found if number not in withheld]
     return float(sum(sources) / len(sources))
 
@@ -68,6 +82,16 @@ def by_training_domains(rows: Sequence[Row], held_out: int) -> Choice:
     """Training-domain validation of one run."""
     row = training_domain_validation(rows, (held_out,))
     return _choice(row, validation_accuracy(row, (held_out,)), held_out)
+
+
+def by_class_means(rows: Sequence[Row], held_out: int) -> Choice | None:
+    """As `by_training_domains`, but by class means; None unless every row has those of all."""
+    columns = [f"moa/env{env}_out_class_mean" for env in range(num_domains(rows[0]))]
+    if not all(column in row for row in rows for column in columns):
+        return None
+    found = [(validation_accuracy(row, (held_out,), OUT_CLASS_MEAN), row) for row in rows]
+    best, row = max(found, key=lambda pair: pair[0])
+    return _choice(row, best, held_out)
 
 
 def by_oracle(rows: Sequence[Row], held_out: int) -> Choice:
@@ -104,4 +128,6 @@ def by_leaving_one_out(
 
 
 def _choice(row: Row, validation: float, held_out: int) -> Choice:
-    return Choice(int(row["step"]), float(validation), float(row[f"env{held_out}_in_acc"]))
+    accuracy, class_mean = (name.format(held_out) for name in METRICS.values())
+    known = float(row[class_mean]) if class_mean in row else None
+    return Choice(int(row["step"]), float(validation), float(row[accuracy]), known)

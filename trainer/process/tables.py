@@ -1,9 +1,10 @@
-"""The one way to show a table: in a terminal, as Markdown, as LaTeX.
+"""The one way to show a table: in a terminal, as Markdown, as LaTeX, as HTML.
 
 Cells are plain texts; what a form must have escaped is escaped here and nowhere else (Markdown as
 in an adapter's card).
 """
 
+import html
 import re
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -98,6 +99,12 @@ class Table:
         caption = rf"\caption{{{_latex(self.title)}}}"
         return f"\\begin{{table}}\n\\centering\n{caption}\n{label}{lines}\n\\end{{table}}"
 
+    def html(self) -> str:
+        """A `table` element."""
+        rows = self._texts(markup, "<b>{}</b>".format)
+        title = f"<caption>{markup(self.title)}</caption>" if self.title else ""
+        return self._lines("unsafehtml", rows, markup).replace("<table>", f"<table>{title}", 1)
+
     def _sides(self) -> list[Side]:
         letters = self.align.ljust(len(self.columns), self.align[-1])
         return [SIDES[letter] for letter in letters]
@@ -147,6 +154,11 @@ def _at_slashes(text: str, width: int) -> str:
             lines.append("")
         lines[-1] += part
     return "\n".join(lines)
+
+
+def markup(text: str) -> str:
+    """A text for HTML, between tags or within a quoted attribute."""
+    return html.escape(visible(text))
 
 
 def _latex(text: str) -> str:

@@ -81,5 +81,5 @@ def score_data(score: Score) -> dict[str, Any]:
         "seed": run.seeds[0], "trial_seed": run.seeds[1],
         "data_hash": run.data, "split_hash": run.split, "finished": run.finished,
         "step": choice and choice.step, "validation": choice and choice.validation,
-        "accuracy": choice and choice.accuracy,
+        "accuracy": choice and choice.accuracy, "class_mean": choice and choice.class_mean,
     }  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from moa.files.markdown import visible
 from shards.datasets import DATASETS
 from shards.stream.split import seed_hash
 from trainer.checkpoint.folder_lock import FolderLock, describe, is_alive
@@ -17,6 +18,9 @@ from trainer.evaluate.selection import Row, num_domains
 from trainer.process.errors import CheckpointError, ConfigError
 from trainer.sweep.grid import CONSOLE, is_finished
 
+SAFE = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""Ten times as fast where PyYAML has it: a folder may hold hundreds of runs."""
+LONGEST_NAME = 200
 Seeds = tuple[int, int]
 """A repetition: seed and trial seed."""
 
@@ -105,14 +109,14 @@ def read_run(folder: Path) -> Run:
         hint = "results.jsonl is empty" if results.is_file() else "no results.jsonl"
         raise ConfigError(f"{folder}: no evaluation yet ({hint})")
     try:
-        content = yaml.safe_load(config.read_text("utf-8")) if config.is_file() else {}
+        content = yaml.load(config.read_text("utf-8"), SAFE) if config.is_file() else {}
         settings = dict(dotted(content))
         if "moa/base_hash" in rows[0]:
             settings["model.base_hash"] = str(rows[0]["moa/base_hash"])[:12]
         args = rows[0]["args"]
         own = rows[0].get("moa/dataset")
         dataset = str(own or settings.get("data.dataset") or args["dataset"])
-        dataset = dataset.lower() if dataset.lower() in DATASETS else dataset
+        dataset = dataset.lower() if dataset.lower() in DATASETS else _name(dataset)
         held_out = tuple(sorted(int(env) for env in args["test_envs"]))
         count = len(rows[0].get("moa/domains", ())) or num_domains(rows[0])
         if not held_out or not all(0 <= env < count for env in held_out):
@@ -122,8 +126,8 @@ def read_run(folder: Path) -> Run:
         (zero_shot,) = read_rows(text) if text.is_file() else (None,)
         return Run(
             folder=folder, dataset=dataset, rows=tuple(rows), settings=settings,
-            method=str(settings.get("moa.method") or args["algorithm"]),
-            domains=_domains(rows[0], dataset, settings, held_out, count),
+            method=_name(str(settings.get("moa.method") or args["algorithm"])),
+            domains=tuple(map(_name, _domains(rows[0], dataset, settings, held_out, count))),
             held_out=held_out, seeds=_seeds(args),
             hparams_seed=int(args.get("hparams_seed", 0)),
             data=str(rows[0].get("moa/data_hash", "")),
@@ -137,11 +141,21 @@ def read_run(folder: Path) -> Run:
 def _check(rows: Sequence[Row], count: int, complete: bool) -> None:
     """Raises `ValueError` for a row that selection and averages could not use."""
     names = [f"env{env}_{split}_acc" for env in range(count) for split in ("in", "out")]
+    more = [f"moa/env{env}_{split}_class_mean" for env in range(count) for split in ("in", "out")]
     for number, row in enumerate(rows, start=1):
         int(row["step"])
-        for name in names:
-            if (complete or name in row) and not math.isfinite(float(row.get(name, math.nan))):
-                raise ValueError(f"row {number}: {name} is {row.get(name, 'missing')}")
+        for name in (*names, *more):
+            wanted = (complete and name in names) or name in row
+            value = row.get(name, "missing")
+            if wanted and not (isinstance(value, int | float) and math.isfinite(value)):
+                raise ValueError(f"row {number}: {name} is {value}")
+
+
+def _name(text: str) -> str:
+    """A name as tables and pictures can show it; `ValueError` if it is too long for them."""
+    if len(text) > LONGEST_NAME:
+        raise ValueError(f"a name of {len(text)} letters, {text[:20]}...")
+    return visible(text)
 
 
 def _seeds(args: Mapping[str, Any]) -> Seeds:

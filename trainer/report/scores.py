@@ -23,11 +23,18 @@ class Score:
     Attributes:
         choice: the evaluation that the rule picked; None while the run is not finished, or where
             the rule has nothing to go by.
+        metric: which of `selection.METRICS` counts.
     """
 
     run: Run
     label: str
     choice: selection.Choice | None
+    metric: str = next(iter(selection.METRICS))
+
+    @property
+    def result(self) -> float | None:
+        """The number for the table; None while there is none."""
+        return None if self.choice is None else getattr(self.choice, self.metric)
 
 
 def of_weights(run: Run, kind: str) -> Run:
@@ -55,7 +62,7 @@ def label_of(run: Run, by: Sequence[str], kind: str) -> str:
 
 
 def scores(
-    runs: Sequence[Run], rule: str, by: Sequence[str], kinds: Sequence[str], tune: bool
+    runs: Sequence[Run], rule: str, by: Sequence[str], kinds: Sequence[str], tune: bool, metric: str
 ) -> list[Score]:
     """One score for every run with a single held-out domain, and for every kind of weights.
 
@@ -77,7 +84,7 @@ def scores(
     for claims in cells.values():
         if len(claims) > 1 and not tune:
             raise ConfigError(_two_claims(claims[0][1], claims[1][1]))
-        scored = [Score(run, label, _choose(rule, run, group)) for label, run, group in claims]
+        scored = [Score(r, label, _choose(rule, r, group), metric) for label, r, group in claims]
         found.append(_best_candidate(scored))
     return found
 
@@ -89,10 +96,12 @@ def _choose(rule: str, run: Run, group: Group) -> selection.Choice | None:
         return None
     if rule == selection.ORACLE:
         return selection.by_oracle(run.rows, held_out)
-    if rule != selection.LEAVE_ONE_DOMAIN_OUT:
+    if rule == next(iter(selection.RULES)):
         return selection.by_training_domains(run.rows, held_out)
     if not _evaluated_in_full(run):
         return None
+    if rule == selection.CLASS_MEAN_VALIDATION:
+        return selection.by_class_means(run.rows, held_out)
     pairs = {
         sum(held) - held_out: other.rows
         for held, other in group.items()

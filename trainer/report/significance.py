@@ -33,7 +33,7 @@ class Comparison:
     """One method against another.
 
     Attributes:
-        difference: mean over pairs of the one's accuracy minus the other's.
+        difference: mean over pairs of the one's result minus the other's.
         better: pairs in which the one is better.
         p_pairs: two-sided p if pairs flip one by one.
         p_domains: the same if all pairs of a held-out domain flip together.
@@ -52,10 +52,16 @@ class Comparison:
 
 def sign_flip_p(differences: Sequence[float]) -> float:
     """Two-sided p of a mean difference under flips of each difference's sign."""
-    from scipy.stats import permutation_test  # here: it takes a second to import
-
     if not any(differences) or len(differences) == 1:
         return 1.0  # both signs of one difference are equally far from zero
+    if 2 ** len(differences) <= EXACT_UP_TO:
+        totals = np.zeros(1)
+        for difference in differences:
+            totals = np.concatenate([totals + difference, totals - difference])
+        least = abs(totals[0]) - 1e-12  # the signs as they are come first; ties count
+        return float(np.mean(np.abs(totals) >= least))
+    from scipy.stats import permutation_test  # here: it takes a second to import
+
     result = permutation_test(
         (np.asarray(differences, dtype=np.float64),), np.mean, permutation_type="samples",
         n_resamples=EXACT_UP_TO, rng=np.random.default_rng(0), vectorized=True, batch=4096,
@@ -79,9 +85,9 @@ def compare(scored: Sequence[Score], baseline: str) -> list[Comparison]:
     """
     results: dict[str, dict[Pair, float]] = defaultdict(dict)
     for score in scored:
-        if score.choice is not None:
+        if score.result is not None:
             run = score.run
-            results[score.label][run.dataset, run.held_out[0], run.seeds] = score.choice.accuracy
+            results[score.label][run.dataset, run.held_out[0], run.seeds] = score.result
     if baseline == "all":
         couples = [(b, a) for a, b in combinations(results, 2)]
     elif baseline in results:

@@ -103,7 +103,7 @@ def dataset_table(scored: Sequence[Score], title: str, name: str) -> ResultTable
         cells = []
         for env in range(len(domains)):
             here = [s for s in scored if s.label == label and s.run.held_out == (env,)]
-            values = {s.run.seeds: s.choice.accuracy for s in here if s.choice is not None}
+            values = {s.run.seeds: s.result for s in here if s.result is not None}
             cells.append(cell_of(values, sum(not s.run.finished for s in here)))
         lines[label] = (*cells, average(cells))
     return ResultTable(title, name, (*domains, AVERAGE), lines)

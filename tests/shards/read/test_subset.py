@@ -131,14 +131,16 @@ def test_accuracy_of_what_is_left_out_has_its_own_column(folder: Path, write: Wr
         labels = whole.labels(env)[list(LISTED.get(env, ()))]
         expected = float((labels == 0).mean()) if len(labels) else 0.0
         assert row[f"moa/env{env}_left_out_acc"] == expected
+        shares = [label == 0 for label in set(labels)]
+        assert row[f"moa/env{env}_left_out_class_mean"] == (np.mean(shares) if shares else 0)
         inside, _ = split_indices(whole.num_samples(env), 2, env)
         rest = [rank for rank in inside if rank not in LISTED.get(env, ())]
         assert row[f"env{env}_in_acc"] == pytest.approx(
             float((whole.labels(env)[rest] == 0).mean())
         )
     usual = accuracies(Evaluator(index=whole, **settings)(Cat()))  # type: ignore[arg-type]
-    assert len(usual) == 8
-    assert not any(key.startswith("moa/") for key in usual)
+    assert len(usual) == 16
+    assert not any("left_out" in key for key in usual)
 
 
 def test_entries_that_name_nothing(

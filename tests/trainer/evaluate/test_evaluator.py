@@ -65,7 +65,7 @@ def test_loader_processes_stay_for_all_cells_and_evaluations(
         replace(fed, pause=broken_off)(model)
     assert fed.with_losses(model) == expected, "nothing is left of what was prefetched"
     assert len(started) == 2
-    assert replace(fed, holdout_fraction=0.0)(model)[0, "out"] == (0, 0, 0)
+    assert replace(fed, holdout_fraction=0.0)(model)[0, "out"] == (0, 0, 0, 0.0)
 
 
 def counted(start, started: list[int]):  # type: ignore[no-untyped-def]

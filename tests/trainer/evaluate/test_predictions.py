@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import balanced_accuracy_score
 from torch import Tensor, nn
 
 from shards import DataConfig, ShardIndex, eval_transform, evaluation_loader, open_shards
@@ -96,17 +97,20 @@ class Pixels(nn.Module):
         return scores
 
 
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
 @pytest.mark.parametrize("size", [2, 3, 70])  # 59 samples: some of 70 ranks have none
 def test_every_world_size_gives_the_predictions_of_one_process(
     index: ShardIndex, backbones: list[Backbone], size: int
 ) -> None:
-    (expected,) = collect(alone(index, backbones[0]), [Pixels()], 5, "out")
-    together, found = Together(size), {}
+    whole = alone(index, backbones[0])
+    (expected,), counted = collect(whole, [Pixels()], 5, "out"), whole(Pixels(), [(5, "out")])
+    together, found, counts = Together(size), {}, {}
 
     def rank(number: int) -> None:
         world = World(number, size, number, size)
         member = evaluator(index, backbones[0], world, together.member(number))
         (found[number],) = collect(member, [Pixels()], 5, "out")
+        counts[number] = member(Pixels(), [(5, "out")])
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in range(size)]
     for thread in threads:
@@ -115,6 +119,12 @@ def test_every_world_size_gives_the_predictions_of_one_process(
         thread.join()
     assert len(found) == size
     assert len(expected.labels) == 59
+    assert all(of_rank == counted for of_rank in counts.values())
+    right = counted[5, "out"]
+    assert (right.correct, right.seen) == (confusion_matrix(expected).trace(), 59)
+    balanced = balanced_accuracy_score(expected.labels, expected.logits.argmax(1))
+    assert right.class_mean == pytest.approx(balanced, abs=1e-12)
+    assert abs(right.class_mean - right.correct / right.seen) > 1e-4, "classes of unequal size"
     for predictions in found.values():
         assert torch.equal(predictions.logits, expected.logits)
         assert torch.equal(predictions.labels, expected.labels)

@@ -5,9 +5,11 @@ import pytest
 from tests.support.report_fixtures import evaluation
 from trainer.evaluate.selection import (
     Choice,
+    by_class_means,
     by_leaving_one_out,
     by_oracle,
     by_training_domains,
+    columns_of,
     num_domains,
     training_domain_validation,
     validation_accuracy,
@@ -28,6 +30,22 @@ def test_training_domain_validation_is_domainbeds() -> None:
     assert by_training_domains(ROWS, 0).step == 9
     with pytest.raises(ValueError, match="no evaluation"):
         training_domain_validation([], 0)
+
+
+def test_class_means_decide_alone_and_are_told_of_the_chosen_row() -> None:
+    means = [(0.9, 0.1, 0.3), (0.4, 0.5, 0.2), (0.5, 0.5, 0.9)]  # of the out splits
+    rows = [
+        row | {f"moa/env{env}_{s}_class_mean": m for env, m in enumerate(ms) for s in ("in", "out")}
+        for row, ms in zip(ROWS, means, strict=True)
+    ]
+    assert by_class_means(rows, 2) == Choice(0, pytest.approx(0.5), 0.7, 0.3), "first of equals"
+    assert by_class_means(rows, 0) == Choice(9, pytest.approx(0.7), 0.1, 0.5)
+    assert by_training_domains(rows, 2) == Choice(5, pytest.approx(0.7), 0.8, 0.2), "as before"
+    assert by_class_means(ROWS, 2) is None
+    assert by_class_means([*rows[:2], ROWS[2]], 2) is None, "an older release wrote the last row"
+    own = {"env0_in_acc": 0.1, "moa/env0_in_class_mean": 0.2, "moa/env0_left_out_acc": 0.3}
+    ema = {f"moa/ema/{key.removeprefix('moa/')}": value for key, value in own.items()}
+    assert columns_of("ema", {"env0_in_acc": 0.9, **ema}) == own
 
 
 def test_oracle_takes_the_last_step_and_ranks_by_the_targets_out() -> None:

@@ -261,6 +261,44 @@ def test_averaged_weights_and_zero_shot_are_rows(tmp_path: Path, capsys: Capture
     assert (code, "moa/swad/env0_in_acc" in err) == (2, True)
 
 
+def test_class_means_are_a_metric_and_a_rule_of_their_own(tmp_path: Path, capsys: Capture) -> None:
+    """The step that is best by accuracy is not the one that is best by class means."""
+
+    def row(step: int, source: float, mean: float, target: float) -> dict[str, Any]:
+        accuracies = evaluation(step, (target, 0.5), (source, source), (source, source))
+        shares = {0: target - 0.2, 1: mean, 2: mean}
+        return accuracies | {
+            f"moa/env{env}_{split}_class_mean": share
+            for env, share in shares.items()
+            for split in ("in", "out")
+        }
+
+    folder = write_run(tmp_path / "run", [row(0, 0.9, 0.4, 0.6), row(5, 0.8, 0.7, 0.5)],
+                       domains=DOMAINS)  # fmt: skip
+    flags = ["--format=markdown", "--metric=accuracy,class_mean"]
+    code, out, _ = outcome(capsys, tmp_path, *flags)
+    assert (code, out.count("| `lora` | 60.0 |"), out.count("| `lora` | 40.0 |")) == (0, 1, 1)
+    assert "digits: held-out class mean %, mean ± standard error" in out
+    code, out, _ = outcome(capsys, tmp_path, *flags, "--selection=class_mean_validation")
+    assert (code, out.count("| `lora` | 50.0 |"), out.count("| `lora` | 30.0 |")) == (0, 1, 1)
+    flat_run(tmp_path / "older", 0.5, 1)
+    code, out, err = outcome(capsys, tmp_path, *flags, "--selection=class_mean_validation")
+    assert (code, "| `lora` | 50.0 | - |" in out) == (0, True)
+    assert f"1 runs, such as {tmp_path / 'older'}, lack the class means" in err
+    code, out, err = outcome(capsys, tmp_path, *flags)
+    assert (code, "| `lora` | 60.0 | 50.0 |" in out, "| `lora` | 40.0 | - |" in out) == (
+        0, True, True,
+    )  # fmt: skip
+    assert (
+        f"--metric class_mean: 1 runs of an older release or of DomainBed, such as {tmp_path}"
+        in err
+    )
+    code, _, err = outcome(capsys, tmp_path, "--metric=f1")
+    assert (code, "--metric f1: unknown; legal are accuracy, class_mean" in err) == (2, True)
+    later(folder, '"moa/env1_out_class_mean": 0.4 -> "moa/env1_out_class_mean": "high"')
+    assert "left out" in outcome(capsys, tmp_path)[2]
+
+
 def truncate(folder: Path) -> None:
     path = folder / "results.jsonl"
     path.write_text(path.read_text() + '{"step": 50, "env0_in')
@@ -300,6 +338,15 @@ def not_a_number(folder: Path) -> None:
     later(folder, '"env1_in_acc": 0.5 -> "env1_in_acc": NaN')
 
 
+def a_word(folder: Path) -> None:
+    later(folder, '"env1_in_acc": 0.5 -> "env1_in_acc": "0.5"')
+
+
+def long_name(folder: Path) -> None:
+    path = folder / "results.jsonl"
+    path.write_text(path.read_text().replace("plain", "p" * 201))
+
+
 def no_row(folder: Path) -> None:
     path = folder / "results.jsonl"
     path.write_text(path.read_text() + "[]\n")
@@ -320,6 +367,8 @@ def empty_folder(folder: Path) -> None:
         (strange_target, ["left out", "test_envs [7] of 3 domains"]),
         (without_columns, ["left out", "row 2: env1_out_acc is missing"]),
         (not_a_number, ["left out", "row 2: env1_in_acc is nan"]),
+        (a_word, ["left out", "row 2: env1_in_acc is 0.5"]),
+        (long_name, ["left out", "a name of 201 letters, pppp"]),
         (no_row, ["left out", "its results cannot be read"]),
         (empty_folder, ["neither a run folder (no config.yaml, no results.jsonl)"]),
     ],
