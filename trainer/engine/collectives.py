@@ -125,7 +125,9 @@ def _import_muon() -> None:
     Every ZeRO engine imports it, if only to see that the optimizer is another, and its kernels load
     torch's compiler: more than a second of every process's start.
     """
-    real = compiler.compile
+    real = getattr(compiler, "compile", None)
+    if real is None:  # a release that has nothing to compile there
+        return
     compiler.compile = lambda: lambda kernel: kernel
     try:
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
