@@ -170,7 +170,7 @@ class Evaluator:
         """[splits, 4] float64: correct, all, unusable, summed loss of this rank's shares."""
         # whole up to 2^53
         total = torch.zeros(len(places), 4, dtype=torch.float64, device=self.device)
-        for number, (batch, images, labels) in self.batches([model], places):
+        for number, (batch, images, labels, _) in self.batches([model], places):
             counts = total[number]
             scores = model(images)
             if self.note is not None:
