@@ -55,7 +55,7 @@ def draw_mix(
 
 def labels_and_shares(mix: Tensor) -> tuple[Tensor, Tensor]:
     """Of `COLUMNS` [b, 8]: labels int64 [b] of what is mixed in, shares fp32 [b] of the own."""
-    return mix[:, 1].long(), mix[:, 2]
+    return mix[:, 1].long(), mix[:, 2].contiguous()
 
 
 def mixed(images: Tensor, mix: Tensor) -> Tensor:
