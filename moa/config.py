@@ -32,7 +32,7 @@ _DEFAULTS: dict[str, tuple[tuple[int, ...], tuple[str, ...], str, Router | None]
 # Settings that only methods with several experts use, and those that all adapters use.
 _OF_MIXTURES = (
     "router", "router_dim", "top_k", "gate_noise", "balance", "aux_weight", "balance_rate",
-    "transport",
+    "transport", "diversity",
 )  # fmt: skip
 _OF_ADAPTERS = ("ranks", "expert_dropout")
 
@@ -76,6 +76,9 @@ class MoAConfig:
     """weight of the load balancing loss"""
     balance_rate: float = 0.001
     """step by which balance = bias moves each expert's bias after an optimizer step"""
+    diversity: float = 0.0
+    """weight of a penalty, in the auxiliary loss, on the overlap of the experts of a layer: the sum
+    over pairs of |A_i A_j^T|^2 / (|A_i|^2 |A_j|^2), A their first factors"""
     kron_dim: int = 64
     """size P of the shared Kronecker rule; divides the widths of every adapted layer"""
     kron_impl: Literal["factored", "dense"] = "factored"
@@ -218,7 +221,7 @@ class MoAConfig:
               for name in ("kron_dim", "router_dim", *by_method)),
             ("expert_dropout", not 0 <= self.expert_dropout < 1, "; must be >= 0 and below 1"),
             *((name, not 0 <= getattr(self, name) < 1e38, "; must be a finite number >= 0")
-              for name in ("gate_noise", "aux_weight", "balance_rate")),
+              for name in ("gate_noise", "aux_weight", "balance_rate", "diversity")),
             ("ep_size", self.ep_size < 1 or (self.ep_size > 1 and not self.mixes),
              f" with {self.method}; must be >= 1, and above 1 only with multi_lora, moa_lora or "
              "moa_kron, which have experts to distribute"),
@@ -252,6 +255,9 @@ class MoAConfig:
             ("top_k", impossible, f"; legal is 1 to the number of experts, {number}"),
             ("top_k", keeps_all and self.top_k != 1 and not impossible,
              f" with router {router!r}, which keeps every expert; leave it at 1, or {remedy}"),
+            ("diversity", self.diversity > 0 and self.ep_size > 1,
+             f" with moa.ep_size {self.ep_size}, of whose experts no process holds all; use "
+             "--moa.ep_size 1, or leave it at 0"),
             ("balance", self.balance == "bias" and keeps_all,
              f" with router {router!r}, which chooses nothing; leave it at loss, or {remedy}"),
         )  # fmt: skip

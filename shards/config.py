@@ -8,11 +8,12 @@ from shards.addresses import is_remote, lacks_secrets, without_secrets
 from shards.datasets import DATASETS, dataset_spec
 from shards.errors import DataConfigError, make_command
 
-Augment = Literal["auto", "domainbed", "no_flip", "none"]
-ResolvedAugment = Literal["domainbed", "no_flip", "none"]
+Augment = Literal["auto", "domainbed", "no_flip", "crop_flip", "randaugment", "none"]
+ResolvedAugment = Literal["domainbed", "no_flip", "crop_flip", "randaugment", "none"]
 AugmentOn = Literal["loader", "device"]
 Decode = Literal["auto", "pil"]
 Truncated = Literal["keep", "substitute"]
+Mix = Literal["none", "mixup", "cutmix"]
 SamplingMode = Literal["permutation", "window", "replacement"]
 
 MAX_PIXELS = 89_478_485
@@ -23,6 +24,7 @@ _CHOICES = {
     "augment_on": get_args(AugmentOn),
     "decode": get_args(Decode),
     "truncated": get_args(Truncated),
+    "mix": get_args(Mix),
 }
 
 
@@ -57,8 +59,14 @@ class DataConfig:
     holdout_fraction: float = 0.2
     """Share of every domain kept for validation (DomainBed: 0.2)."""
     augment: Augment = "auto"
-    """Training augmentation: `domainbed`, the same without mirroring (`no_flip`), or `none`; `auto`
-    mirrors only where a mirrored image keeps its class."""
+    """Training augmentation: `domainbed`, the same without mirroring (`no_flip`) or without colours
+    (`crop_flip`), torchvision's RandAugment in place of the colours (`randaugment`), or `none`;
+    `auto` is `domainbed`, or `no_flip` where a mirrored image has another class."""
+    mix: Mix = "none"
+    """What mixes every training image with another one of its domain in the global batch: `mixup`
+    (both pictures through each other), `cutmix` (a box of the other), or `none`."""
+    mix_alpha: float = 1.0
+    """Both parameters of the Beta distribution of the own image's share."""
     augment_on: AugmentOn = "loader"
     """Where colour jitter and normalisation of training images run: with crop and mirroring in the
     `loader`, or on the model's `device`, which leaves the loader about three fifths of the work."""
@@ -106,6 +114,9 @@ class DataConfig:
             ("augment_on", tensors_in_pillow,
              "works on tensors, data.decode = 'pil' in Pillow; leave one of them at its default"),
             ("include_list", both_lists, "not together with data.exclude_list; give one of them"),
+            ("mix_alpha", not 0 < self.mix_alpha < inf, "must be a finite number > 0"),
+            ("mix_alpha", self.mix == "none" and self.mix_alpha != DataConfig.mix_alpha,
+             "has no effect without data.mix mixup or cutmix; add that, or leave it out"),
             ("max_bad_fraction", not 0 <= self.max_bad_fraction <= 1, "must lie in [0, 1]"),
         )  # fmt: skip
         return found + [

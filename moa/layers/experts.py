@@ -112,6 +112,31 @@ def kronecker_delta(
     return _regrouped(y.transpose(0, 1)).flatten(1)
 
 
+def overlap(layers: Sequence[Sequence[Any]]) -> Tensor:
+    """How much of the input the experts of a layer share, summed over its pairs and over layers.
+
+    Of a pair |A_i A_j^T|^2 / (|A_i|^2 |A_j|^2) in Frobenius norms, from 0 (orthogonal) to 1, A the
+    down factor; of Kronecker experts the mean over p of that of their left[p]^T. All layers have
+    experts of the same kind and ranks. At least fp32.
+    """
+    ranks, grams = [_first_factor(e).shape[1] for e in layers[0]], []
+    for experts in layers:
+        rows = torch.cat([_first_factor(e) for e in experts], dim=1)  # [P, R, D/P]
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        grams.append(rows @ rows.mT)
+    gram = torch.stack(grams)  # [L, P, R, R]
+    members = torch.block_diag(*(gram.new_ones(1, rank) for rank in ranks))  # type: ignore[no-untyped-call]
+    sizes = gram.diagonal(dim1=-2, dim2=-1) @ members.T  # [L, P, E]
+    shared = members @ gram.square() @ members.T
+    shares: Tensor = shared / (sizes[..., :, None] * sizes[..., None, :])
+    return shares.triu(1).mean(1).sum()
+
+
+def _first_factor(expert: LoRAExpert | KroneckerExpert) -> Tensor:
+    """[P, r, D/P]; P is 1 for LoRA."""
+    return expert.down[None] if isinstance(expert, LoRAExpert) else expert.left.mT
+
+
 def _filled(factors: Sequence[Tensor], dim: int) -> Tensor:
     """All experts' factors side by side, with zeros up to a multiple of `ALIGNMENT` ranks.
 

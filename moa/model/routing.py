@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from moa.layers.experts import overlap
 from moa.layers.layer import MoALinear, moa_layers
 from moa.layers.noise import LayersNoise, RoutingPosition, noise_keys
 from moa.layers.router import Routing, TokenRouter, balance_counts, balance_loss
@@ -44,25 +45,32 @@ def aux_loss(model: nn.Module, sum_over_ranks: SumOverRanks | None = None) -> Te
     """Load balancing loss of the last training forward, summed over layers, times aux_weight.
 
     A scalar with graph; zero if no layer routes, `balance` is not by loss, or nothing ran since the
-    last call. `sum_over_ranks` is the differentiable sum over the processes that share the batch,
-    called once with the counts of all layers [L, 2, E]; None on a single process.
+    last call. With `diversity` that times the experts' overlap is added, whatever ran.
+    `sum_over_ranks` is the differentiable sum over the processes that share the batch, called once
+    with the counts of all layers [L, 2, E]; None on a single process.
 
     Raises `RuntimeError`: the forward left no graph to routers that train, as under reentrant
     checkpointing; the loss would balance nothing.
     """
-    weight, routings = 0.0, []
+    weight, routings, diversity, compared = 0.0, [], 0.0, []
     for name, layer in moa_layers(model):
+        if layer.config.diversity and layer.config.mixes:
+            diversity = layer.config.diversity
+            compared.append(list(layer.experts))
         taken = layer.take_routing()
         if taken is not None and layer.config.balance == "loss":
             weight = layer.config.aux_weight
             _check_graph(name, layer, taken)
             routings.append(taken)
+    penalty = diversity * overlap(compared) if compared else None
     if not routings:
-        return torch.zeros((), device=next(model.parameters()).device)
+        nothing = torch.zeros((), device=next(model.parameters()).device)
+        return nothing if penalty is None else penalty
     counts = balance_counts(routings)  # of all layers at once: a GPU waits for small launches
     if sum_over_ranks is not None:
         counts = sum_over_ranks(counts)
-    return weight * balance_loss(counts)
+    balance = weight * balance_loss(counts)
+    return balance if penalty is None else balance + penalty
 
 
 def _check_graph(name: str, layer: MoALinear, routing: Routing) -> None:

@@ -1,4 +1,4 @@
-"""Pixels to normalised tensors: DomainBed's training augmentation and the evaluation resize.
+"""Pixels to normalised tensors: training augmentations and the evaluation resize.
 
 All random numbers come from torch's default generator, in an order that depends on nothing but the
 image's own draws, so that seeding it per stream position fixes the pixels.
@@ -6,7 +6,7 @@ image's own draws, so that seeding it per stream position fixes the pixels.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, get_args
 
 import torch
 from torchvision.transforms import InterpolationMode, v2
@@ -32,23 +32,25 @@ class HalfDone(NamedTuple):
 ImageTransform: TypeAlias = Callable[[Pixels], torch.Tensor]
 LoaderTransform: TypeAlias = Callable[[Pixels], torch.Tensor | HalfDone]
 
-_CROP_SCALE = (0.7, 1.0)  # DomainBed's
+_CROP_SCALE = (0.7, 1.0)  # DomainBed's and CLIPood's
+_COLOURED = ("domainbed", "no_flip")
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 
 
 def train_transform(data_config: Mapping[str, Any], augment: ResolvedAugment) -> ImageTransform:
-    """Build the training transform, from pixels to float32 [3, H, W]: DomainBed's augmentation.
+    """Build the training transform, from pixels to float32 [3, H, W].
 
     Args:
         data_config: what `timm.data.resolve_model_data_config` gives: `input_size` (3, H, W),
             `interpolation`, `mean`, `std`.
         augment: `domainbed` (random crop of 70 to 100 %, mirroring, colour jitter, sometimes grey),
-            `no_flip` (the same without mirroring) or `none` (the evaluation transform).
+            `no_flip` (the same without mirroring), `crop_flip` (without colours), `randaugment`
+            (torchvision's after crop and mirroring) or `none` (the evaluation transform).
 
     Raises:
         DataConfigError: the augmentation or the interpolation is unknown.
     """
-    colour = [] if augment == "none" else [_colour]
+    colour = [_colour] if augment in _COLOURED else []
     steps = [*_shape(data_config, augment), *colour, _normalise(data_config)]
     return v2.Compose(steps)  # type: ignore[no-any-return]
 
@@ -62,10 +64,11 @@ def loader_transform(
     `colours` it changes these as well: then the two together give bit for bit what that does.
     """
     steps = _shape(data_config, augment)
-    if colours and augment != "none":
+    coloured = augment in _COLOURED
+    if colours and coloured:
         steps.append(_colour)
     shape = v2.Compose(steps)
-    return functools.partial(_half_done, shape=shape, colour=not colours and augment != "none")
+    return functools.partial(_half_done, shape=shape, colour=coloured and not colours)
 
 
 def finish_batch(
@@ -95,7 +98,7 @@ def _half_done(pixels: Pixels, shape: ImageTransform, colour: bool) -> HalfDone:
 
 
 def _shape(data_config: Mapping[str, Any], augment: ResolvedAugment) -> list[Any]:
-    """Build the steps that move pixels: crop and mirror, or the plain resize."""
+    """Build the steps on levels of one image: crop, mirror, RandAugment, or the plain resize."""
     size = [int(side) for side in data_config["input_size"][1:]]
     name = data_config.get("interpolation", "bicubic")
     if name not in _INTERPOLATIONS:
@@ -106,13 +109,15 @@ def _shape(data_config: Mapping[str, Any], augment: ResolvedAugment) -> list[Any
     interpolation = InterpolationMode(name)
     if augment == "none":
         return [v2.Resize(size, interpolation=interpolation)]
-    if augment not in ("domainbed", "no_flip"):
+    if augment not in (legal := get_args(ResolvedAugment)):
         raise DataConfigError(
-            f"augment = {augment!r}: must be domainbed, no_flip or none "
+            f"augment = {augment!r}: must be one of {', '.join(legal)} "
             "(`DataConfig.resolved_augment()` gives what `auto` stands for)"
         )
+    mirror = [] if augment == "no_flip" else [v2.RandomHorizontalFlip()]
+    further = [v2.RandAugment()] if augment == "randaugment" else []
     crop = v2.RandomResizedCrop(size, scale=_CROP_SCALE, interpolation=interpolation)
-    return [crop, v2.RandomHorizontalFlip()] if augment == "domainbed" else [crop]
+    return [crop, *mirror, *further]
 
 
 def _colour(image: Pixels) -> Pixels:

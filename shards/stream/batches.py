@@ -13,6 +13,7 @@ from shards.errors import DamagedDataError, DataConfigError, OutputError
 from shards.pixels.decoding import Pixels
 from shards.pixels.transforms import LoaderTransform, finish_batch
 from shards.stream.bad_samples import BadSample
+from shards.stream.mixup import mixed
 from shards.stream.worker_faults import share, told
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,9 @@ class Batch(NamedTuple):
     """Every image that could not be used as it is, substitutes included."""
     colour: torch.Tensor | None = None
     """float32 [b, 9], draws of `shards.pixels.colour` still to be applied; None when done."""
+    mix: torch.Tensor | None = None
+    """float32 [b, 8] of `shards.stream.mixup`, for `finish_images`: there may be more than b
+    `images` and `colour`s then, the last of which are only mixed into others."""
 
 
 class LoadedImage(NamedTuple):
@@ -83,10 +87,10 @@ def finish_images(
     Gives normalised float32 [b, 3, H, W]; `data_config` is that of `train_transform`.
     """
     images = batch.images.to(device, non_blocking=True)
-    if images.is_floating_point():
-        return images
-    draws = torch.empty(len(images), 0) if batch.colour is None else batch.colour
-    return finish_batch(images, draws, data_config)
+    if not images.is_floating_point():
+        draws = torch.empty(len(images), 0) if batch.colour is None else batch.colour
+        images = finish_batch(images, draws, data_config)
+    return images if batch.mix is None else mixed(images, batch.mix)
 
 
 def seeded(transform: Callable[[Pixels], Made], pixels: Pixels, seed: int) -> Made:

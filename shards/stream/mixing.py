@@ -138,10 +138,10 @@ class DomainMix:
                 f"{made_of} on {world_size} ranks; legal: {', '.join(map(str, legal))}"
             )
 
-    def slots(self, step: int, part: range | None = None) -> Slots:
+    def slots(self, step: int, part: range | Int64Array | None = None) -> Slots:
         """Compute what stands in some slots of a step's global batch; `part` None means all."""
         part = range(self.global_batch) if part is None else part
-        numbers = np.arange(part.start, part.stop, dtype=np.int64)
+        numbers = np.arange(part.start, part.stop) if isinstance(part, range) else part
         which = numbers % len(self.sources)
         positions = step * self.batch_per_domain + numbers // len(self.sources)
         places = np.empty_like(numbers)

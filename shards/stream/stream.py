@@ -6,6 +6,9 @@
 import functools
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from shards.config import Mix
 from shards.errors import DamagedDataError, DataConfigError, verify_command
 from shards.pixels.decoding import Decoder
 from shards.pixels.transforms import LoaderTransform
@@ -13,6 +16,7 @@ from shards.randomness import hash64
 from shards.stream import batches
 from shards.stream.bad_samples import BadSample
 from shards.stream.mixing import DomainMix
+from shards.stream.mixup import draw_mix, partners
 from shards.stream.one_image import open_image
 from shards.stream.order import substitute_index
 
@@ -28,6 +32,10 @@ class DomainStream(DomainMix):
     numbers from torch's default generator."""
     decoder: Decoder = field(default_factory=Decoder)
     """What decodes the images."""
+    mix: Mix = "none"
+    """What `finish_images` mixes within a domain; as `data.mix`."""
+    mix_alpha: float = 1.0
+    """Of the shares in which two images are mixed; as `data.mix_alpha`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,8 +92,33 @@ class DomainStream(DomainMix):
             self.index.reader.remote.expect(self.windows(step))
         size = len(mine) // accumulation
         part = mine[piece * size : (piece + 1) * size]
+        if self.mix != "none":
+            return self._build_mixed(step, part)
         slots = zip(*(column.tolist() for column in self.slots(step, part)), strict=True)
         return batches.stack((self.load(*slot) for slot in slots), len(part), part.start)
+
+    def _build_mixed(self, step: int, part: range) -> batches.Batch:
+        """Build a micro-batch with what is mixed into its images, whoever's slots that stands in.
+
+        Bad images are counted where they are a slot's own.
+        """
+        own = np.arange(part.start, part.stop)
+        others = partners(own, len(self.sources), self.batch_per_domain)
+        wanted = np.concatenate([own, np.setdiff1d(others, own)])
+        slots = zip(*(column.tolist() for column in self.slots(step, wanted)), strict=True)
+        loaded = (
+            image if number < len(part) else image._replace(substituted=False, bad=())
+            for number, image in enumerate(self.load(*slot) for slot in slots)
+        )
+        batch = batches.stack(loaded, len(wanted), part.start)
+        place = {slot: number for number, slot in enumerate(wanted.tolist())}
+        where = np.array([place[slot] for slot in others.tolist()])
+        mix = draw_mix(
+            self.mix, self.mix_alpha, (self.seed, step), part, self.global_batch, batch.labels,
+            where, (batch.images.shape[-2], batch.images.shape[-1]),
+        )  # fmt: skip
+        labels, domains = batch.labels[: len(part)], batch.domains[: len(part)]
+        return batch._replace(labels=labels, domains=domains, mix=mix)
 
     def load(self, domain: int, position: int, place: int) -> batches.LoadedImage:
         """Read, decode and augment one slot's image, or its substitute if it cannot be used.

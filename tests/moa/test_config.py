@@ -115,6 +115,8 @@ ILLEGAL = [
     ({"gate_noise": -0.1}, "moa.gate_noise: -0.1; must be a finite number >= 0"),
     ({"gate_noise": float("nan")}, "moa.gate_noise: nan; must be a finite number >= 0"),
     ({"aux_weight": float("inf")}, "moa.aux_weight: inf; must be a finite number >= 0"),
+    ({"diversity": -0.1}, "moa.diversity: -0.1; must be a finite number >= 0"),
+    ({"diversity": 0.1, "ep_size": 2}, "with moa.ep_size 2, of whose experts no process holds all"),
     ({"targets": []}, "moa.targets: []; name at least one linear layer"),
     ({"blocks": "every_0"}, "moa.blocks: 'every_0'; legal are all, every_K, last_K"),
     ({"blocks": "first_2"}, "moa.blocks: 'first_2'; legal are"),
@@ -243,6 +245,7 @@ def test_configuration_imports_no_torch() -> None:
         ({"method": "bias", "ranks": (1,), "blocks": "all"}, ["ranks"]),
         ({"method": "linear", "targets": ("attn.qkv",)}, ["targets"]),
         ({"method": "full", "aux_weight": 0.5}, ["aux_weight"]),
+        ({"method": "lora", "diversity": 0.5}, ["diversity"]),
     ],
 )
 def test_settings_without_effect_are_told(changes: dict[str, object], names: list[str]) -> None:

@@ -23,6 +23,7 @@ from moa.layers.experts import (
     kronecker_matrix,
     lora_delta,
     lora_down,
+    overlap,
 )
 from tests.support.moa_fixtures import dense_delta, dense_update
 
@@ -124,6 +125,35 @@ def check_against_dense(
     largest = max(grad.norm().item() for grad in slow_grads)
     for fast_grad, slow_grad in zip(fast_grads, slow_grads, strict=True):
         assert_close(fast_grad, slow_grad, tolerance, 0.1 * largest)
+
+
+def slow_overlap(a: Tensor, b: Tensor) -> Tensor:
+    """Of two factors [r, D]."""
+    total = torch.stack([(x @ y) ** 2 for x in a for y in b]).sum()
+    return total / ((a**2).sum() * (b**2).sum())
+
+
+@pytest.mark.parametrize("kind", ["lora", "kronecker"])
+def test_overlap_is_summed_over_pairs_and_layers(kind: str) -> None:
+    ranks, layers, slow = (2, 1, 3), [], []
+    for width in (12, 18):
+        if kind == "lora":
+            experts: list = lora_experts(width, 9, ranks, torch.float64)
+            factors = [[e.down] for e in experts]
+        else:
+            experts, _ = kronecker_experts((3, width // 3, 2), ranks, torch.float64)
+            factors = [[left.T for left in e.left] for e in experts]
+        layers.append(experts)
+        pairs = [slow_overlap(a, b) for i, x in enumerate(factors) for y in factors[:i]
+                 for a, b in zip(x, y, strict=True)]  # fmt: skip
+        slow.append(torch.stack(pairs).sum() / len(factors[0]))
+    moved = [e.down if kind == "lora" else e.left for experts in layers for e in experts]
+    given, wanted = overlap(layers), slow[0] + slow[1]
+    torch.testing.assert_close(given, wanted, rtol=1e-10, atol=1e-10)
+    gradients = [torch.autograd.grad(value, moved) for value in (given, wanted)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+    same = lora_experts(5, 5, (1,), torch.bfloat16) * 3
+    assert overlap([same]).item() == pytest.approx(3.0), "one for each pair of equal directions"
 
 
 def random_gates(tokens: int, experts: int, kind: str, dtype: torch.dtype) -> Tensor | None:

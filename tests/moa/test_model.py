@@ -23,10 +23,12 @@ from moa import (
     set_routing_position,
     update_balance,
 )
+from moa.layers.experts import overlap
 from moa.layers.layer import moa_layers
 from tests.support.moa_fixtures import (
     ADAPTERS,
     MIXTURES,
+    SEVERAL,
     images,
     position,
     small_config,
@@ -261,6 +263,20 @@ def test_gradients_of_each_image(method: str) -> None:
     for name, parameter in given.items():
         assert parameter.grad is not None
         torch.testing.assert_close(each[name].sum(0), parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", SEVERAL)
+def test_diversity_is_added_to_the_auxiliary_loss(method: str) -> None:
+    losses = []
+    for weight in (0.0, 0.25):
+        model = tiny_vit()
+        inject(model, small_config(method, diversity=weight))
+        stir(model)
+        model(images(4))
+        losses.append(aux_loss(model))
+    shared = overlap([list(layer.experts) for _, layer in moa_layers(model)])
+    assert losses[1].item() == pytest.approx(losses[0].item() + 0.25 * shared.item(), rel=1e-5)
+    assert shared > 0.01
 
 
 # Balance by bias.

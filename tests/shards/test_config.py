@@ -30,7 +30,8 @@ def test_all_problems_are_listed_at_once() -> None:
         "data.order = 'shuffle': must be one of permutation, window, replacement",
         "data.workers = -1: must be 0 or more",
         "data.holdout_fraction = 1.5: must lie in [0, 1); DomainBed uses 0.2",
-        "data.augment = 'mirror': must be one of auto, domainbed, no_flip, none",
+        "data.augment = 'mirror': must be one of auto, domainbed, no_flip, crop_flip, "
+        "randaugment, none",
     ]
     (problem,) = DataConfig(dataset="folder").problems()
     assert problem.startswith("data.root is not set")
@@ -46,6 +47,9 @@ def test_all_problems_are_listed_at_once() -> None:
         ({"truncated": "drop"}, "data.truncated = 'drop': must be one of keep, substitute"),
         ({"augment_on": "gpu"}, "data.augment_on = 'gpu': must be one of loader, device"),
         ({"augment_on": "device", "decode": "pil"}, "data.augment_on = 'device': works on tensors"),
+        ({"mix": "blend"}, "data.mix = 'blend': must be one of none, mixup, cutmix"),
+        ({"mix": "mixup", "mix_alpha": 0.0}, "data.mix_alpha = 0.0: must be a finite number > 0"),
+        ({"mix_alpha": 0.2}, "data.mix_alpha = 0.2: has no effect without data.mix mixup or cut"),
         ({"max_bad_fraction": 1.5}, "data.max_bad_fraction = 1.5: must lie in [0, 1]"),
         ({"root": "http://x/y"}, "data.cache_dir is not set: data.root = 'http://x/y' needs a"),
         ({"root": "pipe:cat {}"}, "data.cache_dir is not set"),
@@ -67,6 +71,7 @@ def test_reading_settings_that_can_work(tmp_path: Path) -> None:
         {"root": "s3://bucket/set", "cache_dir": str(tmp_path)},
         {"decode": "pil", "truncated": "substitute", "max_bad_fraction": 0.0},
         {"augment_on": "device"},
+        {"augment": "randaugment", "augment_on": "device", "mix": "cutmix", "mix_alpha": 0.2},
     ):
         assert DataConfig(**change).problems() == []  # type: ignore[arg-type]
 

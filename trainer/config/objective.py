@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
-from trainer.config.limits import ABOVE_0, FROM_0, SEED, out_of_range
+from trainer.config.limits import ABOVE_0, FROM_0, SEED, SHARE, out_of_range
 
 Name = Literal["erm", "groupdro", "vrex", "irm", "coral", "mmd", "mixup"]
 """Each is a file of `trainer/objectives/`."""
@@ -38,6 +38,8 @@ class ObjectiveConfig:
     margin: float = 0.0
     """margin in training by which the right class must win, the larger the less alike the other
     (CLIPood's lambda, there 0.3); needs --model.head cosine --model.head_init text"""
+    label_smoothing: float = 0.0
+    """share of the target that training gives to all classes alike, with any objective"""
     sam: float = 0.0
     """radius of sharpness-aware steps, with any objective: the gradient g' that trains is taken at
     the weights + sam g/|g|, in a second pass; 0 turns it off"""
@@ -55,5 +57,5 @@ class ObjectiveConfig:
         return found + out_of_range(
             "objective", self, groupdro_eta=ABOVE_0, vrex_lambda=FROM_0, vrex_anneal=SEED,
             irm_lambda=FROM_0, irm_anneal=SEED, coral_gamma=FROM_0, mmd_gamma=FROM_0,
-            mixup_alpha=ABOVE_0, margin=FROM_0, sam=FROM_0,
+            mixup_alpha=ABOVE_0, margin=FROM_0, label_smoothing=SHARE, sam=FROM_0,
         )  # fmt: skip

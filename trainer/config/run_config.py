@@ -169,6 +169,7 @@ class RunConfig:
         for section in vars(self).values():
             found += section.problems() if hasattr(section, "problems") else []
         found += self._problems_of_head()
+        found += self._problems_of_mix()
         found += self._beyond_the_end()
         if not 0 <= self.hparams_seed < 2**63:
             found.append(f"hparams_seed: {self.hparams_seed}; must be {SEED[0]}")
@@ -202,6 +203,22 @@ class RunConfig:
                 "another method, or leave it out"
             )
         return found
+
+    def _problems_of_mix(self) -> Iterator[str]:
+        """What cannot be trained on images that are mixed within their domain."""
+        name, each = self.objective.name, self.train.batch_per_domain
+        if self.data.mix != "none":
+            why = {"mixup": "mixes domains itself", "irm": "needs images of one label"}
+            if name in why:
+                yield (
+                    f"data.mix: {self.data.mix} with objective.name {name}, which {why[name]}; "
+                    "use --data.mix none, or --objective.name erm"
+                )
+            if each == 1:
+                yield (
+                    f"data.mix: {self.data.mix} mixes two images of a domain, and train."
+                    "batch_per_domain is 1; raise it, or use --data.mix none"
+                )
 
     def ds_config_path(self) -> Path:
         """The DeepSpeed JSON: the file given, else the one of ours that is called so (`zero2`)."""

@@ -73,6 +73,7 @@ def _mean(values: Iterable[Tensor], number: int) -> Tensor:
 # Settings that count in training only, or for speed.
 OF_TRAINING = {
     "ep_size", "transport", "kron_impl", "gate_noise", "aux_weight", "expert_dropout",
+    "diversity",
 }  # fmt: skip
 
 

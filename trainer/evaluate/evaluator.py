@@ -191,7 +191,7 @@ class Evaluator:
         classes = len(self.index.classes)
         columns = 2 + 2 * classes
         total = torch.zeros(len(places), columns, dtype=torch.float64, device=self.device)
-        for number, (batch, images, labels) in self.batches([model], places):
+        for number, (batch, images, labels, _) in self.batches([model], places):
             counts = total[number]
             scores = model(images)
             if self.note is not None:

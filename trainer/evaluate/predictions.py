@@ -61,7 +61,7 @@ def collect(
     logits = torch.zeros(len(models), number, len(evaluator.index.classes), pin_memory=pinned)
     unusable = 0
     with evaluating(*models):
-        for _, (batch, images, _) in evaluator.batches(models, [(env, split)]):
+        for _, (batch, images, *_) in evaluator.batches(models, [(env, split)]):
             own = slice(batch.first_slot, batch.first_slot + len(batch.labels))
             for model, scores in zip(models, logits, strict=True):
                 scores[own].copy_(model(images).float(), non_blocking=True)

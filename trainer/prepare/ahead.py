@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shards import Batch, finish_images
+from shards.stream.mixup import labels_and_shares
 
 
 class Ready(NamedTuple):
@@ -18,6 +19,8 @@ class Ready(NamedTuple):
     """[b, 3, H, W], normalised, in the model's dtype."""
     labels: Tensor
     """int64 [b]."""
+    mixed_in: tuple[Tensor, ...] = ()
+    """If images were mixed: labels [b] of those mixed in, and shares [b] of the own."""
 
 
 class Ahead:
@@ -52,11 +55,15 @@ class Ahead:
         if self._stream is not None:
             using = torch.cuda.current_stream(self.device)
             using.wait_stream(self._stream)
-            for tensor in (held.images, held.labels):  # not freed before it has been used
-                tensor.record_stream(using)
+            for tensor in (held.images, held.labels, *held.mixed_in):
+                tensor.record_stream(using)  # not freed before it has been used
         return held
 
     def _prepared(self, batch: Batch) -> Ready:
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             images = finish_images(batch, self.device, self.data_config).to(self.dtype)
-            return Ready(batch, images, batch.labels.to(self.device, non_blocking=True))
+            labels = batch.labels.to(self.device, non_blocking=True)
+            if batch.mix is None:
+                return Ready(batch, images, labels)
+            mix = batch.mix.to(self.device, non_blocking=True)
+            return Ready(batch, images, labels, labels_and_shares(mix))

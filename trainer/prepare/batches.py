@@ -75,6 +75,8 @@ def check_prefetching(
     The loader of training and that of evaluations are alive at the same time.
     """
     train = config.train
-    images = global_batch // (world.size * train.accumulation) + train.eval_batch
+    own = global_batch // (world.size * train.accumulation)
+    beside = 3 * global_batch // train.batch_per_domain if config.data.mix != "none" else 0
+    images = own + min(own, beside) + train.eval_batch
     size = images * math.prod(data_config["input_size"])  # a byte each
     check_shared_memory(size, config.data.workers, world.local_size)

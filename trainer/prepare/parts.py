@@ -97,7 +97,7 @@ def build(config: RunConfig, world: World, problems: Sequence[str] = ()) -> Part
         batch_per_domain=settings.batch_per_domain, seed=settings.seed,
         trial_seed=settings.trial_seed, holdout_fraction=config.data.holdout_fraction,
         mode=config.data.order, window=config.data.order_window,
-        transform=loader,
+        transform=loader, mix=config.data.mix, mix_alpha=config.data.mix_alpha,
         decoder=Decoder(config.data.decode, config.data.truncated, config.data.max_pixels),
     )  # fmt: skip
     stream.check_world_size(world.size, settings.accumulation)
@@ -159,13 +159,18 @@ def _compiled(config: RunConfig, model: nn.Module) -> None:
 
 
 def check_expert_parallel(adapters: moa.MoAConfig, processes: int, sharded: bool) -> None:
-    """Raises `ConfigError` unless the processes can share out the experts."""
+    """Raises `ConfigError` unless the processes can share out the experts, and compare them."""
     size = adapters.ep_size
     if processes % size:
         legal = [n for n in range(1, processes + 1) if processes % n == 0]
         raise ConfigError(
             f"moa.ep_size: {size} does not divide the {processes} processes; legal are "
             f"{', '.join(map(str, legal))}"
+        )
+    if adapters.diversity and sharded:
+        raise ConfigError(
+            f"moa.diversity: {adapters.diversity} with ZeRO-3, which holds no expert whole beside "
+            "the forward; use --ds_config ds_configs/zero2.json, or --moa.diversity 0"
         )
     if size > 1 and sharded:
         raise ConfigError(

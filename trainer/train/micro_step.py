@@ -25,6 +25,7 @@ class MicroStep:
     def __init__(self, parts: Parts, engine: Engine) -> None:
         self.engine, self.seed = engine, parts.config.train.seed
         self.margin = margin_of(parts.model, parts.config.objective.margin)
+        self.smoothing = parts.config.objective.label_smoothing
         self.graphed = graphed_as_set(parts, engine, self.compute)
 
     def __call__(self, ready: Ready, step: int) -> Tensor | None:
@@ -34,7 +35,7 @@ class MicroStep:
         """
         engine, batch = self.engine, ready.batch
         position = moa.RoutingPosition(self.seed, step, batch.first_slot, len(batch.labels))
-        inputs = (ready.images, ready.labels)
+        inputs = (ready.images, ready.labels, *ready.mixed_in)
         if self.graphed is None or step == 0:  # in which gradients are checked, in Python
             moa.set_routing_position(engine.module, position)
             losses = self.compute(*inputs)
@@ -44,14 +45,20 @@ class MicroStep:
         engine.step()
         return losses
 
-    def compute(self, images: Tensor, labels: Tensor) -> Tensor:
+    def compute(self, images: Tensor, labels: Tensor, *mixed_in: Tensor) -> Tensor:
         """The losses [ce, aux]; their gradient is the engine's to add.
+
+        `mixed_in` are labels and shares for `mixed_losses`, if images were mixed.
 
         A CUDA graph repeats it for other contents of the same tensors: what differs from step to
         step must be one of them, no number in Python.
         """
         engine = self.engine
-        ce = self.losses(engine.model(images), labels)
+        scores = engine.model(images)
+        if mixed_in:
+            ce = self.mixed_losses(scores, labels, *mixed_in).mean()
+        else:
+            ce = self.losses(scores, labels)
         aux = moa.aux_loss(engine.module, differentiable_sum)
         engine.differentiate(poisoned(ce + aux))  # averaged over ranks and micro-batches
         with torch.no_grad():
@@ -62,7 +69,14 @@ class MicroStep:
     ) -> Tensor:
         """The cross-entropy of scores [B, C] less the margin, or of each image [B]."""
         scores = self.margin(scores, labels).float()
-        return F.cross_entropy(scores, labels, reduction=reduction)
+        return F.cross_entropy(scores, labels, reduction=reduction, label_smoothing=self.smoothing)
+
+    def mixed_losses(
+        self, scores: Tensor, labels: Tensor, other_labels: Tensor, share: Tensor
+    ) -> Tensor:
+        """The losses [B] of images of which a `share` [B] is of the label, the rest of another."""
+        own, other = (self.losses(scores, each, "none") for each in (labels, other_labels))
+        return share * own + (1 - share) * other
 
     def facts(self) -> dict[str, Any]:
         """For a checkpoint's state: what is carried from step to step."""

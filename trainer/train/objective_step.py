@@ -85,7 +85,8 @@ class ObjectiveStep(MicroStep):
 
     def __call__(self, ready: Ready, step: int) -> Tensor | None:
         """The step's numbers with its last micro-batch, else None."""
-        self._waiting.append(_Piece(ready.images, ready.labels, ready.batch.first_slot))
+        first = ready.batch.first_slot
+        self._waiting.append(_Piece(ready.images, ready.labels, first, *ready.mixed_in))
         if len(self._waiting) < self.pieces:
             return None
         pieces, self._waiting = self._waiting, []
@@ -169,7 +170,9 @@ class ObjectiveStep(MicroStep):
         scores = torch.cat([scores for scores, _ in computed]).requires_grad_()
         features = [f for _, f in computed if f is not None]
         joined = torch.cat(features).requires_grad_() if features else None
-        whole = pieces[0]._replace(labels=torch.cat([piece.labels for piece in pieces]))
+        targets = ["labels"] if pieces[0].share is None else ["labels", "other_labels", "share"]
+        joined_targets = {n: torch.cat([getattr(piece, n) for piece in pieces]) for n in targets}
+        whole = pieces[0]._replace(**joined_targets)  # type: ignore[arg-type]
         outcome = self._outcome(scores, joined, self._losses(scores, whole), whole, step)
         leaves = [scores] if joined is None else [scores, joined]
         gradients = torch.autograd.grad(
@@ -191,11 +194,9 @@ class ObjectiveStep(MicroStep):
         return scores, features
 
     def _losses(self, scores: Tensor, piece: _Piece) -> Tensor:
-        losses = self.losses(scores, piece.labels, "none")
         if piece.other_labels is None or piece.share is None:
-            return losses
-        others = self.losses(scores, piece.other_labels, "none")
-        return piece.share * losses + (1 - piece.share) * others
+            return self.losses(scores, piece.labels, "none")
+        return self.mixed_losses(scores, piece.labels, piece.other_labels, piece.share)
 
     def _outcome(
         self, scores: Tensor, features: Tensor | None, losses: Tensor, piece: _Piece, step: int

@@ -1,6 +1,6 @@
 import io
 import itertools
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
+from shards.config import ResolvedAugment
 from shards.errors import DataConfigError
 from shards.pixels.colour import apply_colour, apply_colour_batch, draw_colour, shift_hue
 from shards.pixels.decoding import Decoder, decode_image, undecodable_placeholder
@@ -101,7 +102,7 @@ def test_evaluation_resizes_the_whole_image_and_normalises() -> None:
     assert result[0, 12, 0] > result[0, 12, 12] + 1
 
 
-@pytest.mark.parametrize("augment", ["domainbed", "no_flip", "none"])
+@pytest.mark.parametrize("augment", get_args(ResolvedAugment))
 def test_training_transform_is_a_function_of_the_seed(augment: str) -> None:
     transform = train_transform(DATA_CONFIG, augment)  # type: ignore[arg-type]
     image = torch.from_numpy(smooth()).permute(2, 0, 1).contiguous()
@@ -113,6 +114,27 @@ def test_training_transform_is_a_function_of_the_seed(augment: str) -> None:
     assert torch.equal(results[0], results[1]) == (augment == "none")
     assert results[0].shape == (3, 24, 24)
     assert results[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("augment", "last"), [("crop_flip", []), ("randaugment", [v2.RandAugment()])]
+)
+def test_chains_without_colours_are_torchvisions(augment: str, last: list[Any]) -> None:
+    """CLIPood's crop and mirroring; RandAugment as torchvision has it, nothing of it set."""
+    chain = v2.Compose(
+        [v2.RandomResizedCrop(24, (0.7, 1.0), interpolation=InterpolationMode.BICUBIC),
+         v2.RandomHorizontalFlip(), *last, v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
+         v2.Normalize(DATA_CONFIG["mean"], DATA_CONFIG["std"])]  # type: ignore[arg-type]
+    )  # fmt: skip
+    transform = train_transform(DATA_CONFIG, augment)  # type: ignore[arg-type]
+    tensor = torch.from_numpy(smooth()).permute(2, 0, 1).contiguous()
+    for seed in range(20):
+        for pixels in (tensor, Image.fromarray(smooth())):
+            results = []
+            for made in (transform, chain):
+                torch.manual_seed(seed)
+                results.append(made(pixels))
+            torch.testing.assert_close(*results, rtol=0, atol=1e-5)
 
 
 def test_only_domainbed_mirrors() -> None:
@@ -242,7 +264,7 @@ def test_a_device_is_told_once_what_to_do_with_a_batch() -> None:
     assert seen.operations < 250, "for 20 images, 16 groups of which are treated alike"
 
 
-@pytest.mark.parametrize("augment", ["domainbed", "no_flip", "none"])
+@pytest.mark.parametrize("augment", get_args(ResolvedAugment))
 def test_finishing_on_the_device_equals_the_loader(augment: str) -> None:
     whole = train_transform(DATA_CONFIG, augment)  # type: ignore[arg-type]
     half = loader_transform(DATA_CONFIG, augment)  # type: ignore[arg-type]
@@ -321,7 +343,7 @@ def test_incomplete_files_are_kept_or_refused(kind: str, decode: str) -> None:
 
 
 def test_bad_settings_name_what_is_legal() -> None:
-    with pytest.raises(DataConfigError, match=r"augment = 'auto': must be domainbed, no_flip or"):
+    with pytest.raises(DataConfigError, match=r"augment = 'auto': must be one of domainbed"):
         train_transform(DATA_CONFIG, "auto")  # type: ignore[arg-type]
     with pytest.raises(DataConfigError, match=r"interpolation = 'lanczos' .* nearest, bilinear"):
         eval_transform({**DATA_CONFIG, "interpolation": "lanczos"})

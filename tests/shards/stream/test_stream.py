@@ -2,14 +2,18 @@ import pickle
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from shards.errors import DataConfigError
 from shards.pixels.decoding import decode_image
 from shards.pixels.transforms import loader_transform
+from shards.randomness import hash64
 from shards.read.index import ShardIndex
 from shards.stream.batches import finish_images
+from shards.stream.mixup import labels_and_shares
+from shards.stream.stream import DomainStream
 from shards.writer import write_shards
 from tests.support.shards_fixtures import (
     DATA_CONFIG,
@@ -168,3 +172,59 @@ def test_batches_travel_as_bytes_in_shared_memory(index: ShardIndex) -> None:
 def test_batches_of_the_loader_are_finished(index: ShardIndex) -> None:
     (batch,) = stream_of(index).loader(0, 1)
     assert finish_images(batch, torch.device("cpu"), DATA_CONFIG) is batch.images
+
+
+def mixed_slowly(plain: DomainStream, step: int, kind: str) -> tuple[torch.Tensor, ...]:
+    """Images, labels mixed in and shares of a global batch, from a stream that mixes nothing."""
+    (images, labels, _), m = collect(plain, step, step + 1)[0], plain.batch_per_domain
+    sources, number = len(plain.sources), plain.global_batch
+    draws = np.random.RandomState(hash64(plain.seed, "mix", step) % 2**32)
+    shares = draws.beta(0.7, 0.7, number)
+    centres = draws.random_sample((number, 2)) if kind == "cutmix" else []
+    result, others = images.double(), []
+    for slot in range(number):
+        image, domain = divmod(slot, sources)
+        pair = image + 1 if image % 2 == 0 else image - 1
+        if m % 2 and image >= m - 3:
+            pair = image + 1 if image < m - 1 else m - 3
+        other, share = images[pair * sources + domain].double(), shares[slot]
+        others.append(labels[pair * sources + domain])
+        if kind == "mixup":
+            result[slot] = share * result[slot] + (1 - share) * other
+            continue
+        box = []
+        for centre, side in zip(centres[slot], images.shape[2:], strict=True):  # timm's rand_bbox
+            middle, half = int(centre * side), int(side * (1 - share) ** 0.5) // 2
+            box.append(slice(max(middle - half, 0), min(middle + half, side)))
+        result[slot][:, box[0], box[1]] = other[:, box[0], box[1]]
+        shares[slot] = 1 - other[0, box[0], box[1]].numel() / other[0].numel()
+    return result, torch.stack(others), torch.from_numpy(shares)
+
+
+@pytest.mark.parametrize(("kind", "each"), [("mixup", 3), ("cutmix", 4), ("cutmix", 5)])
+def test_images_are_mixed_within_their_domain_whoever_holds_them(
+    index: ShardIndex, monkeypatch: pytest.MonkeyPatch, kind: str, each: int
+) -> None:
+    levels = loader_transform(DATA_CONFIG, "domainbed", colours=True)
+    expected = mixed_slowly(stream_of(index, batch_per_domain=each), 3, kind)
+    stream = stream_of(index, batch_per_domain=each, transform=levels, mix=kind, mix_alpha=0.7)
+    plain = collect(stream_of(index, batch_per_domain=each), 3, 4)[0]
+    load = stream.load
+    monkeypatch.setattr(stream, "load", lambda *slot: load(*slot)._replace(substituted=True))
+    first: list[torch.Tensor] = []
+    for world, pieces, workers in ((1, 1, 0), (1, 1, 1), (1, each, 0), (3, 1, 0), (3, each, 0)):
+        options = {"accumulation": pieces, "workers": workers}
+        held = [b for rank in range(world) for b in stream.loader(3, 4, rank, world, **options)]
+        images = torch.cat([finish_images(b, torch.device("cpu"), DATA_CONFIG) for b in held])
+        told = [labels_and_shares(b.mix) for b in held if b.mix is not None]
+        labels, shares = (torch.cat(each) for each in zip(*told, strict=True))
+        for name, tensor in zip(("labels", "domains"), plain[1:], strict=True):
+            assert torch.cat([getattr(batch, name) for batch in held]).equal(tensor)
+        assert labels.equal(expected[1])
+        torch.testing.assert_close(shares.double(), expected[2], rtol=0, atol=1e-7)
+        torch.testing.assert_close(images.double(), expected[0], rtol=0, atol=1e-5)
+        first = first or [images, shares]
+        assert images.equal(first[0]), "bit for bit"
+        assert shares.equal(first[1])
+        assert sum(batch.substituted for batch in held) == len(images), "each counted once"
+    assert not images.equal(plain[0])

@@ -61,6 +61,8 @@ def test_a_run_is_checked_before_it_begins() -> None:
     check_prefetching(parse([*flags, "1"]), World(0, 2, 0, 1), 160, size)
     with pytest.raises(DataConfigError, match=r"must hold 110 MiB of batches"):
         check_prefetching(parse([*flags, "1"]), World(0, 2, 0, 2), 160, size)
+    with pytest.raises(DataConfigError, match=r"must hold 127 MiB of batches"):  # and 3 x 5 beside
+        check_prefetching(parse([*flags, "1", "--data.mix=mixup"]), World(0, 2, 0, 2), 160, size)
 
 
 def limited(_: int) -> None:

@@ -13,6 +13,7 @@ from shards.stream.evaluation import Split, split_places
 from tests.support.trainer_fixtures import arguments, environment, launch, launch_anew
 from trainer.config.command_line import parse
 from trainer.prepare.parts import build
+from trainer.process.errors import ConfigError
 from trainer.process.world import ALONE
 from trainer.train.session import main
 
@@ -79,6 +80,24 @@ def test_all_problems_are_reported_at_once(capsys: pytest.CaptureFixture[str]) -
     error = capsys.readouterr().err
     for word in ("moa.top_k", "train.steps", "data.workers", "optim.eps"):
         assert word in error
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ("--objective.name=mixup", "mixup, which mixes domains itself; use --data.mix none, or"),
+        ("--objective.name=irm", "objective.name irm, which needs images of one label"),
+        ("--train.batch_per_domain=1", "and train.batch_per_domain is 1; raise it, or"),
+        ("--objective.label_smoothing=1", "objective.label_smoothing: 1.0; must be a number >= 0"),
+    ],
+)
+def test_what_cannot_be_trained_on_mixed_images(wrong: str, why: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(["--data.mix=cutmix", wrong]).check()
+    (line,) = str(caught.value).splitlines()
+    assert why in line
+    parse(["--data.mix=cutmix"]).check()
+    parse([wrong.replace("smoothing=1", "smoothing=0.1")]).check()
 
 
 def test_problems_of_backbone_data_engine_and_world_are_reported_at_once(

@@ -82,7 +82,7 @@ MORE = {
         case("offload", "zero3_offload"),
         case("accumulation", 2, accumulation=2),
         case("accumulation", 3, accumulation=2),
-        case("graph accumulation", 2, accumulation=2, graph="on"),
+        case("graph accumulation", 2, accumulation=2, graph="on", diversity=0.5),
         case("accumulation or not", 2, accumulation=5, aux_weight=0.0),
         case("ep accumulation", 1, ep_size=2, accumulation=2, **EXCHANGE),
         case("ep checkpointing", 2, ep_size=2, checkpointing=True, **GATHER),

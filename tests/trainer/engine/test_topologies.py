@@ -79,6 +79,11 @@ def routing_bits(folder: Path) -> dict[str, dict[int, float]]:
             {"moa__ep_size": "2", "ds_config": "ds_configs/zero3.json"},
             "use --moa.ep_size 1, or --ds_config ds_configs/zero2.json",
         ),
+        (
+            1,
+            {"moa__diversity": "0.1", "ds_config": "ds_configs/zero3.json"},
+            "moa.diversity: 0.1 with ZeRO-3, which holds no expert whole",
+        ),
     ],
 )
 def test_expert_parallelism_that_cannot_be_is_refused(

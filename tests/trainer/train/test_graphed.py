@@ -14,10 +14,11 @@ from torch import nn
 
 import moa
 from moa import MoAConfig
-from shards import Batch
+from shards import Batch, DataConfig
 from tests.support.tape import taped
 from trainer.checkpoint.run_folder import RunFolder
 from trainer.config.averages import AverageConfig
+from trainer.config.objective import ObjectiveConfig
 from trainer.config.optim import OptimConfig
 from trainer.config.run_config import RunConfig, TrainConfig
 from trainer.engine import collectives
@@ -36,9 +37,11 @@ BROKEN = 2
 METHODS: dict[str, dict[str, Any]] = {
     "moa_kron": {},
     "moa_lora": {"balance": "bias", "balance_rate": 0.01, "top_k": 2, "expert_dropout": 0.1},
-    "multi_lora": {},
+    "multi_lora": {"diversity": 0.5},
     "linear": {},
 }
+MIXED = {"data": DataConfig(mix="cutmix"), "objective": ObjectiveConfig(label_smoothing=0.1)}
+"""What `linear` is trained with beside it."""
 
 
 @pytest.fixture
@@ -56,6 +59,7 @@ def trained(
 ) -> dict[str, Any]:
     """What four steps of two micro-batches leave, the third of which is left out."""
     config = RunConfig(
+        **(MIXED if method == "linear" else {}),  # type: ignore[arg-type]
         moa=MoAConfig(method=method, **METHODS[method]),  # type: ignore[arg-type]
         optim=OptimConfig(clip=0.5, lr=1e-2),
         average=AverageConfig(ema=True),

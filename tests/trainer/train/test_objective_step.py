@@ -11,8 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from moa import MoAConfig
+from shards import DataConfig, finish_images
+from shards.config import Mix
+from shards.stream.mixup import labels_and_shares
 from tests.support.trainer_fixtures import ROOT, arguments, rows
 from trainer.config.objective import ObjectiveConfig
 from trainer.config.run_config import RunConfig, TrainConfig
@@ -33,9 +37,12 @@ def group() -> Iterator[None]:
     collectives.stop()
 
 
-def trained(objective: ObjectiveConfig, steps: int, accumulation: int = 1) -> tuple[Trainer, Any]:
+def trained(
+    objective: ObjectiveConfig, steps: int, accumulation: int = 1, mix: Mix = "none"
+) -> tuple[Trainer, Any]:
     """A trainer after some steps, and their rows."""
     config = RunConfig(
+        data=DataConfig(mix=mix),
         moa=MoAConfig(method="lora", blocks=(5,)),
         objective=objective,
         train=TrainConfig(steps=steps, batch_per_domain=4, accumulation=accumulation),
@@ -108,6 +115,44 @@ def test_parameters_go_up_by_the_radius_and_come_back_to_the_bit(group: None) ->
             assert float(moved.norm()) == pytest.approx(0.05 * factor, rel=1e-4, nan_ok=True)
             assert not head.equal(flat.cut(before)["head.weight"]), "the model computes with it"
         assert flat.parameter.equal(before)
+
+
+def soft_losses(
+    scores: torch.Tensor, labels: torch.Tensor, others: torch.Tensor, shares: torch.Tensor
+) -> torch.Tensor:
+    """In float64, of timm's soft targets: two labels weighted, 0.2 spread over all classes."""
+    one, other = (F.one_hot(each, scores.shape[1]).double() for each in (labels, others))
+    targets = shares[:, None] * one + (1 - shares[:, None]) * other
+    targets = 0.8 * targets + 0.2 / scores.shape[1]
+    return -(targets * scores.double().log_softmax(1)).sum(1)
+
+
+@pytest.mark.parametrize("name", ["erm", "vrex"])
+def test_mixed_and_smoothed_labels_weigh_the_loss(group: None, name: Any) -> None:
+    """The same whatever the pieces, which part every image from what is mixed into it."""
+    objective = ObjectiveConfig(name=name, label_smoothing=0.2)
+    trainer, whole = trained(objective, 3, mix="mixup")
+    _, pieces = trained(objective, 3, accumulation=10, mix="mixup")
+    for row, other in zip(whole, pieces, strict=True):
+        for column in row.keys() & {"loss", "ce", "penalty", "grad_norm"}:
+            assert other[column] == pytest.approx(row[column], rel=1e-5), column
+    scores = torch.randn(6, 10, requires_grad=True)
+    labels, others, shares = torch.arange(6), torch.arange(6).flip(0) + 2, torch.rand(6)
+    step = trainer.micro_step
+    for given, wanted in (
+        (step.mixed_losses(scores, labels, others, shares),
+         soft_losses(scores, labels, others, shares)),
+        (step.losses(scores, labels, "none"), soft_losses(scores, labels, labels, shares)),
+    ):  # fmt: skip
+        torch.testing.assert_close(given.double(), wanted, rtol=1e-6, atol=1e-6)
+        gradients = [torch.autograd.grad(each.sum(), scores) for each in (given, wanted)]
+        torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
+    parts = build(trainer.config, ALONE)
+    (batch,) = parts.stream.loader(0, 1)
+    assert batch.mix is not None
+    images = finish_images(batch, torch.device("cpu"), parts.info.data_config)
+    losses = soft_losses(parts.model(images), batch.labels, *labels_and_shares(batch.mix))
+    assert whole[0]["ce"] == pytest.approx(losses.mean().item(), rel=1e-5)
 
 
 def test_the_page_on_own_objectives_holds_one(group: None, monkeypatch: pytest.MonkeyPatch) -> None:
