@@ -7,6 +7,7 @@ seed. Routers, rules and counters stay the adapter's. Each is an ordinary adapte
 """
 
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeGuard
@@ -22,7 +23,7 @@ from moa.model.merging import linear_parts
 from trainer.config.class_texts import is_template
 from trainer.evaluate.members import Member, base_of
 from trainer.prepare.backbone import Backbone
-from trainer.prepare.text_head import fill_cosine_head, refill_linear_head, text_model_of
+from trainer.prepare.text_head import fill_cosine_head, known_text_models, refill_linear_head
 from trainer.process.errors import ConfigError
 
 
@@ -115,14 +116,11 @@ def _known_text_model(member: Member) -> str:
 
     Whatever else a file from elsewhere names might bring code along.
     """
-    import open_clip
-
     recorded: str = member.info.head["text_model"]
-    known = {f"{name}:{tag}" for name, tag in open_clip.list_pretrained()}
-    if recorded not in known and recorded != text_model_of(member.info.base_model):
+    if recorded not in known_text_models():
         raise ConfigError(
-            f"--alpha: the head of {member.source} was made with {recorded!r}, which is none of "
-            f"open_clip's own models; if you trust it, give --model.text_model {recorded}"
+            f"--alpha: the head of {member.source} was made with {recorded!r}, none of open_clip's "
+            f"own models; if you trust it, give --model.text_model {shlex.quote(recorded)}"
         )
     return recorded
 

@@ -73,17 +73,27 @@ def text_model_of(backbone: str) -> str | None:
     return table.get(backbone.replace("_quickgelu", ""))  # type: ignore[no-any-return]
 
 
-def load_text_model(source: str) -> TextModel:
-    """Loads an open_clip model on the CPU; `source` is as `model.text_model`.
-
-    Raises `ConfigError`: open_clip is missing, there is no such model, or it cannot be had.
-    """
+def _open_clip() -> Any:
     try:
         import open_clip
     except ImportError as error:
         raise ConfigError(
             "model.head_init: text needs open_clip; pip install 'moa-trainer[text]'"
         ) from error
+    return open_clip
+
+
+def known_text_models() -> set[str]:
+    """`NAME:TAG` of all models that open_clip itself knows where to get."""
+    return {f"{name}:{tag}" for name, tag in _open_clip().list_pretrained()}
+
+
+def load_text_model(source: str) -> TextModel:
+    """Loads an open_clip model on the CPU; `source` is as `model.text_model`.
+
+    Raises `ConfigError`: open_clip is missing, there is no such model, or it cannot be had.
+    """
+    open_clip = _open_clip()
     kind, colon, place = source.partition(":")
     source = f"{kind}{colon}{os.path.expanduser(place)}"
     name, weights = source, ""
@@ -235,8 +245,8 @@ def refill_linear_head(backbone: Backbone, facts: Mapping[str, Any], source: str
     scale = text_model.scale()
     if not math.isclose(scale, facts["scale"], rel_tol=1e-5):
         raise ConfigError(
-            f"--model.text_model: {source} has the scale {scale:g}, the head was made with "
-            f"{facts['scale']:g} of {facts['text_model']}; give the text model of the training"
+            f"--model.text_model: {source} has the scale {scale:g}, the one that made the head "
+            f"({facts['text_model']}) had {facts['scale']:g}; give the latter"
         )
     assert backbone.projection is not None
     head, length = classifier(backbone.model), facts["mean_length"]
