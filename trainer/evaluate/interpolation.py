@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moa.errors import AdapterError
 from moa.files.saving import attached_outline
+from moa.layers.head import CosineHead
 from moa.model.heads import head_path
 from moa.model.injection import classifier
 from moa.model.merging import linear_parts
@@ -35,7 +36,7 @@ def read_alphas(text: str) -> tuple[float, ...]:
     found: list[float] = []
     for word in text.split(","):
         try:
-            alpha = abs(float(word)) if float(word) == 0 else float(word)
+            alpha = float(word) + 0.0  # -0 is 0
         except ValueError:
             alpha = math.nan
         if not 0 <= alpha <= 1:
@@ -59,21 +60,20 @@ def start_of(member: Member, weights: str | None, text_model: str | None) -> Bac
         ConfigError: the start is not known, or cannot be had; see `base_of`.
         AdapterError: the adapter does not fit its base, or says nothing sensible of its head.
     """
-    head, source = member.info.head, member.source
-    if head.get("init") != "text":
+    facts, tensors = member.info.head, member.tensors
+    from_text = facts.get("init") == "text"
+    if not from_text:
         _check_seed(member)
-        return base_of(member, weights, own_head=True)
     backbone = base_of(member, weights, own_head=True)
-    attached_outline(backbone.model, member.info, member.tensors, source)
-    if head.get("kind") == "cosine":  # only the projection moves, which the base brings along
+    attached_outline(backbone.model, member.info, tensors, member.source)
+    head, path = classifier(backbone.model), head_path(backbone.model)
+    if from_text and isinstance(head, CosineHead):  # only what the base brings along moves
         assert backbone.projection is not None
-        path, tensors = head_path(backbone.model), member.tensors
-        classes, scale = (tensors[f"{path}.{name}"] for name in ("classes", "scale"))
-        new: Any = classifier(backbone.model)
-        fill_cosine_head(new, classes, backbone.projection, float(scale))
-        return backbone
-    _check_texts(member)
-    refill_linear_head(backbone, head, text_model or _known_text_model(member))
+        classes, scale = tensors[f"{path}.classes"], float(tensors[f"{path}.scale"])
+        fill_cosine_head(head, classes, backbone.projection, scale)
+    elif from_text:
+        _check_texts(member)
+        refill_linear_head(backbone, facts, text_model or _known_text_model(member))
     return backbone
 
 

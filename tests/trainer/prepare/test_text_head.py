@@ -562,6 +562,10 @@ def test_what_an_adapter_says_of_its_texts_is_not_trusted(
     (member,) = read_members([folder])
     with pytest.raises(ConfigError, match="none of open_clip's own models; if you trust it, give"):
         start_of(member, None, None)
+    with pytest.raises(
+        ConfigError, match=r"cannot be had .* give --model\.text_model NAME:FILE or"
+    ):
+        start_of(member, None, f"local-dir:{tmp_path / 'none'}")
     other = random_clip()
     other.logit_scale.data.fill_(2.0)
     scaled = f"local-dir:{save_clip(other, small_clip(), tmp_path / 'clip')}"
