@@ -106,18 +106,15 @@ def test_alpha_is_chosen_by_the_sources_and_carried_by_adapters(
     assert told["asked"] == best["moa/result"]
     assert f"**{best['moa/result']}**" in (out / "tables.md").read_text()
     assert (out / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
-    again = tmp_path / "again"
-    assert export(["--adapter", str(folder), "--alpha", f"{alpha}", "--out", str(again)]) == 0
-    same = saved(again)[1].tensors
-    assert all(torch.equal(tensor, same[name]) for name, tensor in member.tensors.items())
-    assert "end (1), at 0.5." in made_at_half(folder, tmp_path)
-
-
-def made_at_half(folder: Path, root: Path) -> str:
-    """The card of what is exported at 0.5, to which the figures at 1 do not apply."""
-    assert export(["--adapter", str(folder), "--alpha", "0.5", "--out", str(root / "half")]) == 0
-    assert not read_adapter(root / "half")[0].results
-    return (root / "half" / "README.md").read_text()
+    half = tmp_path / "half"
+    assert export(["--adapter", str(folder), "--alpha", "0.5", "--out", str(half)]) == 0
+    (given,) = read_members([str(folder)])
+    start = start_of(given, None, None).model
+    for place, at in ((chosen, alpha), (half, 0.5)):
+        expected, found_there = interpolated(given, start, at).tensors, saved(place)[1].tensors
+        assert all(torch.equal(tensor, found_there[name]) for name, tensor in expected.items())
+    assert "end (1), at 0.5." in (half / "README.md").read_text()
+    assert not saved(half)[1].info.results, "the figures of the run are those at 1"
 
 
 @pytest.mark.parametrize(
