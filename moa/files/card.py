@@ -154,6 +154,10 @@ def _training(origin: Origin) -> str:
     """How it came about."""
     averaged = ", ".join(map(code, origin.averaged))
     mean = f"The mean of these adapters, tensor by tensor: {averaged}.\n\n" if averaged else ""
+    if origin.alpha != 1:
+        mean += (
+            f"Interpolated between the training's start (0) and end (1), at {origin.alpha:g}.\n\n"
+        )
     withheld = " and ".join(map(code, origin.withheld))
     split = code(origin.split_hash)
     compiled = f" with compiled {escaped(origin.compiled)}" if origin.compiled else ""

@@ -34,6 +34,8 @@ class Origin:
         precision: of the run's arithmetic, `fp32` or `bf16`; empty if not on record.
         compiled: what torch's compiler had made faster, `blocks`; empty if nothing.
         group_by: pattern whose groups the splits keep together; empty for DomainBed's splits.
+        alpha: how much of the way from the start of the training to its end the adapter went; 1 is
+            all of it.
     """
 
     dataset: str
@@ -55,6 +57,7 @@ class Origin:
     precision: str = ""
     compiled: str = ""
     group_by: str = ""
+    alpha: float = 1.0
 
     @property
     def withheld(self) -> tuple[str, ...]:
@@ -74,8 +77,10 @@ class Origin:
             "precision",
             "compiled",
             "group_by",
-        )  # empty, the file is as before they existed
-        return {k: v for k, v in plain.items() if v or k not in later}
+            "alpha",
+        )  # at their defaults, the file is as before they existed
+        left_out = {f.name: f.default for f in fields(self) if f.name in later}
+        return {k: v for k, v in plain.items() if k not in later or v != left_out[k]}
 
 
 def origin_from(content: Mapping[str, Any]) -> Origin:

@@ -168,6 +168,19 @@ def attach(
 
     Raises `AdapterError`: names or shapes do not fit exactly; the model is as it was.
     """
+    attached_outline(model, info, tensors, name)
+    fit_and_inject(model, info.moa, len(info.classes), info.head)
+    for key, place in adapter_state_dict(model).items():
+        place.copy_(tensors[key])
+
+
+def attached_outline(
+    model: nn.Module, info: AdapterInfo, tensors: Mapping[str, Tensor], name: str
+) -> nn.Module:
+    """What `attach` makes of the fresh model, on the meta device; the model stays as it is.
+
+    Raises `AdapterError`: names or shapes do not fit exactly.
+    """
     empty = outline(model)
     try:
         fit_and_inject(empty, info.moa, len(info.classes), info.head)
@@ -175,9 +188,7 @@ def attach(
         why = one_line(error)
         raise AdapterError(f"{name}: its moa_config does not fit the model: {why}") from error
     check_fit(name, adapter_state_dict(empty), tensors)
-    fit_and_inject(model, info.moa, len(info.classes), info.head)
-    for key, place in adapter_state_dict(model).items():
-        place.copy_(tensors[key])
+    return empty
 
 
 def outline(model: nn.Module) -> nn.Module:

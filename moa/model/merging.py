@@ -41,6 +41,20 @@ def merge(model: nn.Module) -> None:
     release_statistics(model)
 
 
+def linear_parts(model: nn.Module) -> set[str]:
+    """Names of the parameters that scale what adapters add: times a, they add a times as much.
+
+    Of every expert it is one of its factors; of a Kronecker layer the bias as well.
+    """
+    return {
+        f"{path}.{name}"
+        for path, layer in moa_layers(model)
+        for name, _ in layer.named_parameters()
+        if name == "bias"
+        or (name.startswith(("experts.", "shared_expert.")) and name.endswith((".up", ".left")))
+    }
+
+
 def fixed_layers(model: nn.Module, done: str) -> dict[str, MoALinear]:
     """The adapted layers by path, if all their experts' weights are alike for all tokens.
 

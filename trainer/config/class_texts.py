@@ -74,6 +74,11 @@ def shipped() -> list[str]:
     return [PHOTO, *sorted(path.stem for path in FOLDER.glob("templates/*.txt"))]
 
 
+def is_template(line: str) -> bool:
+    """Whether it has one `{}`, for the class name, and nothing else that would be filled in."""
+    return line.count("{}") == line.count("{") == line.count("}") == 1
+
+
 def read_templates(prompts: str) -> tuple[str, ...]:
     """The templates of `model.prompts`: a template itself, a shipped name, or a file's lines.
 
@@ -96,7 +101,7 @@ def read_templates(prompts: str) -> tuple[str, ...]:
             ) from error
         lines = [line for line in map(str.strip, text.splitlines()) if line and line[0] != "#"]
     for line in lines:
-        if line.count("{}") != 1 or line.count("{") != 1 or line.count("}") != 1:
+        if not is_template(line):
             raise ConfigError(f"model.prompts: {line!r} must hold {{}} once, for the class name")
     if not lines:
         raise ConfigError(f"model.prompts: {prompts!r} holds no template")

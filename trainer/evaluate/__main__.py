@@ -13,7 +13,7 @@ from pathlib import Path
 from shards.config import DataConfig
 from trainer.config.command_line import command_parser
 from trainer.engine.leaving import conclude_together
-from trainer.evaluate.flags import add_pace_flags, add_shared_flags, add_size_flag
+from trainer.evaluate.flags import add_alpha_flags, add_pace_flags, add_shared_flags, add_size_flag
 from trainer.process.ending import leave
 from trainer.process.world import World
 
@@ -34,7 +34,14 @@ def parser() -> argparse.ArgumentParser:
         help="what an ensemble takes the mean of (%(default)s)",
     )  # fmt: skip
     add("--split", choices=["both", "in", "out", "all"], default="both", help="(in and out)")
-    add("--save", type=Path, metavar="FOLDER", help="write the soup as an adapter")
+    add_alpha_flags(
+        result, "A,B,...", "evaluate one adapter at shares, 0 to 1, of the way from the start of "
+        "its training to its end; the best by the sources' validation is chosen",
+    )  # fmt: skip
+    add(
+        "--save", type=Path, metavar="FOLDER",
+        help="write the soup, or the adapter at the chosen --alpha, as an adapter",
+    )  # fmt: skip
     add("--output", type=Path, metavar="FOLDER", help="write evaluation.json, tables and pictures")
     add("--json", action="store_true", help="print one JSON line per result, no table")
     add_pace_flags(result)

@@ -75,6 +75,17 @@ def add_size_flag(result: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_alpha_flags(result: argparse.ArgumentParser, metavar: str, purpose: str) -> None:
+    """A place between the start of an adapter's training and the adapter."""
+    add = result.add_argument
+    add("--alpha", metavar=metavar, help=purpose)
+    add(
+        "--model.text_model", dest="text_model", metavar="SOURCE",
+        help="for --alpha: open_clip model that a linear head from text began with (as the adapter "
+        "says)",
+    )  # fmt: skip
+
+
 def add_weights_flag(result: argparse.ArgumentParser, purpose: str = "") -> None:
     """The weights of the base; `purpose` says what needs them where not the whole command does."""
     result.add_argument(

@@ -22,6 +22,7 @@ from trainer.evaluate.combine import (
 )
 from trainer.evaluate.data import AdapterData, open_data
 from trainer.evaluate.evaluator import LEFT_OUT, SPLITS, DomainSplit, Evaluator
+from trainer.evaluate.interpolation import interpolated, read_alphas, start_of
 from trainer.evaluate.members import (
     ENSEMBLE,
     SOUP,
@@ -52,9 +53,11 @@ class Evaluation:
         batch: images per process and batch.
         dtype: of the models' parameters and their inputs.
         warnings: what the user should know, one line each.
-        results: figures by label and split; the result asked for comes last.
+        results: figures by label and split; the result asked for comes last, unless there are
+            alphas.
         cost: images, each evaluated once, forward passes of each, seconds for all of them, and
             bytes of tensors: of the backbone, and of the adapters beside it.
+        alphas: where between start and end of the training each of the members lies; mostly empty.
     """
 
     members: list[Member]
@@ -69,6 +72,20 @@ class Evaluation:
     warnings: tuple[str, ...]
     results: dict[str, dict[DomainSplit, Figures]] = field(default_factory=dict)
     cost: dict[str, float] = field(default_factory=dict)
+    alphas: tuple[float, ...] = ()
+
+    @property
+    def asked(self) -> str:
+        """Label of the result asked for; among alphas the first with the best `validation`."""
+        return (
+            max(self.results, key=self.validation) if self.alphas else next(reversed(self.results))
+        )
+
+    def validation(self, label: str) -> float:
+        """Unweighted mean of the sources' `out` accuracies, of those that are evaluated."""
+        sources = sources_of(self.members[0], self.data)
+        accuracies = [self.results[label][env, "out"].accuracy for env in sources]
+        return sum(accuracies) / len(accuracies)
 
     def titled(self, text: str) -> str:
         """A title, after the name of the shard set if it has one of its own."""
@@ -105,12 +122,16 @@ def prepare(args: argparse.Namespace) -> Evaluation:
         AdapterError, CheckpointError, DamagedDataError: something read is damaged.
     """
     members = read_members(args.adapter)
+    alphas = _alphas(args, members)
     combine = args.combine or [ENSEMBLE if len(members) > 1 else "each"]
     if ENSEMBLE in combine and len(members) < 2:
         raise ConfigError("--combine ensemble: needs two adapters or more; give --adapter A B")
     if args.save is not None:
-        if SOUP not in combine:
-            raise ConfigError("--save: writes the soup; give --combine soup as well")
+        if SOUP not in combine and not alphas:
+            raise ConfigError(
+                "--save: writes the soup, or what --alpha chooses; give --combine soup as well, or "
+                "--alpha 0,0.5,1"
+            )
         check_target("--save", args.save)
         if args.image_size:
             raise ConfigError("--save: writes adapters of their own size; leave --model.image_size")
@@ -121,12 +142,58 @@ def prepare(args: argparse.Namespace) -> Evaluation:
     splits = SPLITS if args.split == "both" else (args.split,)
     splits = splits if data.index.subset is None else (*splits, LEFT_OUT)
     warnings = (*data.warnings, *(start_warning(members) if mean else ()))
-    base = base_of(members[0], args.weights, args.image_size)
+    if alphas:
+        _check_validation(members[0], data, splits)
+        base = start_of(members[0], args.weights, args.text_model)
+        members = [_at(alpha, members[0], base) for alpha in alphas]
+    if not alphas or args.image_size:
+        base = base_of(members[0], args.weights, args.image_size)
     members = [of_size(member, args.image_size) for member in members]
     return Evaluation(
         members, combine, args.average, mean, base, data, splits, args.batch,
-        dtype_of(members, args.precision), warnings,
+        dtype_of(members, args.precision), warnings, alphas=alphas,
     )  # fmt: skip
+
+
+def _alphas(args: argparse.Namespace, members: Sequence[Member]) -> tuple[float, ...]:
+    """Those of the command line; `ConfigError` if it asks for more than they can be."""
+    if args.alpha is None:
+        if args.text_model is not None:
+            raise ConfigError("--model.text_model: only with --alpha; leave it out")
+        return ()
+    if len(members) > 1:
+        raise ConfigError(f"--alpha: is for one adapter, not {len(members)}; evaluate them apart")
+    if set(args.combine or ()) - {"each"}:
+        raise ConfigError(
+            f"--alpha: shows each alpha; leave --combine {' '.join(args.combine)} out"
+        )
+    return read_alphas(args.alpha)
+
+
+def _at(alpha: float, member: Member, start: Backbone) -> Member:
+    return replace(
+        interpolated(member, start.model, alpha), label=f"alpha {alpha!r}".removesuffix(".0")
+    )
+
+
+def sources_of(member: Member, data: AdapterData) -> list[int]:
+    """The domains that are evaluated and that an adapter was trained on, if it says so."""
+    known, names = member.info.origin is not None, data.index.domains
+    return [env for env in data.envs if known and not not_trained_on([member], names[env])]
+
+
+def _check_validation(member: Member, data: AdapterData, splits: Sequence[str]) -> None:
+    """Raises `ConfigError` if there is nothing by which an alpha can be chosen."""
+    if "out" not in splits:
+        raise ConfigError(
+            f"--split {splits[0]}: without `out`, on which --alpha is chosen; use both or out"
+        )
+    if not sources_of(member, data):
+        shown = ", ".join(data.index.domains[env] for env in data.envs)
+        raise ConfigError(
+            f"--alpha: {member.source} was trained on none of {shown}, as far as is known, so "
+            "there is no validation to choose by; give --domains with one that it was trained on"
+        )
 
 
 def dtype_of(members: Sequence[Member], precision: str | None) -> torch.dtype:

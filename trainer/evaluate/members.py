@@ -122,13 +122,17 @@ def class_difference(mine: Sequence[str], other: Sequence[str]) -> str:
     return f"has {mine[place]!r} as class {place}, not {other[place]!r} as"
 
 
-def base_of(member: Member, weights: str | None, image_size: int | None = None) -> Backbone:
+def base_of(
+    member: Member, weights: str | None, image_size: int | None = None, own_head: bool = False
+) -> Backbone:
     """A fresh backbone with the weights that an adapter was trained on, on the CPU.
 
     `weights` is `pretrained`, `random` for those that its seed draws, or a safetensors file; None
     stands for what it has on record, else `pretrained`. With an `image_size` it is made for other
-    images than the adapter's, once the adapter's own has proved right. `ConfigError` if the weights
-    cannot be had, or are others than those.
+    images than the adapter's, once the adapter's own has proved right. The classifier is linear,
+    or with `own_head` of the adapter's kind, as the seed draws it; where the adapter's came from
+    text, with the projection as well. `ConfigError` if the weights cannot be had, or are others
+    than those.
     """
     info = member.info
     seed, recorded = (0, "") if info.origin is None else (info.origin.seed, info.origin.weights)
@@ -139,6 +143,8 @@ def base_of(member: Member, weights: str | None, image_size: int | None = None) 
             "that file: --model.weights FILE.safetensors"
         )
     base = ModelConfig(backbone=info.base_model, weights=named, **_sizes(info))
+    if own_head:
+        base = replace(base, head=info.head.get("kind", "linear"), **_text(info))
     backbone = create_backbone(base, len(info.classes), seed)  # random ones follow from both
     if backbone.sha256 != info.base_sha256:
         raise ConfigError(
@@ -149,6 +155,13 @@ def base_of(member: Member, weights: str | None, image_size: int | None = None) 
     if image_size in (None, info.data_config["input_size"][-1]):
         return backbone
     return create_backbone(replace(base, image_size=image_size), len(info.classes), seed)
+
+
+def _text(info: AdapterInfo) -> dict[str, Any]:
+    """Settings of an adapter's head from text, if it is one."""
+    if info.head.get("init") != "text":
+        return {}
+    return {"head_init": "text", "head_frozen": info.head.get("frozen", False)}
 
 
 def of_size(member: Member, image_size: int | None) -> Member:

@@ -29,13 +29,21 @@ def report(found: Evaluation, args: argparse.Namespace) -> None:
     else:
         for table in tables(found):
             table.show(console)
+        if found.alphas:
+            share = 100 * found.validation(found.asked)
+            console.out(
+                f"chosen by validation: {found.asked}, {share:.1f} % on the sources' out splits"
+            )
         console.out(_cost(found))
     if args.output is not None:
         _write_folder(found, args.output)
-    if args.save is not None and (mean := found.soup) is not None:
-        accuracies = {k: v for k, v in row(found, SOUP).items() if k.endswith("_acc")}
-        info = replace(mean.info, results=accuracies)
-        write_member("--save", replace(mean, info=info), args.save)
+    if args.save is not None:
+        made = [*found.members, *([found.soup] if found.soup else [])]
+        label = found.asked if found.alphas else SOUP
+        accuracies = {k: v for k, v in row(found, label).items() if k.endswith("_acc")}
+        member = next(member for member in made if member.label == label)
+        info = replace(member.info, results=accuracies)
+        write_member("--save", replace(member, info=info), args.save)
 
 
 def row(found: Evaluation, label: str) -> dict[str, float]:
@@ -48,6 +56,8 @@ def row(found: Evaluation, label: str) -> dict[str, float]:
             flat[f"moa/env{env}_{split}_{name}"] = getattr(figures, name)
         if figures.unusable:
             flat[f"moa/unusable/env{env}_{split}"] = figures.unusable
+    if found.alphas:
+        flat["moa/validation"] = found.validation(label)
     return flat
 
 
@@ -65,7 +75,7 @@ def domain_title(found: Evaluation, env: int) -> str:
 
 
 def tables(found: Evaluation) -> list[Table]:
-    """A comparison of all results if there are several, then the details of the last."""
+    """A comparison of all results if there are several, then the details of the one asked for."""
     envs, splits, result = found.data.envs, found.splits, []
     titles = [domain_title(found, env) for env in envs]
     for split in splits if len(found.results) > 1 else ():
@@ -75,7 +85,7 @@ def tables(found: Evaluation) -> list[Table]:
             rows.append([label, *(_percent(f, "accuracy") for f in here), _mean_ece(here)])
         title = found.titled(f"accuracy %, {split.replace('_', ' ')} split")
         result.append(Table(["adapter", *titles, "mean ECE %"], rows, title, align="lr"))
-    label, cells = next(reversed(found.results.items()))
+    label, cells = found.asked, found.results[found.asked]
     shown = {"acc %": "accuracy", "class mean %": "class_mean", "ECE %": "ece"}
     columns = [f"{split.replace('_', ' ')} {what}" for split in splits for what in shown]
     rows = [
@@ -122,7 +132,7 @@ def document(found: Evaluation) -> dict[str, Any]:
         "domains": domains, "classes": classes,
         "trial_seed": found.data.trial_seed,
         "holdout_fraction": found.data.config.holdout_fraction,
-        "average": found.average, "warnings": found.warnings,
+        "average": found.average, "warnings": found.warnings, "asked": found.asked,
         "adapters": [
             {
                 "label": m.label, "source": m.source, "method": m.info.moa.method,

@@ -13,12 +13,12 @@ from trainer.evaluate.predictions import Figures, total
 
 @literally
 def save_pictures(found: Evaluation, titles: Mapping[int, str], folder: Path) -> None:
-    """Writes `accuracy.png` of all results, `confusion.png` and `reliability.png` of the last.
+    """Writes `accuracy.png` of all results; `confusion.png`, `reliability.png` of that asked for.
 
-    Domains are named by `titles`; the folder exists.
+    Of alphas `accuracy.png` is the curve. Domains are named by `titles`; the folder exists.
     """
     titles = {env: printable(title) for env, title in titles.items()}
-    label = next(reversed(found.results))
+    label = found.asked
     shown = {}
     for env, title in titles.items():
         splits = found.shown_splits(env)
@@ -28,7 +28,7 @@ def save_pictures(found: Evaluation, titles: Mapping[int, str], folder: Path) ->
     classes, called = found.data.index.classes, found.titled(label)
     what = f"{called}: predicted class by true class"
     pictures = {
-        "accuracy": _accuracies(found, titles),
+        "accuracy": (_curve if found.alphas else _accuracies)(found, titles),
         "confusion": confusion_figure(confusions, classes, what),
         "reliability": _reliabilities(shown, f"{called}: accuracy by confidence"),
     }
@@ -36,16 +36,42 @@ def save_pictures(found: Evaluation, titles: Mapping[int, str], folder: Path) ->
         (folder / f"{name}.png").write_bytes(png(picture))
 
 
+def _shown_accuracy(found: Evaluation, label: str, env: int) -> float:
+    """In per cent, over the splits that pictures show of a domain."""
+    cells = found.results[label]
+    return 100 * total([cells[env, split] for split in found.shown_splits(env)]).accuracy
+
+
+def _curve(found: Evaluation, titles: Mapping[int, str]) -> Figure:
+    """A line for each domain over the alphas; the chosen one is marked."""
+    figure = Figure(figsize=(6, 4.6), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    points = sorted(zip(found.alphas, found.results, strict=True))
+    alphas = [alpha for alpha, _ in points]
+    for env, title in titles.items():
+        heights = [_shown_accuracy(found, label, env) for _, label in points]
+        axes.plot(alphas, heights, marker="o", label=title)
+    axes.plot(
+        alphas, [100 * found.validation(label) for _, label in points], color="black",
+        linestyle="--", label="validation (mean of the sources' out)",
+    )  # fmt: skip
+    chosen = next(alpha for alpha, label in points if label == found.asked)
+    axes.axvline(chosen, color="grey", linewidth=1)
+    axes.set_xlabel(f"alpha ({chosen:g} is chosen by validation)")
+    axes.set_ylabel("accuracy %")
+    axes.set_title(found.titled(found.shown_images()), fontsize=10)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    return figure
+
+
 def _accuracies(found: Evaluation, titles: Mapping[int, str]) -> Figure:
     width = 0.8 / len(found.results)
     inches = min(18, 2.5 + 0.45 * len(titles) * (len(found.results) + 1))
     figure = Figure(figsize=(inches, 4.2), dpi=120, layout="constrained")
     axes = figure.subplots()
-    for number, (label, cells) in enumerate(found.results.items()):
-        heights = [
-            100 * total([cells[env, split] for split in found.shown_splits(env)]).accuracy
-            for env in titles
-        ]
+    for number, label in enumerate(found.results):
+        heights = [_shown_accuracy(found, label, env) for env in titles]
         places = np.arange(len(titles)) + (number - (len(found.results) - 1) / 2) * width
         axes.bar(places, heights, width, label=label)
     names = [title.replace(" (", "\n(", 1) for title in titles.values()]

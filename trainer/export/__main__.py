@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.config.command_line import command_parser
-from trainer.evaluate.flags import add_weights_flag
+from trainer.evaluate.flags import add_alpha_flags, add_weights_flag
 from trainer.process.ending import conclude
 from trainer.process.errors import ConfigError, OutputError, cannot_write
 from trainer.process.world import ALONE
@@ -33,7 +33,9 @@ def parser() -> argparse.ArgumentParser:
     add("--peft", type=Path, metavar="FOLDER", help="write it for stock PEFT (lora, multi_lora)")
     add("--push", metavar="ORGANISATION/NAME", help="upload it to the hub, creating the repository")
     add("--private", action="store_true", help="of a repository that --push creates")
-    add_weights_flag(result, "for --peft: ")
+    purpose = "share, 0 to 1, of the way from the start of the adapter's training to its end"
+    add_alpha_flags(result, "A", purpose)
+    add_weights_flag(result, "for --peft and --alpha: ")
     return result
 
 
@@ -52,12 +54,16 @@ def export(args: argparse.Namespace) -> None:
     if args.private and not args.push:
         raise ConfigError("--private: only with --push")
     (member,) = read_members([args.adapter])
+    if args.text_model is not None and args.alpha is None:
+        raise ConfigError("--model.text_model: only with --alpha; leave it out")
     for flag, folder in (("--out", args.out), ("--peft", args.peft)):
         if folder is not None:
             check_target(flag, folder)
     if args.push:
         _check_repository(args.push)
         _check_command(member, args.push)
+    if args.alpha is not None:
+        member = _between(member, args)
     if args.peft:
         _write_peft(member, args.peft, args.weights)
         _say(f"wrote {args.peft} for peft.PeftModel.from_pretrained")
@@ -67,6 +73,18 @@ def export(args: argparse.Namespace) -> None:
     if args.push:
         _say(f"pushed to {_push(member, args.push, args.private)}; load it with")
         _say(f'moa.load_adapter(model, "hf-hub:{args.push}")')
+
+
+def _between(member: "Member", args: argparse.Namespace) -> "Member":
+    from trainer.evaluate.interpolation import interpolated, read_alphas, start_of
+
+    alphas = read_alphas(args.alpha)
+    if len(alphas) > 1:
+        raise ConfigError(
+            f"--alpha {args.alpha}: one adapter lies at one alpha; trainer.evaluate --alpha "
+            f"{args.alpha} chooses one of several"
+        )
+    return interpolated(member, start_of(member, args.weights, args.text_model).model, *alphas)
 
 
 def _say(line: str) -> None:

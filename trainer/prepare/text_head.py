@@ -19,8 +19,9 @@ so that its scores are CLIP's. A bias that CLIP adds to the scores of all classe
 since probabilities do not depend on it.
 """
 
+import math
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,17 +73,27 @@ def text_model_of(backbone: str) -> str | None:
     return table.get(backbone.replace("_quickgelu", ""))  # type: ignore[no-any-return]
 
 
-def load_text_model(source: str) -> TextModel:
-    """Loads an open_clip model on the CPU; `source` is as `model.text_model`.
-
-    Raises `ConfigError`: open_clip is missing, there is no such model, or it cannot be had.
-    """
+def _open_clip() -> Any:
     try:
         import open_clip
     except ImportError as error:
         raise ConfigError(
             "model.head_init: text needs open_clip; pip install 'moa-trainer[text]'"
         ) from error
+    return open_clip
+
+
+def known_text_models() -> set[str]:
+    """`NAME:TAG` of all models that open_clip itself knows where to get."""
+    return {f"{name}:{tag}" for name, tag in _open_clip().list_pretrained()}
+
+
+def load_text_model(source: str) -> TextModel:
+    """Loads an open_clip model on the CPU; `source` is as `model.text_model`.
+
+    Raises `ConfigError`: open_clip is missing, there is no such model, or it cannot be had.
+    """
+    open_clip = _open_clip()
     kind, colon, place = source.partition(":")
     source = f"{kind}{colon}{os.path.expanduser(place)}"
     name, weights = source, ""
@@ -202,9 +213,7 @@ def use_text_head(
     templates = read_templates(settings.prompts)
     replaced = read_class_names(settings.class_names)
     names = spoken_names(index.classes, config.data.dataset, replaced)
-    with torch.random.fork_rng(devices=[]):  # other ranks, which draw adapters, do not do this
-        text_model = load_text_model(source)
-        embeddings = text_model.embed(names, templates)
+    text_model, embeddings = _embedded(source, names, templates)
     head, scale = classifier(backbone.model), text_model.scale()
     facts = {
         "init": "text", "text_model": source, "templates": list(templates), "class_texts": names,
@@ -217,3 +226,28 @@ def use_text_head(
     length = mean_length(backbone.model, images, projection)
     fill_head(head, embeddings, projection, scale / length, text_model.bias())
     return facts | {"mean_length": length}
+
+
+def _embedded(
+    source: str, names: Sequence[str], templates: Sequence[str]
+) -> tuple[TextModel, Tensor]:
+    with torch.random.fork_rng(devices=[]):  # other ranks, which draw adapters, do not do this
+        text_model = load_text_model(source)
+        return text_model, text_model.embed(names, templates)
+
+
+def refill_linear_head(backbone: Backbone, facts: Mapping[str, Any], source: str) -> None:
+    """Fills a fresh linear classifier once more as `use_text_head` did, which returned `facts`.
+
+    Raises `ConfigError`: see `load_text_model`; or `source` is not the text model of then.
+    """
+    text_model, embeddings = _embedded(source, facts["class_texts"], facts["templates"])
+    scale = text_model.scale()
+    if not math.isclose(scale, facts["scale"], rel_tol=1e-5):
+        raise ConfigError(
+            f"--model.text_model: {source} has the scale {scale:g}, the one that made the head "
+            f"({facts['text_model']}) had {facts['scale']:g}; give the latter"
+        )
+    assert backbone.projection is not None
+    head, length = classifier(backbone.model), facts["mean_length"]
+    fill_head(head, embeddings, backbone.projection, facts["scale"] / length, text_model.bias())

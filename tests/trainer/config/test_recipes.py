@@ -27,7 +27,7 @@ from trainer.prepare.parts import build
 from trainer.process.world import World
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-SIZES = {"domainnet_vitl": 8, "domainnet_vitg": 16}
+SIZES = {"domainnet_vitl": 8, "domainnet_vitl_frontier": 8, "domainnet_vitg": 16}
 """Processes of the template that uses a recipe; the others are for 4."""
 PAPER = {"domainnet": (15001, 1000)}
 """Steps of the paper's code, and how many lie between two evaluations; elsewhere 5001 and 200."""
@@ -63,7 +63,9 @@ def test_recipe_is_planned_as_its_comments_say(name: str) -> None:
 def test_every_line_of_a_recipe_says_why(name: str) -> None:
     for line in (RECIPES / f"{name}.yaml").read_text().splitlines():
         key = line.strip().partition(":")[0]
-        sections = ("data", "model", "moa", "optim", "train", "checkpoint", "eval")
+        sections = (
+            "data", "model", "moa", "objective", "average", "optim", "train", "checkpoint", "eval",
+        )  # fmt: skip
         explains_itself = (*sections, "dataset", "backbone", "ranks", "name", "weight_decay")
         if name != "embedded" and key not in ("", *explains_itself):
             assert "#" in line, line

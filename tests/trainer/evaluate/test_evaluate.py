@@ -53,11 +53,15 @@ METHODS = ("moa_kron", "moa_kron", "lora", "bias", "full")
 
 
 def make(folder: Path, seed: int, *flags: str) -> Path:
-    """An adapter as a run would write it, with values far from where they start."""
+    """An adapter as a run would write it, with what trains far from where it starts."""
     parts = build(parse([f"--train.seed={seed}", *flags]), World(0, 1, 0, 1))
     torch.manual_seed(seed)
     tensors = moa.adapter_state_dict(parts.model)
-    moved = {n: t + 0.05 * torch.randn(t.shape).to(t.dtype) for n, t in tensors.items()}
+    trained = dict(parts.model.named_parameters())
+    moved = {
+        n: t + 0.05 * torch.randn(t.shape).to(t.dtype) if n in trained else t
+        for n, t in tensors.items()
+    }
     moa.save_adapter(parts.model, folder, parts.info, moved)
     return folder
 
@@ -397,6 +401,12 @@ def other_info(folder: Path, into: Path, **changes: Any) -> Path:
     return into
 
 
+def averaged(folder: Path, into: Path) -> Path:
+    origin = read_adapter(folder)[0].origin
+    assert origin is not None
+    return other_info(folder, into, origin=replace(origin, averaged=("a", "b")))
+
+
 def damaged(folder: Path, into: Path) -> Path:
     shutil.copytree(folder, into)
     weights = into / WEIGHTS_FILE
@@ -424,6 +434,23 @@ REFUSALS: dict[str, tuple[Any, int, str]] = {
     "domain": (lambda a, t: [a, "--domains", "rotatd"], 2, "did you mean 'rotated'"),
     "alone": (lambda a, t: [a, "--combine", "ensemble"], 2, "two adapters"),
     "save": (lambda a, t: [a, "--save", t / "soup"], 2, "--combine soup"),
+    "alpha": (lambda a, t: [a, "--alpha", "0,1.5"], 2, "'1.5' is no number from 0"),
+    "no number": (lambda a, t: [a, "--alpha", "half"], 2, "'half' is no number from 0"),
+    "nan": (lambda a, t: [a, "--alpha", "nan"], 2, "'nan' is no number from 0"),
+    "alpha twice": (lambda a, t: [a, "--alpha", "0.5,0,.50"], 2, "0.5 is given twice"),
+    "alphas of two": (lambda a, t: [a, a.parent / "a1", "--alpha", "0"], 2, "one adapter, not 2"),
+    "alpha soup": (lambda a, t: [a, "--alpha=0", "--combine=soup"], 2, "leave --combine soup out"),
+    "no out": (lambda a, t: [a, "--alpha=0", "--split=in"], 2, "use both or out"),
+    "no source": (
+        lambda a, t: [a, "--alpha=0", "--domains=rotated"], 2, "no validation to choose by; give",
+    ),
+    "no origin": (
+        lambda a, t: [other_info(a, t / "b", origin=None), "--alpha=0"], 2, "trained on none of",
+    ),
+    "mean": (
+        lambda a, t: [averaged(a, t / "b"), "--alpha=0"], 2, "is the mean of several, so the seed",
+    ),
+    "text model": (lambda a, t: [a, "--model.text_model=x"], 2, "only with --alpha"),
     "fraction": (lambda a, t: [a, "--data.holdout_fraction", "1"], 2, r"\[0, 1\)"),
     "hub name": (lambda a, t: ["hf-hub:a/b/c"], 2, "organisation/name"),
     "damaged": (lambda a, t: [a, damaged(a, t / "b")], 65, "damaged adapter"),

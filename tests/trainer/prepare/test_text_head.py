@@ -1,6 +1,7 @@
 """Heads made from text against open_clip itself, on small random models; nothing is downloaded."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from trainer.config.class_texts import (
 from trainer.config.command_line import parse
 from trainer.engine.engine import restore_weights
 from trainer.evaluate.combine import models_on, soup
+from trainer.evaluate.interpolation import interpolated, start_of
 from trainer.evaluate.members import Member, base_of, read_members
 from trainer.export.__main__ import main as export
 from trainer.flatness.surface import Surface
@@ -527,6 +529,56 @@ def test_commands_rebuild_every_head(
         refused = "has a cosine head (model.head), for which" in capsys.readouterr().err
         assert (code, refused) == ((2, True) if name == "cosine" else (0, False))
     check_soups(members, cosine, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"), [("linear", "full"), ("cosine", "full"), ("frozen", "lora")]
+)
+def test_an_adapter_goes_back_to_the_zero_shot_model(
+    kind: str, method: str, embedded: tuple[nn.Module, list[str]], tmp_path: Path
+) -> None:
+    """Bit for bit; only a linear head needs the text model again."""
+    head = {"linear": [], "cosine": ["--model.head=cosine"]}.get(
+        kind, ["--model.head=cosine", "--model.head_frozen=true"]
+    )
+    flags = [*embedded[1], *head, f"--moa.method={method}"]
+    (member,) = read_members([made(tmp_path / "adapter", *flags)[1]])
+    text_model = embedded[1][2].partition("=")[2] if kind == "linear" else None
+    start = start_of(member, None, text_model).model
+    at_0, half = (interpolated(member, start, alpha) for alpha in (0.0, 0.5))
+    zero_shot = build(parse(flags), World(0, 1, 0, 1)).model.eval()
+    images = torch.randn(4, 3, 32, 32)
+    assert torch.equal(models_on(start, [at_0])[0].eval()(images), zero_shot(images))
+    begun = zero_shot.get_parameter("head.weight") if kind != "frozen" else None
+    if begun is not None:
+        mean = (begun + member.tensors["head.weight"]) / 2
+        assert torch.allclose(half.tensors["head.weight"], mean)
+
+
+def test_what_an_adapter_says_of_its_texts_is_not_trusted(
+    embedded: tuple[nn.Module, list[str]], tmp_path: Path
+) -> None:
+    folder = made(tmp_path / "adapter", *embedded[1])[1]
+    (member,) = read_members([folder])
+    with pytest.raises(ConfigError, match="none of open_clip's own models; if you trust it, give"):
+        start_of(member, None, None)
+    with pytest.raises(
+        ConfigError, match=r"cannot be had .* give --model\.text_model NAME:FILE or"
+    ):
+        start_of(member, None, f"local-dir:{tmp_path / 'none'}")
+    other = random_clip()
+    other.logit_scale.data.fill_(2.0)
+    scaled = f"local-dir:{save_clip(other, small_clip(), tmp_path / 'clip')}"
+    with pytest.raises(ConfigError, match=r"has the scale 7\.389.* had 20\.08"):
+        start_of(member, None, scaled)
+    for wrong in (
+        {"class_texts": ["one"]}, {"templates": ["a {0.__class__}"]}, {"templates": []},
+        {"mean_length": 0.0}, {"scale": None}, {"text_model": 3},
+    ):  # fmt: skip
+        head = {**member.info.head, **wrong}
+        odd = replace(member, info=replace(member.info, head=head))
+        with pytest.raises(moa.AdapterError, match="does not say from which texts"):
+            start_of(odd, None, None)
 
 
 def check_soups(members: list[Member], flags: list[str], folder: Path) -> None:
