@@ -23,6 +23,8 @@ def model_card(info: AdapterInfo) -> str:
     may be compared with those of others; the table below has every domain.
     """
     base = "\n".join(creation(info))
+    head = "cosine head; " if info.head.get("kind") == "cosine" else ""
+    what = f"{head}ranks {list(info.moa.resolved().ranks or ())}"
     imports = "\n".join(["import moa, timm", *registration(info.base_model)])
     use = f"""{imports}
 
@@ -33,7 +35,7 @@ moa.load_adapter(model, "path/to/this/folder")  # or "hf-hub:organisation/name\"
 ---
 # {escaped(_title(info))}
 
-{len(info.classes)} classes; ranks {list(info.moa.resolved().ranks or ())}. Base weights (SHA-256)
+{len(info.classes)} classes; {what}. Base weights (SHA-256)
 {code(info.base_sha256)}.
 
 {block(use, "python")}
@@ -52,15 +54,17 @@ def _title(info: AdapterInfo) -> str:
 def creation(info: AdapterInfo) -> list[str]:
     """Lines of Python that make the fresh base of an adapter as `model`."""
     weights = "" if info.origin is None else info.origin.weights
+    sizes = [f"{name}={value!r}" for name, value in sorted(info.model_args.items())]
     if info.origin is not None and weights == "random":
-        call = f"timm.create_model({json.dumps(info.base_model)}, num_classes={len(info.classes)})"
+        arguments = [json.dumps(info.base_model), f"num_classes={len(info.classes)}", *sizes]
+        call = f"timm.create_model({', '.join(arguments)})"
         return ["import torch", f"torch.manual_seed({info.origin.seed})", f"model = {call}"]
     arguments = [json.dumps(info.base_model), "pretrained=True"]
     if weights not in ("", "pretrained"):
         own = timm.get_pretrained_cfg(info.base_model)  # whose file may be in a form of its own
         plain = ', "custom_load": False' if own is not None and own.custom_load else ""
         arguments.append(f'pretrained_cfg_overlay={{"file": {json.dumps(weights)}{plain}}}')
-    arguments.append(f"num_classes={len(info.classes)}")
+    arguments += [f"num_classes={len(info.classes)}", *sizes]
     return [f"model = timm.create_model({', '.join(arguments)})"]
 
 

@@ -24,6 +24,7 @@ from moa.files import saving
 from moa.files.reading import read_files
 from moa.layers.experts import LoRAExpert
 from moa.layers.layer import MoALinear
+from moa.model.heads import head_path, head_settings
 from moa.model.injection import IN_BLOCK, InjectReport, check_fresh, classifier, matching_layers
 from moa.model.merging import fixed_layers, lora_factors
 
@@ -220,13 +221,14 @@ def _saved_head(model: nn.Module, settings: Mapping[str, Any]) -> str | None:
 
 
 def _head_path(model: nn.Module) -> str:
-    head = classifier(model)
-    for path, module in model.named_modules():
-        if module is head:
-            return str(path)
+    what = "two classifiers"
+    if head_settings(model):
+        what = "a cosine head (model.head)"
+    elif path := head_path(model):
+        return path
     raise MoAConfigError(
-        f"{type(model).__name__} has two classifiers, for which PEFT's files have no form; keep "
-        "the adapter as it is: moa.save_adapter writes a small file"
+        f"{type(model).__name__} has {what}, for which PEFT's files have no form; keep the adapter "
+        "as it is: moa.save_adapter writes a small file"
     )
 
 

@@ -19,6 +19,7 @@ from moa.config import MoAConfig
 from moa.errors import AdapterError, one_line
 from moa.files.hub import CONFIG_FILE, WEIGHTS_FILE, adapter_folder
 from moa.files.origin import Origin, origin_from
+from moa.layers.head import check_settings
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +40,12 @@ class AdapterInfo:
         base_sha256: `base_hash` of that base before injection.
         moa: the adapter's configuration.
         classes: class names in label order.
-        data_config: the base's `input_size`, `mean`, `std`, `interpolation`.
+        data_config: `input_size`, `mean`, `std`, `interpolation` of its images.
         results: figures for the model card.
         origin: the run it comes from; None if unknown.
-        head: how the classifier began, if not at random.
+        head: how the classifier began, if not at random, and its kind, if not linear.
+        model_args: what timm was told of the base beside its name: `img_size`, `patch_size`,
+            `dynamic_img_size`.
     """
 
     base_model: str
@@ -53,6 +56,7 @@ class AdapterInfo:
     results: Mapping[str, float] = field(default_factory=dict)
     origin: Origin | None = None
     head: Mapping[str, Any] = field(default_factory=dict)
+    model_args: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_adapter(folder: str | Path) -> tuple[AdapterInfo, dict[str, Tensor]]:
@@ -155,6 +159,7 @@ def _info(folder: Path, config: dict[str, Any]) -> AdapterInfo:
             results=config.get("results", {}),
             origin=None if config.get("origin") is None else origin_from(config["origin"]),
             head=config.get("head", {}),
+            model_args=config.get("model_args", {}),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"{folder}: {CONFIG_FILE} is not legal: {one_line(error)}") from error
@@ -163,9 +168,13 @@ def _info(folder: Path, config: dict[str, Any]) -> AdapterInfo:
 def _check_kinds(config: dict[str, Any]) -> None:
     """Raises `ValueError` for a field that is of another kind than `write_adapter` gives it."""
     kinds: dict[str, Any] = {"base_model_name_or_path": str, "base_sha256": str, "classes": list}
-    for name, kind in (kinds | dict.fromkeys(("data_config", "results", "head"), dict)).items():
+    for name, kind in (kinds | dict.fromkeys(_OBJECTS, dict)).items():
         if name in config and not isinstance(config[name], kind):
             raise ValueError(f"{name}: {reprlib.repr(config[name])}; must be {_KINDS[kind]}")
+    check_settings(config.get("head", {}))
+    for name, value in config.get("model_args", {}).items():
+        if not _MODEL_ARGS.get(name, lambda _: False)(value):
+            raise ValueError(f"model_args: {reprlib.repr(name)} {reprlib.repr(value)} is not legal")
     names = config["classes"]
     if {type(name) for name in names} != {str}:
         raise ValueError(f"classes: {reprlib.repr(names)}; must be one or more names")
@@ -185,6 +194,12 @@ def _is_three(value: Any, fits: Callable[[Any], bool]) -> bool:
     return isinstance(value, list | tuple) and len(value) == 3 and all(map(fits, value))
 
 
+_OBJECTS = ("data_config", "results", "head", "model_args")
+_MODEL_ARGS: dict[str, Callable[[Any], bool]] = {
+    "img_size": lambda n: type(n) is int and 0 < n <= 2**14,
+    "patch_size": lambda n: type(n) is int and 0 < n <= 2**14,
+    "dynamic_img_size": lambda told: told is True,
+}
 _OF_IMAGES: dict[str, Callable[[Any], bool]] = {
     "input_size": partial(_is_three, fits=lambda n: type(n) is int and 0 < n <= 2**14),
     "mean": partial(_is_three, fits=_is_finite),

@@ -11,8 +11,9 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,17 +30,19 @@ from moa.files.hub import (
     WEIGHTS_FILE as WEIGHTS_FILE,
 )
 from moa.files.reading import FORMAT_VERSION, AdapterInfo, config_hash, read_adapter
+from moa.model.heads import fit_head, head_buffers, head_settings
 from moa.model.injection import InjectReport, check_fresh, classifier, inject
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor of `model` that training moves, by name, in its own dtype and place.
+    """Every tensor of `model` that its base lacks, by name, in its own dtype and place.
 
-    These are the trainable parameters and, with `balance = bias`, the routers' `balance_steps`.
-    The tensors share the model's memory.
+    These are the trainable parameters, with `balance = bias` the routers' `balance_steps`, and what
+    a cosine head keeps as it is. The tensors share the model's memory.
     """
     moved = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    return moved | {n: b for n, b in model.named_buffers() if n.endswith(".router.balance_steps")}
+    moved |= {n: b for n, b in model.named_buffers() if n.endswith(".router.balance_steps")}
+    return moved | head_buffers(model)
 
 
 def base_hash(model: nn.Module) -> str:
@@ -70,6 +73,7 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], info: AdapterInfo
         "results": dict(info.results),
         "origin": None if info.origin is None else info.origin.plain(),
         "head": dict(info.head),
+        "model_args": dict(info.model_args),
     }
     config["sha256"] = {
         WEIGHTS_FILE: hashlib.sha256(weights).hexdigest(),
@@ -112,6 +116,7 @@ def save_adapter(
 
     Raises `FileExistsError`: `folder` is neither new, nor empty, nor an older adapter.
     """
+    info = replace(info, head={**info.head, **head_settings(model)})
     with replaced_adapter(folder) as temporary:
         write_adapter(temporary, adapter_state_dict(model) if tensors is None else tensors, info)
 
@@ -119,9 +124,10 @@ def save_adapter(
 def load_adapter(model: nn.Module, folder: str | Path) -> AdapterInfo:
     """Injects and loads a saved adapter into a fresh base model, which keeps its dtype and device.
 
-    The classifier is replaced if its number of classes differs. Everything is checked first, so a
-    refused adapter leaves the model as it was. The base is known by the bits of its weights, so one
-    converted to bf16 is another base: load in fp32, as the trainer does, and convert afterwards.
+    The classifier is replaced if its number of classes or its kind differs. Everything is checked
+    first, so a refused adapter leaves the model as it was. The base is known by the bits of its
+    weights, so one converted to bf16 is another base: load in fp32, as the trainer does, and
+    convert afterwards.
 
     Args:
         model: the timm model that the adapter was trained on, as `timm.create_model` gives it.
@@ -164,12 +170,12 @@ def attach(
     """
     empty = outline(model)
     try:
-        fit_and_inject(empty, info.moa, len(info.classes))
+        fit_and_inject(empty, info.moa, len(info.classes), info.head)
     except MoAConfigError as error:
         why = one_line(error)
         raise AdapterError(f"{name}: its moa_config does not fit the model: {why}") from error
     check_fit(name, adapter_state_dict(empty), tensors)
-    fit_and_inject(model, info.moa, len(info.classes))
+    fit_and_inject(model, info.moa, len(info.classes), info.head)
     for key, place in adapter_state_dict(model).items():
         place.copy_(tensors[key])
 
@@ -184,12 +190,14 @@ def outline(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def fit_and_inject(model: nn.Module, config: MoAConfig, num_classes: int | None) -> InjectReport:
-    """Injects; before that fits the classifier to a number of classes, if there is one."""
-    head = next(classifier(model).parameters())
-    if num_classes and head.shape[0] != num_classes:
-        model.reset_classifier(num_classes)  # type: ignore[operator]
-        classifier(model).to(device=head.device, dtype=head.dtype)
+def fit_and_inject(
+    model: nn.Module,
+    config: MoAConfig,
+    num_classes: int | None,
+    head: Mapping[str, Any] = MappingProxyType({}),
+) -> InjectReport:
+    """Injects; before that gives the model the classifier as `fit_head` does."""
+    fit_head(model, num_classes, head)
     return inject(model, config)
 
 

@@ -11,6 +11,7 @@ from moa.blocks import select_blocks
 from moa.config import MoAConfig
 from moa.errors import MoAConfigError, NoMatchingModuleError
 from moa.layers.experts import KroneckerRule
+from moa.layers.head import CosineHead
 from moa.layers.layer import MoALinear, check_kron_dim, moa_layers
 
 IN_BLOCK = re.compile(r"(?:^|.*\.)blocks\.(\d+)\.(.+)")
@@ -196,6 +197,8 @@ def classifier(model: nn.Module) -> nn.Module:
     head = model.get_classifier()  # type: ignore[operator]
     if isinstance(head, tuple):
         head = nn.ModuleList(head)
+    if isinstance(head, CosineHead):  # which may be frozen, and then has no parameters
+        return head
     if not isinstance(head, nn.Module) or not any(True for _ in head.parameters()):
         raise MoAConfigError(
             f"{type(model).__name__} has no classifier; create it with num_classes > 0"

@@ -22,9 +22,9 @@ def merge(model: nn.Module) -> None:
     """Replaces every `MoALinear` by its base layer with the adapters folded in, in place.
 
     The result computes what the model computes in evaluation (a dropout of the experts is gone) and
-    holds nothing of this package. The merged layers stay frozen, in their dtype, on their device
-    and in their mode; what else was trainable, such as the classifier, stays so. A Kronecker layer
-    gives its bias to a base layer that had none.
+    holds nothing of this package but a cosine head, if there is one. The merged layers stay frozen,
+    in their dtype, on their device and in their mode; what else was trainable, such as the
+    classifier, stays so. A Kronecker layer gives its bias to a base layer that had none.
 
     Each layer is computed in float64 on the CPU and rounded at the end, so that neither the device
     nor a setting such as TF32 counts.

@@ -19,6 +19,7 @@ from moa import AdapterError, base_hash, export_peft, import_peft, inject, save_
 from moa.files.card import model_card
 from moa.files.reading import AdapterInfo, read_adapter
 from moa.files.saving import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, attach, write_adapter
+from moa.model.heads import fit_head
 from tests.moa.test_state import ORIGIN
 from tests.support.moa_fixtures import images, seal, small_config, stir, tiny_vit
 
@@ -68,6 +69,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "vit_tiny.none", base_hash(model), config, ("a", "b", "c"),
         {**data, "interpolation": "bicubic"}, {"env0_out_acc": 0.5}, ORIGIN,
     )  # fmt: skip
+    fit_head(model, None, {"kind": "cosine", "space": 5, "frozen": False})
     inject(model, config)
     stir(model)
     save_adapter(model, folder, info)

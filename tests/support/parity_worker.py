@@ -49,10 +49,11 @@ def run_config(
     checkpointing: bool = False,
     compile: Literal["off", "blocks"] = "off",
     precision: Literal["fp32", "bf16"] = "fp32",
+    head: Literal["linear", "cosine"] = "linear",
     **adapters: Any,
 ) -> RunConfig:
     return RunConfig(
-        model=ModelConfig(grad_checkpointing=checkpointing, compile=compile),
+        model=ModelConfig(grad_checkpointing=checkpointing, compile=compile, head=head),
         moa=MoAConfig(method=method, **adapters),  # type: ignore[arg-type]
         optim=OPTIM,
         train=TrainConfig(

@@ -19,8 +19,10 @@ LEAKING = {"data.held_out", "data.holdout_fraction", "train.trial_seed"}
 FIXED = {
     **dict.fromkeys(("data.dataset", "eval.mode"), "its evaluations would not fit together"),
     **dict.fromkeys(
-        ("model.backbone", "moa.method", "moa.ranks", "moa.shared_rank", "moa.router",
-         "moa.router_dim", "moa.balance", "moa.kron_dim", "moa.targets", "moa.blocks"),
+        ("model.backbone", "model.image_size", "model.patch_size", "model.dynamic_size",
+         "moa.method", "moa.ranks", "moa.shared_rank", "moa.router",
+         "moa.router_dim", "moa.balance", "moa.kron_dim", "moa.targets", "moa.blocks",
+         "model.head", "model.head_frozen"),
         "the checkpoint's tensors would not fit the model",
     ),
 }  # fmt: skip

@@ -27,6 +27,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 """Folder that holds `trainer/`, `ds_configs/` and the other top-level folders."""
 
 
+MOST_PIXELS = 2**14
+"""Of a side of an image."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The frozen backbone."""
@@ -35,13 +39,26 @@ class ModelConfig:
     """timm name, architecture.tag; vit_embedded is the small one shipped with the trainer"""
     weights: str = "pretrained"
     """pretrained (timm's own for the tag), random, or the path of a safetensors file"""
+    image_size: int | None = None
+    """side of the images in pixels, a multiple of the patch; position embeddings are interpolated
+    (default: the backbone's own size)"""
+    patch_size: int | None = None
+    """side of the patches in pixels; their embedding is resampled (default: the backbone's own)"""
+    dynamic_size: bool = False
+    """leave the base's position embeddings as they are, and interpolate them at every forward"""
     grad_checkpointing: bool = False
     """recompute activations in backward: less memory, about a third more time"""
     compile: Literal["off", "blocks"] = "off"
     """blocks: torch.compile of the transformer's blocks in training, at the first step; the result
     is the same up to rounding"""
+    head: Literal["linear", "cosine"] = "linear"
+    """linear, or cosine: scores are scaled cosines with a vector for each class; from text these
+    stay and CLIP's projection trains, at random they train themselves"""
     head_init: Literal["random", "text"] = "random"
-    """random, or text: the classifier starts as CLIP's zero-shot classifier of the class names"""
+    """random, or text: the classifier starts as CLIP's zero-shot classifier of the class names,
+    exactly if it is a cosine, else up to the confidence"""
+    head_frozen: bool = False
+    """keep a cosine head from text as it starts, CLIP's projection too"""
     text_model: str | None = None
     """open_clip model of the texts: NAME:TAG, NAME:FILE, hf-hub:OWNER/REPOSITORY or
     local-dir:FOLDER; default: the model whose visual tower the backbone is"""
@@ -53,17 +70,26 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         """Every setting that cannot work, one line each."""
+        found = [
+            f"model.{name}: {size}; must be a whole number from 1 to {MOST_PIXELS}"
+            for name, size in (("image_size", self.image_size), ("patch_size", self.patch_size))
+            if size is not None and not 1 <= size <= MOST_PIXELS
+        ]
+        if self.head_frozen and (self.head, self.head_init) != ("cosine", "text"):
+            found.append(
+                "model.head_frozen: true keeps a head as it starts, which only one from text is "
+                "good for; add --model.head cosine --model.head_init text, or leave it out"
+            )
         if self.head_init == "text":
             if self.weights == "random":
                 needed = "a pretrained CLIP backbone, not model.weights random"
-                return [f"model.head_init: text fits {needed}"]
-            found: list[str] = []
+                return [*found, f"model.head_init: text fits {needed}"]
             with noted(found):
                 read_templates(self.prompts)
             with noted(found):
                 read_class_names(self.class_names)
             return found
-        return [
+        return found + [
             f"model.{name}: {getattr(self, name)!r} has no effect without --model.head_init text"
             for name in ("text_model", "prompts", "class_names")
             if getattr(self, name) != getattr(ModelConfig, name)
@@ -181,6 +207,7 @@ class RunConfig:
         found: list[str] = []
         for section in vars(self).values():
             found += section.problems() if hasattr(section, "problems") else []
+        found += self._problems_of_head()
         if self.output_dir == "":
             found.append("output_dir: '' names no folder; without it the default is used")
         if not self.ds_config_path().is_file():
@@ -188,6 +215,21 @@ class RunConfig:
             found.append(f"ds_config: no file {self.ds_config!r}; shipped are {', '.join(shipped)}")
         if found:
             raise ConfigError("\n".join(found))
+
+    def _problems_of_head(self) -> list[str]:
+        """What other sections ask of the head and it cannot give, one line each."""
+        model, margin, found = self.model, self.objective.margin, []
+        if margin and (model.head, model.head_init) != ("cosine", "text"):
+            found.append(
+                f"objective.margin: {margin} needs embeddings of the classes; add --model.head "
+                "cosine --model.head_init text, or leave it at 0"
+            )
+        if model.head_frozen and self.moa.method == "linear":
+            found.append(
+                "model.head_frozen: true leaves nothing to train with moa.method linear; give "
+                "another method, or leave it out"
+            )
+        return found
 
     def ds_config_path(self) -> Path:
         """The DeepSpeed JSON: as given, else relative to the folder that holds `trainer/`."""

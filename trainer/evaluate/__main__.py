@@ -13,7 +13,7 @@ from pathlib import Path
 from shards.config import DataConfig
 from trainer.config.command_line import command_parser
 from trainer.engine.leaving import conclude_together
-from trainer.evaluate.flags import add_pace_flags, add_shared_flags
+from trainer.evaluate.flags import add_pace_flags, add_shared_flags, add_size_flag
 from trainer.process.ending import leave
 from trainer.process.world import World
 
@@ -22,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = command_parser("trainer.evaluate", __doc__, allow_abbrev=False)
     add_shared_flags(result)
+    add_size_flag(result)
     add = result.add_argument
     add(
         "--combine", nargs="+", choices=["each", "ensemble", "soup"], default=None,

@@ -102,6 +102,11 @@ def _incompatibilities(members: Sequence[Member]) -> list[str]:
     for member in members[1:]:
         mine, other = _settings(member), _settings(first)
         differ = [f"moa.{k}: {mine[k]!r} and {other[k]!r}" for k in mine if mine[k] != other[k]]
+        heads = [m.info.head for m in (member, first)]
+        if any("kind" in head for head in heads) and heads[0] != heads[1]:
+            keys = sorted({key for head in heads for key in head})
+            named = next(key for key in keys if heads[0].get(key) != heads[1].get(key))
+            differ.append(f"the head's {named}")
         if not differ:
             names = sorted(name for name, _ in _shapes(member) ^ _shapes(first))
             differ = [f"the tensor {name}" for name in names[:1]]

@@ -67,6 +67,14 @@ def add_decoding_flags(add: Callable[..., object]) -> None:
     )  # fmt: skip
 
 
+def add_size_flag(result: argparse.ArgumentParser) -> None:
+    """Images of another size than the adapter was trained on."""
+    result.add_argument(
+        "--model.image_size", dest="image_size", type=int, metavar="PIXELS",
+        help="side of the images, to look at an adapter on others than its own",
+    )  # fmt: skip
+
+
 def add_weights_flag(result: argparse.ArgumentParser, purpose: str = "") -> None:
     """The weights of the base; `purpose` says what needs them where not the whole command does."""
     result.add_argument(

@@ -29,6 +29,7 @@ from trainer.evaluate.members import (
     base_of,
     check_target,
     not_trained_on,
+    of_size,
     read_members,
 )
 from trainer.evaluate.predictions import Figures, collect, figures_of
@@ -111,6 +112,8 @@ def prepare(args: argparse.Namespace) -> Evaluation:
         if SOUP not in combine:
             raise ConfigError("--save: writes the soup; give --combine soup as well")
         check_target("--save", args.save)
+        if args.image_size:
+            raise ConfigError("--save: writes adapters of their own size; leave --model.image_size")
     if args.batch < 1:
         raise ConfigError(f"--batch {args.batch}: must be 1 or more")
     mean = soup(members, shown_command(sys.argv)) if SOUP in combine else None
@@ -118,7 +121,8 @@ def prepare(args: argparse.Namespace) -> Evaluation:
     splits = SPLITS if args.split == "both" else (args.split,)
     splits = splits if data.index.subset is None else (*splits, LEFT_OUT)
     warnings = (*data.warnings, *(start_warning(members) if mean else ()))
-    base = base_of(members[0], args.weights)
+    base = base_of(members[0], args.weights, args.image_size)
+    members = [of_size(member, args.image_size) for member in members]
     return Evaluation(
         members, combine, args.average, mean, base, data, splits, args.batch,
         dtype_of(members, args.precision), warnings,

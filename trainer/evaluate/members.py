@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -121,12 +122,13 @@ def class_difference(mine: Sequence[str], other: Sequence[str]) -> str:
     return f"has {mine[place]!r} as class {place}, not {other[place]!r} as"
 
 
-def base_of(member: Member, weights: str | None) -> Backbone:
+def base_of(member: Member, weights: str | None, image_size: int | None = None) -> Backbone:
     """A fresh backbone with the weights that an adapter was trained on, on the CPU.
 
     `weights` is `pretrained`, `random` for those that its seed draws, or a safetensors file; None
-    stands for what it has on record, else `pretrained`. `ConfigError` if they cannot be had, or are
-    others than those.
+    stands for what it has on record, else `pretrained`. With an `image_size` it is made for other
+    images than the adapter's, once the adapter's own has proved right. `ConfigError` if the weights
+    cannot be had, or are others than those.
     """
     info = member.info
     seed, recorded = (0, "") if info.origin is None else (info.origin.seed, info.origin.weights)
@@ -136,7 +138,7 @@ def base_of(member: Member, weights: str | None) -> Backbone:
             f"--model.weights: {member.source} was trained on {named}, which is not here; give "
             "that file: --model.weights FILE.safetensors"
         )
-    base = ModelConfig(backbone=info.base_model, weights=named)
+    base = ModelConfig(backbone=info.base_model, weights=named, **_sizes(info))
     backbone = create_backbone(base, len(info.classes), seed)  # random ones follow from both
     if backbone.sha256 != info.base_sha256:
         raise ConfigError(
@@ -144,7 +146,28 @@ def base_of(member: Member, weights: str | None) -> Backbone:
             f"{backbone.sha256[:12]}, {member.source} was trained on {info.base_sha256[:12]}; "
             f"{_right_weights(named, recorded)}"
         )
-    return backbone
+    if image_size in (None, info.data_config["input_size"][-1]):
+        return backbone
+    return create_backbone(replace(base, image_size=image_size), len(info.classes), seed)
+
+
+def of_size(member: Member, image_size: int | None) -> Member:
+    """The adapter as if it had been trained on images of another size."""
+    if image_size is None:
+        return member
+    data_config = {**member.info.data_config, "input_size": [3, image_size, image_size]}
+    return replace(member, info=replace(member.info, data_config=data_config))
+
+
+def _sizes(info: AdapterInfo) -> dict[str, Any]:
+    """Settings of the sizes that an adapter was trained with."""
+    told = info.model_args
+    size = info.data_config["input_size"][-1]
+    return {
+        "image_size": told.get("img_size", size if "dynamic_img_size" in told else None),
+        "patch_size": told.get("patch_size"),
+        "dynamic_size": told.get("dynamic_img_size", False),
+    }
 
 
 def _right_weights(given: str, recorded: str) -> str:

@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--routes", action="store_true", help="write the experts of every token, layer by layer")
     flags.add_weights_flag(result)
+    flags.add_size_flag(result)
     flags.add_pace_flags(result)
     flags.add_decoding_flags(add)
     return result

@@ -21,7 +21,7 @@ from shards.stream.worker_faults import check_shared_memory
 from trainer.evaluate.combine import Average, average, models_on, ready
 from trainer.evaluate.evaluator import evaluating
 from trainer.evaluate.job import dtype_of
-from trainer.evaluate.members import Member, base_of, read_members
+from trainer.evaluate.members import Member, base_of, of_size, read_members
 from trainer.evaluate.predictions import Predictions
 from trainer.predict.images import Images, images_at, load_batch
 from trainer.prepare.backbone import Backbone
@@ -132,6 +132,7 @@ def predict(
     batch: int = 128,
     precision: str | None = None,
     weights: str | None = None,
+    image_size: int | None = None,
     world: World = ALONE,
     **data: Any,
 ) -> Predicting:
@@ -165,6 +166,7 @@ def predict(
         raise ConfigError("\n".join(problems))
     classes = len(members[0].info.classes)
     return Predicting(
-        images_at(where, config), members, base_of(members[0], weights), config,
+        images_at(where, config), [of_size(m, image_size) for m in members],
+        base_of(members[0], weights, image_size), config,
         dtype_of(members, precision), world, min(top_k, classes), average, routes, batch,
     )  # fmt: skip

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 import moa
 import trainer.prepare.vit_embedded  # noqa: F401  (registers the embedded backbone with timm)
+from moa.model.heads import fit_head
 from moa.model.injection import classifier
 from trainer.config.run_config import ModelConfig
-from trainer.process.errors import ConfigError, did_you_mean
+from trainer.prepare.image_size import of_one_size, set_image_size, size_arguments
+from trainer.process.errors import ConfigError, did_you_mean, short_reason
 from trainer.process.world import world_from_environment
 
 log = logging.getLogger(__name__)
@@ -47,7 +49,7 @@ class Backbone:
     name: str
     """`architecture.tag`."""
     data_config: dict[str, Any]
-    """The model's own `input_size`, `mean`, `std`, `interpolation`."""
+    """`input_size`, `mean`, `std`, `interpolation` of its images."""
     sha256: str
     """`moa.base_hash` of the model before injection; empty for an outline."""
     projection: nn.Linear | None = None
@@ -110,17 +112,17 @@ def create_backbone(config: ModelConfig, num_classes: int, seed: int) -> Backbon
                 config.backbone,
                 pretrained=config.weights != "random",
                 pretrained_cfg_overlay=overlay,
+                **size_arguments(config),
                 **({} if own_head else {"num_classes": num_classes}),
             )
+        set_image_size(model, config)
         if config.weights != "random":
             _check_weights(model, own_head, *(loads[-1] if loads else ([], [])))
+    except TypeError as error:
+        raise of_one_size(config, error) from error
     except UNREADABLE as error:
         raise ConfigError(_no_weights(config, name, short_reason(error))) from error
-    projection = None
-    if own_head:
-        found = model.get_classifier()
-        projection = found if isinstance(found, nn.Linear) else None
-        model.reset_classifier(num_classes)
+    projection = _fresh_head(model, config, num_classes)
     _set_checkpointing(model, config)
     return Backbone(model, name, _data_config(model), moa.base_hash(model), projection)
 
@@ -133,6 +135,28 @@ def hub_weights(name: str) -> tuple[str, bool]:
     files = [source.hf_hub_filename] if source.hf_hub_filename else HUB_FILES
     cached = any(huggingface_hub.try_to_load_from_cache(source.hf_hub_id, f) for f in files)
     return source.hf_hub_id, cached
+
+
+def _fresh_head(model: nn.Module, config: ModelConfig, num_classes: int) -> nn.Linear | None:
+    """Gives a model its classifier, random as yet; returns the projection where one is needed.
+
+    A model for a head from text comes with its own classifier, any other with one for the classes.
+
+    Raises `ConfigError`: there is no projection.
+    """
+    projection = model.get_classifier() if config.head_init == "text" else None  # type: ignore[operator]
+    if config.head_init == "text":
+        if not isinstance(projection, nn.Linear):
+            raise ConfigError(
+                f"model.head_init: {config.backbone} comes without the projection that CLIP "
+                "trained; use a CLIP backbone with its own weights"
+            )
+        model.reset_classifier(num_classes)  # type: ignore[operator]
+    if config.head == "cosine":
+        space = None if projection is None else projection.out_features
+        kind = {"kind": "cosine", "space": space, "frozen": config.head_frozen}
+        fit_head(model, num_classes, kind)
+    return projection
 
 
 def _announce(name: str) -> None:
@@ -203,11 +227,6 @@ def _data_config(model: nn.Module) -> dict[str, Any]:
     return {key: found[key] for key in ("input_size", "mean", "std", "interpolation")}
 
 
-def short_reason(error: Exception) -> str:
-    """One line of why something cannot be had."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
 def outline(
     config: ModelConfig, settings: moa.MoAConfig, num_classes: int
 ) -> tuple[Backbone, moa.InjectReport]:
@@ -217,8 +236,16 @@ def outline(
     """
     # Weights are not needed here, and may lie on another machine.
     name = check_backbone(replace(config, weights="random"))
+    classes = {} if config.head_init == "text" else {"num_classes": num_classes}
     with torch.device("meta"):
-        model = timm.create_model(config.backbone, pretrained=False, num_classes=num_classes)
+        try:
+            model = timm.create_model(
+                config.backbone, pretrained=False, **size_arguments(config), **classes
+            )
+        except TypeError as error:
+            raise of_one_size(config, error) from error
+        set_image_size(model, config)
+        _fresh_head(model, config, num_classes)
         report = moa.inject(model, settings)
     _set_checkpointing(model, config)
     return Backbone(model, name, _data_config(model), ""), report

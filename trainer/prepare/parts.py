@@ -9,6 +9,7 @@ from torch import nn
 
 import moa
 from moa.files.reading import AdapterInfo
+from moa.model.heads import head_settings
 from shards import Decoder, DomainStream, ShardIndex, loader_transform, open_shards
 from shards.datasets import held_out_names
 from shards.stream.evaluation import Split, split_places
@@ -18,6 +19,7 @@ from trainer.prepare.backbone import check_backbone, create_backbone, outline
 from trainer.prepare.batches import batch_arithmetic, check_prefetching
 from trainer.prepare.compiling import check_compiled, prepare_compiler
 from trainer.prepare.footprint import forward_only
+from trainer.prepare.image_size import size_arguments
 from trainer.prepare.provenance import origin_of
 from trainer.prepare.text_head import use_text_head
 from trainer.process.errors import ConfigError, noted
@@ -74,14 +76,15 @@ def build(config: RunConfig, world: World, problems: Sequence[str] = ()) -> Part
     """
     config, index, withheld = _checked(config, world, [*problems])
     settings = config.train
-    head: dict[str, Any] = {}
+    texts: dict[str, Any] = {}
     if not world.is_main:  # one process reads and hashes the weights; the engine hands them out
         backbone, report = outline(config.model, config.moa, len(index.classes))
     else:
         backbone = create_backbone(config.model, len(index.classes), settings.seed)
         if config.model.head_init == "text":
-            head = use_text_head(config, index, withheld, backbone)
+            texts = use_text_head(config, index, withheld, backbone)
         report = moa.inject(backbone.model, config.moa)
+    head = head_settings(backbone.model) | texts
     _compiled(config, backbone.model)
     loader = loader_transform(
         backbone.data_config, config.data.resolved_augment(),
@@ -103,6 +106,7 @@ def build(config: RunConfig, world: World, problems: Sequence[str] = ()) -> Part
     info = AdapterInfo(
         backbone.name, backbone.sha256, config.moa, index.classes, backbone.data_config,
         origin=origin_of(config, index, withheld, world), head=head,
+        model_args=size_arguments(config.model),
     )  # fmt: skip
     return Parts(config, index, withheld, backbone.model, report, stream, resolved, info)
 

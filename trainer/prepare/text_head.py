@@ -13,6 +13,10 @@ source domains:
 An image's scores are CLIP's times |W f + b| / m: the same ranking of classes, so the same zero-shot
 accuracy, and a confidence that is off by how much the image's length differs from the mean. Being
 an ordinary linear layer, the head is trained, saved and loaded like any other.
+
+A cosine head (`moa.layers.head`) divides by the length itself and takes W, b, T and s as they are,
+so that its scores are CLIP's. A bias that CLIP adds to the scores of all classes alike is left out,
+since probabilities do not depend on it.
 """
 
 import os
@@ -25,12 +29,13 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from moa.layers.head import CosineHead
 from moa.model.injection import classifier
 from shards import ShardIndex, eval_transform, evaluation_loader
 from trainer.config.class_texts import read_class_names, read_templates, spoken_names
 from trainer.config.run_config import RunConfig
-from trainer.prepare.backbone import UNREADABLE, Backbone, short_reason
-from trainer.process.errors import ConfigError, did_you_mean
+from trainer.prepare.backbone import UNREADABLE, Backbone
+from trainer.process.errors import ConfigError, did_you_mean, short_reason
 
 SCHEMES = ("hf-hub:", "local-dir:")
 IMAGES_PER_DOMAIN = 4
@@ -125,17 +130,37 @@ def fill_head(
 
     Raises `ConfigError`: the text embeddings are not of the space that W maps to.
     """
+    _check_space(text, projection)
+    assert isinstance(head, nn.Linear)
+    head.weight.copy_(scale * text @ projection.weight.float())
+    if head.bias is not None:
+        own = torch.zeros(()) if projection.bias is None else text @ projection.bias.float()
+        head.bias.copy_(scale * own + bias)
+
+
+@torch.no_grad()
+def fill_cosine_head(head: CosineHead, text: Tensor, projection: nn.Linear, scale: float) -> None:
+    """Writes W and b, T [C, P] and s into a cosine head whose space is that of W.
+
+    Raises `ConfigError`: the text embeddings are not of that space.
+    """
+    _check_space(text, projection)
+    assert head.weight is not None
+    assert head.bias is not None
+    head.weight.copy_(projection.weight)
+    if projection.bias is not None:
+        head.bias.copy_(projection.bias)
+    head.classes.copy_(text)
+    head.scale.fill_(scale)
+
+
+def _check_space(text: Tensor, projection: nn.Linear) -> None:
     if text.shape[1] != projection.out_features:
         raise ConfigError(
             f"model.text_model: its embeddings have {text.shape[1]} numbers, the backbone's own "
             f"head gives {projection.out_features}; the backbone must be the visual tower of that "
             "very CLIP model, not one fine-tuned to classify"
         )
-    assert isinstance(head, nn.Linear)
-    head.weight.copy_(scale * text @ projection.weight.float())
-    if head.bias is not None:
-        own = torch.zeros(()) if projection.bias is None else text @ projection.bias.float()
-        head.bias.copy_(scale * own + bias)
 
 
 def source_images(
@@ -173,22 +198,22 @@ def use_text_head(
             "visual tower it is, as NAME:TAG, NAME:FILE, hf-hub:OWNER/REPOSITORY or "
             "local-dir:FOLDER"
         )
-    if projection is None:
-        raise ConfigError(
-            f"model.head_init: {backbone.name} comes without the projection that CLIP trained; "
-            "use a CLIP backbone with its own weights"
-        )
+    assert projection is not None, "the backbone is made for a head from text"
     templates = read_templates(settings.prompts)
     replaced = read_class_names(settings.class_names)
     names = spoken_names(index.classes, config.data.dataset, replaced)
-    images = source_images(config, index, withheld, backbone)
-    length = mean_length(backbone.model, images, projection)
     with torch.random.fork_rng(devices=[]):  # other ranks, which draw adapters, do not do this
         text_model = load_text_model(source)
         embeddings = text_model.embed(names, templates)
-    scale = text_model.scale() / length
-    fill_head(classifier(backbone.model), embeddings, projection, scale, text_model.bias())
-    return {
+    head, scale = classifier(backbone.model), text_model.scale()
+    facts = {
         "init": "text", "text_model": source, "templates": list(templates), "class_texts": names,
-        "scale": text_model.scale(), "mean_length": length,
+        "scale": scale,
     }  # fmt: skip
+    if isinstance(head, CosineHead):
+        fill_cosine_head(head, embeddings, projection, scale)
+        return facts
+    images = source_images(config, index, withheld, backbone)
+    length = mean_length(backbone.model, images, projection)
+    fill_head(head, embeddings, projection, scale / length, text_model.bias())
+    return facts | {"mean_length": length}

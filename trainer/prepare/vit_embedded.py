@@ -13,7 +13,7 @@ from timm.models import (
     register_model,
     resolve_pretrained_cfg,
 )
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 __all__ = ["GLYPH_CLASSES", "IMAGE_SIZE", "WEIGHTS_PATH", "vit_embedded"]
 
@@ -66,6 +66,8 @@ def _require_weights(kwargs: dict[str, Any]) -> None:
 def vit_embedded(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """Images [N, 3, 32, 32] to logits, or to features [N, 128] when `num_classes` is 0.
 
+    With another `img_size` or `patch_size` the weights are resampled.
+
     Args:
         pretrained: load the shipped glyph weights, the head too unless `num_classes` is another.
         **kwargs: timm's, such as `num_classes` or `drop_path_rate`.
@@ -81,6 +83,7 @@ def vit_embedded(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
             VisionTransformer,
             "vit_embedded",
             pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,  # resamples for other sizes
             feature_cfg={"out_indices": 3, "feature_cls": "getter"},
             **({"img_size": IMAGE_SIZE} | _SIZES | kwargs),
         ),

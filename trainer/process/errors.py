@@ -92,3 +92,8 @@ def exit_code(error: Exception) -> int | None:
     if isinstance(error, PeerLostError):
         return error.code
     return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), None)
+
+
+def short_reason(error: Exception) -> str:
+    """One line of why something cannot be had."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -9,6 +9,7 @@ from trainer.engine.collectives import differentiable_sum
 from trainer.engine.engine import Engine
 from trainer.prepare.parts import Parts
 from trainer.train.ahead import Ready
+from trainer.train.margin import margin_of
 from trainer.train.nonfinite import poisoned
 
 
@@ -17,13 +18,14 @@ class MicroStep:
 
     def __init__(self, parts: Parts, engine: Engine) -> None:
         self.engine, self.seed = engine, parts.config.train.seed
+        self.margin = margin_of(parts.model, parts.config.objective.margin)
 
     def __call__(self, ready: Ready, step: int) -> Tensor:
         """The losses [ce, aux] of this rank's piece, on the device."""
         engine, batch = self.engine, ready.batch
         position = moa.RoutingPosition(self.seed, step, batch.first_slot, len(batch.labels))
         moa.set_routing_position(engine.module, position)
-        scores = engine.model(ready.images)  # [B, C]
+        scores = self.margin(engine.model(ready.images), ready.labels)  # [B, C]
         ce = F.cross_entropy(scores.float(), ready.labels)
         aux = moa.aux_loss(engine.module, differentiable_sum)
         engine.backward(poisoned(ce + aux))  # averaged over ranks and micro-batches

@@ -80,7 +80,7 @@ MORE = {
         case("soft", 1, "moa_lora", ep_size=2, **SOFT, **EXCHANGE),
         case("uniform", 1, "multi_lora", ep_size=2, **GATHER),
         case("linear router", 3, "moa_lora", router="linear", expert_dropout=0.2),
-        case("one adapter", 3, "kadaptation"),
+        case("one adapter", 3, "kadaptation", head="cosine"),
         case("compiled accumulation", 1, compile="blocks", accumulation=2),
         case("compiled routing", 2, "moa_lora", expert_dropout=0.2, **ROUTING, **COMPILED),
         case("full", 3, "full"),

@@ -20,6 +20,7 @@ from moa.config import ADAPTER_METHODS
 from moa.files.reading import AdapterInfo
 from moa.files.saving import WEIGHTS_FILE
 from moa.layers.layer import moa_layers
+from moa.model.heads import fit_head
 from moa.parallel.placement import traffic
 from shards import DataConfigError
 from tests.support.shards_fixtures import make_set
@@ -131,6 +132,22 @@ def test_adapter_file_has_the_planned_size(method: str, tmp_path: Path) -> None:
     moa.save_adapter(model, tmp_path / "adapter", info)
     size = (tmp_path / "adapter" / WEIGHTS_FILE).stat().st_size
     assert adapter_file_bytes(moa.adapter_state_dict(planned(config))) == size
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_cosine_head_is_planned_as_it_is_saved(frozen: bool, tmp_path: Path) -> None:
+    base = ModelConfig(backbone="vit_embedded", head="cosine", head_init="text", head_frozen=frozen)
+    outlined, report = outline(base, settings("lora"), 7)
+    assert report.head == roles(outlined.model).get("head", 0) == (0 if frozen else 15 * 129)
+    model: nn.Module = timm.create_model("vit_embedded", num_classes=7)
+    fit_head(model, 7, {"kind": "cosine", "space": 15, "frozen": frozen})
+    moa.inject(model, settings("lora"))
+    info = AdapterInfo("vit_embedded", "0", settings("lora"), ("a",) * 7, {})
+    moa.save_adapter(model, tmp_path / "adapter", info)
+    size = (tmp_path / "adapter" / WEIGHTS_FILE).stat().st_size
+    assert adapter_file_bytes(moa.adapter_state_dict(outlined.model)) == size
+    terms = plan_of("--model.head=cosine", "--model.head_init=text", "--objective.margin=0.3")
+    assert terms.roles["head"] == 15 * 129
 
 
 def test_whole_numbers_in_the_adapter_file_count_too(tmp_path: Path) -> None:

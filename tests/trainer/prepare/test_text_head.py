@@ -12,11 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import moa
-from moa.files.reading import AdapterInfo
+from moa.files.reading import AdapterInfo, read_adapter
 from moa.files.saving import save_adapter
-from shards import DataConfig, eval_transform, evaluation_loader, open_shards
+from moa.layers.head import CosineHead
+from moa.model.heads import fit_head
+from shards import DataConfig, Decoder, eval_transform, evaluation_loader, open_shards
 from tests.support import warm
 from tests.support.trainer_fixtures import arguments, environment, launch, rows
+from trainer.checkpoint import checkpoint
 from trainer.config.class_texts import (
     in_words,
     known_words,
@@ -26,9 +29,16 @@ from trainer.config.class_texts import (
     spoken_names,
 )
 from trainer.config.command_line import parse
-from trainer.prepare.parts import build
+from trainer.engine.engine import restore_weights
+from trainer.evaluate.combine import models_on, soup
+from trainer.evaluate.members import Member, base_of, read_members
+from trainer.export.__main__ import main as export
+from trainer.flatness.surface import Surface
+from trainer.predict import predict
+from trainer.prepare.parts import Parts, build
 from trainer.prepare.text_head import (
     TextModel,
+    fill_cosine_head,
     fill_head,
     load_text_model,
     mean_length,
@@ -139,6 +149,21 @@ def test_scores_are_clips_up_to_a_factor_per_image(clip: nn.Module) -> None:
     assert torch.allclose(ours, theirs * factor, rtol=1e-3, atol=1e-4)
     assert factor.mean() == pytest.approx(1, rel=1e-5), "right on average"
     assert factor.std() > 0.01, "and not on each image"
+
+
+def test_scores_of_a_cosine_head_are_clips_own(clip: nn.Module) -> None:
+    images = torch.randn(40, 3, 32, 32) + 4 * torch.randn(40, 3, 1, 1)
+    model, text = timm_tower(clip), text_of(clip)
+    projection, templates = model.head, ("a photo of a {}.", "a sketch of a {}.")
+    model.reset_classifier(len(NAMES))
+    fit_head(model, len(NAMES), {"kind": "cosine", "space": SPACE, "frozen": True})
+    fill_cosine_head(model.head, text.embed(NAMES, templates), projection, text.scale())
+    with torch.no_grad():
+        weights = open_clip.build_zero_shot_classifier(clip, text.tokenizer, NAMES, templates)
+        theirs = clip.logit_scale.exp() * clip.encode_image(images, normalize=True) @ weights
+        assert torch.allclose(model(images), theirs, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ConfigError, match="embeddings have 5 numbers, the backbone's own head"):
+        fill_cosine_head(model.head, torch.randn(3, 5), projection, 1.0)
 
 
 def test_biases_of_projection_and_scores_are_kept() -> None:
@@ -337,6 +362,27 @@ def test_settings_that_cannot_work_are_found_at_once() -> None:
         parse(["--model.head_init=text", "--model.prompts=stiles", "--model.class_names=none"])
     assert "model.prompts" in str(caught.value)
     assert "model.class_names" in str(caught.value)
+    text, cosine = "--model.head_init=text", "--model.head=cosine"
+    needs_text = r"margin: 0\.3 needs embeddings of the classes; add --model\.head cosine --model"
+    frozen = "--model.head_frozen=true"
+    for flags, words in (
+        ([frozen], "head_frozen: true .* add --model.head cosine --model.head_init text"),
+        ([frozen, text], "head_frozen: true keeps a head as it starts"),
+        ([frozen, cosine], "head_frozen: true keeps a head as it starts"),
+        (
+            [frozen, cosine, text, "--moa.method=linear"],
+            "head_frozen: true leaves nothing to train",
+        ),
+        (["--objective.margin=0.3"], needs_text),
+        (["--objective.margin=0.3", text], needs_text),
+        (["--objective.margin=0.3", cosine], needs_text),
+        (["--objective.margin=-1", text, cosine], "margin: -1.0; must be a finite number >= 0"),
+        (["--model.head=angles"], "model.head"),
+    ):
+        with pytest.raises(ConfigError, match=words) as caught:
+            parse(flags)
+        assert len(str(caught.value).splitlines()) == 1, flags
+    assert parse([frozen, cosine, text, "--objective.margin=0.3"]).objective.margin == 0.3
 
 
 @pytest.fixture(scope="module")
@@ -390,7 +436,8 @@ def test_a_run_reports_clips_zero_shot_accuracy_and_its_adapter_loads(
     clip, flags = embedded
     size = {"train__steps": "3", "train__eval_every": "2", "checkpoint__every": "3"}
     settings = arguments(tmp_path / "run", moa__method="moa_lora", **size)
-    result = launch(*settings, *flags, processes=2)
+    settings += [*flags, "--model.head=cosine", "--objective.margin=0.3", "--average.ema=true"]
+    result = launch(*settings, processes=2)
     assert result.returncode == 0, result.stderr
     row = json.loads((tmp_path / "run" / "zero_shot.json").read_text())
     expected = stock_accuracies(clip)
@@ -400,10 +447,12 @@ def test_a_run_reports_clips_zero_shot_accuracy_and_its_adapter_loads(
     assert [r["step"] for r in rows(tmp_path / "run" / "results.jsonl")] == [0, 2]
     head = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["head"]
     assert head["init"] == "text"
+    assert (head["kind"], head["space"], head["frozen"]) == ("cosine", 15, False)
     assert len(head["templates"]) == 12
     assert head["class_texts"][3] == "digit three"
     assert head["scale"] == pytest.approx(torch.tensor(3.0).exp().item())
     assert f"before training: {row['env5_in_acc']:.3f} on held-out rotated" in result.stdout
+    check_what_moved(settings, tmp_path / "run", clip)
     weights = flags[0]
     adapter = str(tmp_path / "run" / "adapter-last")
     command = ["-m", "trainer.evaluate", "--adapter", adapter, weights, "--json"]
@@ -415,12 +464,113 @@ def test_a_run_reports_clips_zero_shot_accuracy_and_its_adapter_loads(
         assert again[f"env{env}_in_acc"] == pytest.approx(last[f"env{env}_in_acc"], abs=0.005)
 
 
+def check_what_moved(settings: list[str], run: Path, clip: nn.Module) -> None:
+    """What does not train is CLIP's wherever it was written, and a start goes on from it."""
+    parts = build(parse(settings), World(0, 1, 0, 1))
+    start = dict(moa.adapter_state_dict(parts.model))
+    still = {name: start[name].clone() for name in ("head.classes", "head.scale")}
+    assert torch.equal(still["head.scale"], clip.logit_scale.detach().exp())
+    folders = [run / name for name in ("adapter-last", "adapter-ema", "adapter")]
+    folders.append(run / "checkpoints" / "step-00000003")
+    for folder in folders:
+        _, tensors = read_adapter(folder)
+        assert all(torch.equal(tensors[name], value) for name, value in still.items())
+    last = read_adapter(folders[0])[1]
+    assert not torch.equal(last["head.weight"], start["head.weight"])
+    restore_weights(parts.model, checkpoint.load(folders[-1]))
+    assert all(torch.equal(last[n], t) for n, t in moa.adapter_state_dict(parts.model).items())
+
+
+def made(folder: Path, *flags: str) -> tuple[Parts, str]:
+    """A run's parts, its trainables moved a little, and its adapter as the run would save it."""
+    parts = build(parse(["--moa.method=lora", *flags]), World(0, 1, 0, 1))
+    torch.manual_seed(len(folder.name))
+    for parameter in parts.model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.01 * torch.randn_like(parameter))
+    save_adapter(parts.model, folder, parts.info)
+    return parts, str(folder)
+
+
+def test_commands_rebuild_every_head(
+    embedded: tuple[nn.Module, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cosine, weights = [*embedded[1], "--model.head=cosine"], embedded[1][0]
+    kinds = {
+        "cosine": cosine, "frozen": [*cosine, "--model.head_frozen=true"],
+        "random": [weights, "--model.head=cosine"], "linear": embedded[1],
+    }  # fmt: skip
+    runs = {name: made(tmp_path / name, *flags) for name, flags in kinds.items()}
+    index = open_shards(DataConfig())
+    samples = [(index.read(0, n).image, int(index.labels(0)[n])) for n in (0, 99, 250)]
+    files = [tmp_path / f"{n}.png" for n in range(3)]
+    for file, (content, _) in zip(files, samples, strict=True):
+        file.write_bytes(content)
+    members = read_members([folder for _, folder in runs.values()])
+    look, labels = (
+        eval_transform(members[0].info.data_config),
+        torch.tensor([s[1] for s in samples]),
+    )
+    images = torch.stack([look(Decoder()(content)[0]) for content, _ in samples])
+    together = models_on(base_of(members[0], None).model, members).eval()
+    for model, (parts, folder) in zip(together, runs.values(), strict=True):
+        own = parts.model.eval()
+        assert torch.equal(model(images), own(images)), folder
+        said = torch.tensor([row.probabilities for row in predict(files, folder, workers=0)])
+        wanted = own(images).softmax(1).topk(5).values
+        assert torch.allclose(said, wanted, rtol=0, atol=1e-5), folder
+        surface = Surface(own, [(images, labels)])
+        assert surface.curvature(torch.randn_like(surface.weights)).isfinite().all(), folder
+    for name in ("cosine", "linear"):
+        code = export(["--adapter", runs[name][1], "--peft", str(tmp_path / f"peft-{name}")])
+        refused = "has a cosine head (model.head), for which" in capsys.readouterr().err
+        assert (code, refused) == ((2, True) if name == "cosine" else (0, False))
+    check_soups(members, cosine, tmp_path)
+
+
+def check_soups(members: list[Member], flags: list[str], folder: Path) -> None:
+    """The mean of a head's projections, with class vectors that are as they were; or a line."""
+    cosine, frozen = members[:2]
+    (twin,) = read_members([made(folder / "twin", *flags, "--train.seed=1")[1]])
+    mean = soup([cosine, twin], "command").tensors
+    for name in ("head.classes", "head.scale"):
+        assert torch.equal(mean[name], cosine.tensors[name])
+    average = (cosine.tensors["head.weight"] + twin.tensors["head.weight"]) / 2
+    assert torch.allclose(mean["head.weight"], average)
+    with pytest.raises(ConfigError, match=r"cosine differ in the head's frozen\n.*ensemble"):
+        soup([cosine, frozen], "command")
+    (other,) = read_members([made(folder / "other", *flags, "--model.prompts=photo")[1]])
+    with pytest.raises(ConfigError, match="differ in the head's templates"):
+        soup([cosine, other], "command")
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_a_run_starts_at_clips_scores(kind: str, embedded: tuple[nn.Module, list[str]]) -> None:
+    clip, flags = embedded
+    parts = build(parse([*flags, "--moa.method=lora", f"--model.head={kind}"]), World(0, 1, 0, 1))
+    images, text = torch.randn(8, 3, 32, 32), text_of(clip)
+    names = parts.info.head["class_texts"]
+    with torch.no_grad():
+        features = clip.encode_image(images)
+        unit = nn.functional.normalize(features, dim=1)
+        theirs = text.scale() * unit @ text.embed(names, parts.info.head["templates"]).T
+        ours = parts.model.eval()(images)
+    if kind == "linear":
+        theirs = theirs * features.norm(dim=1, keepdim=True) / parts.info.head["mean_length"]
+    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 if kind == "linear" else 1e-5)
+    assert isinstance(parts.model.get_classifier(), CosineHead) == (kind == "cosine")
+
+
 def test_a_backbone_without_a_clip_model_is_refused(
     embedded: tuple[nn.Module, list[str]], tmp_path: Path
 ) -> None:
+    siglip = ["--model.backbone=vit_base_patch16_siglip_224.webli", "--model.head_init=text"]
+    with pytest.raises(ConfigError, match="comes without the projection that CLIP trained"):
+        build(parse(siglip), World(0, 1, 0, 1))
     with pytest.raises(ConfigError, match=r"not known for vit_embedded\.glyphs; give"):
         build(parse(["--model.head_init=text"]), World(0, 1, 0, 1))
     wrong = save_clip(random_clip(), small_clip(), tmp_path / "clip")
     flags = [*embedded[1], f"--model.text_model=local-dir:{wrong}"]
-    with pytest.raises(ConfigError, match="32 numbers, the backbone's own head gives 15"):
-        build(parse(flags), World(0, 1, 0, 1))
+    for kind in ("linear", "cosine"):
+        with pytest.raises(ConfigError, match="32 numbers, the backbone's own head gives 15"):
+            build(parse([*flags, f"--model.head={kind}"]), World(0, 1, 0, 1))
