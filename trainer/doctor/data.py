@@ -15,8 +15,8 @@ from trainer.doctor.lines import Line, Subject
 from trainer.doctor.room import gib, room
 from trainer.plan.data import Request
 from trainer.plan.planning import make_plan
-from trainer.prepare.backbone import HUB_FILES, check_backbone, hub_weights, short_reason
-from trainer.process.errors import BAD_CONFIGURATION
+from trainer.prepare.backbone import HUB_FILES, check_backbone, hub_weights
+from trainer.process.errors import BAD_CONFIGURATION, short_reason
 
 READING = 3.0
 """Seconds of reading after which its speed is known."""
