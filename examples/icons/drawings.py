@@ -56,7 +56,8 @@ def drawings(theme: Path) -> list[Drawing]:
     """
     best: dict[str, tuple[tuple[int, bool], Path]] = {}
     home = theme.resolve()
-    for folder, _, files in os.walk(theme):
+    for folder, folders, files in os.walk(theme):
+        folders.sort()  # of two files that suit as well the first is taken, on every disk
         for file in sorted(files):
             path = Path(folder, file)
             if path.suffix not in (".svg", ".png"):

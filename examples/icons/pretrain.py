@@ -1,6 +1,6 @@
 """A small backbone from other icon themes and other icons than those of the set.
 
-Learns to name 830 icons (`camera-photo`, `firefox` ...), each drawn in four or more themes,
+Learns to name some 830 icons (`camera-photo`, `firefox` ...), each drawn in four or more themes,
 none of which is a domain of `build.py`, with no name of its classes and no picture of its domains.
 `vit_embedded` at 64 px in patches of 16, from the weights that ship with the trainer, which have
 seen letters alone. Writes `backbone.safetensors`.
