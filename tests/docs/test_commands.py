@@ -37,7 +37,7 @@ ALL = [block for page in PAGES for block in blocks(page)]
 RUNNING = sorted({block.page for block in ALL if not block.needs})
 SHELL = set(
     "git cd source tensorboard pip cat less ls rm srun squeue scancel scontrol sacct tail cp "
-    "salloc torchrun export apptainer bash jq for done kill wandb".split()
+    "salloc torchrun export apptainer bash jq for done kill wandb apt-get".split()
 )
 ASSIGNMENT = re.compile(r"[A-Z_]+=")
 SOONER = {"-m trainer.flatness": ("--samples=4", "--points=5", "--steps=3")}
@@ -71,6 +71,8 @@ def check_command(words: list[str]) -> None:
         module = pages.command_module(words[2])
         if hasattr(module, "parser"):
             module.parser().parse_args(words[3:])
+    elif words[0] == "python" and words[1].startswith("examples/"):
+        assert (ROOT / words[1]).is_file(), words
     elif words[:2] != ["python", "-c"]:
         assert words[0] in SHELL, f"what is {words[0]}?"
 
@@ -91,6 +93,7 @@ def test_wrong_commands_are_found() -> None:
     for command in (
         "python trainer/run.py --moa.rnks 1",
         "make nothing",
+        "python examples/no.py",
         "sbatch slurm/no.sh",
         "foo",
     ):
