@@ -444,6 +444,7 @@ world = world_from_environment()
 from trainer.engine import collectives
 collectives.start(world)
 print(world.rank, "of", world.size, "heard", collectives.from_main(f"rank {world.rank}"))
+collectives.stop()
 """
 
 

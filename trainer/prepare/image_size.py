@@ -31,8 +31,12 @@ def set_image_size(model: nn.Module, config: ModelConfig) -> None:
 
     Raises `ConfigError`: patches do not fill such an image.
     """
+    if not (config.image_size or config.patch_size):
+        return
     known: Any = model.pretrained_cfg
-    size, patch = config.image_size or known["input_size"][-1], model.patch_embed.patch_size[0]  # type: ignore[union-attr, index]
+    size = config.image_size or known["input_size"][-1]
+    embedding = getattr(model, "patch_embed", None)
+    patch = getattr(embedding, "patch_size", (1,))[0]
     if size % patch:
         below = size - size % patch
         near = " or ".join(str(n) for n in (below, below + patch) if n)

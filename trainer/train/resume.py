@@ -125,11 +125,13 @@ def check_agreement(
         ConfigError: names each other differing setting with its old and new value.
     """
     # What an earlier release had no setting for, it did as the default does now.
-    known = flat(RunConfig()) | {RENAMED.get(k, k): v for k, v in old["config"].items()}
+    default = flat(RunConfig())
+    known = default | {RENAMED.get(k, k): v for k, v in old["config"].items()}
     settings = _differences(known, new["config"])
-    unbound = free(new["config"])
+    wanted = default | new["config"]
+    unbound = free(wanted)
     changes = [change for change in settings if change["setting"] not in unbound]
-    if new["config"]["average.beta"]:  # its weights so far were for another end
+    if wanted["average.beta"]:  # its weights so far were for another end
         allowed = set(allowed) - {"train.steps"}
     refused = [change for change in changes if change["setting"] not in allowed]
     classes, now = (state["data"].get("classes", []) for state in (old, new))

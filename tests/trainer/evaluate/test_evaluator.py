@@ -78,7 +78,7 @@ def counted(start, started: list[int]):  # type: ignore[no-untyped-def]
 
 def test_batches_of_an_evaluation_are_bytes(index: ShardIndex) -> None:
     found = [ready for _, ready in evaluator(index, 1).batches([], [(0, "in")])]
-    for batch, images, _ in found:
+    for batch, images, *_ in found:
         assert batch.images.nbytes == len(batch.labels) * 3 * 24 * 24
         assert batch.images.is_shared()
         assert batch.colour is None

@@ -1,11 +1,9 @@
 """A graph asked for where it cannot be is refused before the weights are read, with what helps."""
 
-from dataclasses import replace
-from types import SimpleNamespace
-
 import pytest
 
 from trainer.config.command_line import parse
+from trainer.config.objective import ObjectiveConfig
 from trainer.config.run_config import RunConfig
 from trainer.prepare.capturing import is_captured, obstacle
 from trainer.prepare.parts import build
@@ -41,11 +39,16 @@ def test_what_no_graph_can_repeat(flag: str, told: str, remedy: str, few: dict[s
 
 
 def test_an_objective_of_several_passes() -> None:
-    config = replace(RunConfig(), objective=SimpleNamespace(name="irm"))  # type: ignore[arg-type]
+    config = RunConfig(objective=ObjectiveConfig(name="irm"))
     found = obstacle(config, sharded=False)
     assert found == (
         "objective.name irm, whose step is more than one forward",
         "--objective.name erm",
+    )
+    sharp = RunConfig(objective=ObjectiveConfig(sam=0.1))
+    assert obstacle(sharp, sharded=False) == (
+        "objective.sam 0.1, whose steps have two passes",
+        "--objective.sam 0",
     )
     assert obstacle(RunConfig(), sharded=False) is None
 

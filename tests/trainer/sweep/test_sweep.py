@@ -177,6 +177,7 @@ def test_a_second_ctrl_c_kills_a_run_that_hangs(
     fake: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     note = fake / "linear-inverted-0" / "note"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # an earlier test's may be there
     thread = interrupt((note, "waits"), (note, "asked"))
     assert sweep.main(["--methods=linear", f"--output_dir={fake}", "--held_out=inverted"]) == 75
     thread.join()
