@@ -7,6 +7,7 @@ from typing import Any
 from deepspeed.moe.utils import configure_moe_param_groups
 from torch import nn
 
+from moa.model.injection import classifier
 from trainer.config.optim import OptimConfig
 
 FACTOR = "lr_factor"
@@ -21,12 +22,15 @@ def parameter_groups(
     Experts are summed over other ranks than the rest.
     """
     whole = config.weight_decay == 0  # then it is all the same who decays
+    head = {id(parameter) for parameter in classifier(model).parameters()}
+    spared: set[str] = getattr(model, "no_weight_decay", set)()  # timm's: embeddings
     kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {
         kind: [] for kind in product((True, False), (False, True))
     }
     for name, parameter in trainables.items():
-        is_head = config.head_lr != 1 and name.startswith("head.")
-        kinds[whole or _decays(model, name, parameter), is_head].append(parameter)
+        is_head = config.head_lr != 1 and id(parameter) in head
+        decays = whole or (name not in spared and _decays(name, parameter))
+        kinds[decays, is_head].append(parameter)
     groups: list[dict[str, Any]] = [
         {
             "params": members,
@@ -42,10 +46,9 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def _decays(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+def _decays(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay makes sense: not of offsets, scales and what all layers share."""
     if ".experts." in name or getattr(parameter, "group_name", None):  # an idle rank's number, too
         return True
-    spared: set[str] = getattr(model, "no_weight_decay", set)()  # timm's: embeddings
     shape = getattr(parameter, "ds_shape", parameter.shape)
-    return len(shape) > 1 and name not in spared and not name.startswith("kron_rule.")
+    return len(shape) > 1 and not name.startswith("kron_rule.")
