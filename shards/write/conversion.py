@@ -124,24 +124,33 @@ def write_planned(out: Path, plan: ShardPlan, jobs: int) -> None:
 
     Raises as `write_shards`.
     """
+    with writing(out, "what is finished stays, the same command continues"):
+        if _is_done(out, plan):
+            log.info(
+                "%s already holds this set (same names and sizes; move it away if images were "
+                "edited)",
+                out,
+            )
+        else:
+            _write_set(out, plan, _prepare(out, plan), jobs)
+        (out / STATE_NAME).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(out: Path, left: str) -> Iterator[None]:
+    """Within the block nobody else writes to the set in `out`.
+
+    Raises `OutputError`: somebody does, or it cannot be written; `left` says what is there then.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(out / LOCK_NAME, timeout=0):
-            if _is_done(out, plan):
-                log.info(
-                    "%s already holds this set (same names and sizes; move it away if images were "
-                    "edited)",
-                    out,
-                )
-            else:
-                _write_set(out, plan, _prepare(out, plan), jobs)
-            (out / STATE_NAME).unlink(missing_ok=True)
+            yield
     except filelock.Timeout as error:
         raise OutputError(f"--out {out}: another writer is at work there") from error
     except OSError as error:
         raise OutputError(
-            f"--out {out}: cannot be written ({error.strerror or error}); what is finished stays, "
-            "the same command continues"
+            f"--out {out}: cannot be written ({error.strerror or error}); {left}"
         ) from error
 
 

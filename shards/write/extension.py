@@ -14,7 +14,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 
 from shards.datasets import DatasetSpec, nearest
@@ -23,7 +22,7 @@ from shards.errors import DataConfigError, OutputError
 from shards.read import layout
 from shards.read.checking import IndexContent, parse_index
 from shards.read.index import ShardIndex
-from shards.write.conversion import LOCK_NAME, plan_shards, write_planned
+from shards.write.conversion import plan_shards, write_planned, writing
 from shards.write.set_name import write_json
 from shards.write.shard_plan import STATE_NAME, ShardPlan
 
@@ -48,29 +47,21 @@ def extend_shards(
     or one whose domains are fixed, that has a domain of these names, other classes or other groups.
     """
     _check_set(ShardIndex.load(out), out, spec, group_by)
-    try:
-        with filelock.FileLock(out / LOCK_NAME, timeout=0):
-            index = ShardIndex.load(out)  # nobody changes it from now on
-            content = json.loads((out / layout.INDEX_NAME).read_bytes())
-            plan = plan_shards(
-                root, out, spec, only=domains, group_by=index.group_by, jobs=jobs,
-                before=[info.key_prefix for info in index.domain_infos], **options,
-            )  # fmt: skip
-            if plan.source_sha256 in _extended(content):
-                log.info("%s already holds these domains", out)
-            else:
-                _check_domains(index, plan, out)
-                _discard_others(out / WORK_NAME, plan)
-                write_planned(out / WORK_NAME, plan, jobs)
-                _join(out, index, content, plan.source_sha256)
-            shutil.rmtree(out / WORK_NAME, ignore_errors=True)
-    except filelock.Timeout as error:
-        raise OutputError(f"--out {out}: another writer is at work there") from error
-    except OSError as error:
-        raise OutputError(
-            f"--out {out}: cannot be written ({error.strerror or error}); the set is as it was, "
-            "the same command continues"
-        ) from error
+    with writing(out, "the set is as it was, the same command continues"):
+        index = ShardIndex.load(out)  # nobody changes it from now on
+        content = json.loads((out / layout.INDEX_NAME).read_bytes())
+        plan = plan_shards(
+            root, out, spec, only=domains, group_by=index.group_by, jobs=jobs,
+            before=[info.key_prefix for info in index.domain_infos], **options,
+        )  # fmt: skip
+        if plan.source_sha256 in _extended(content):
+            log.info("%s already holds these domains", out)
+        else:
+            _check_domains(index, plan, out)
+            _discard_others(out / WORK_NAME, plan)
+            write_planned(out / WORK_NAME, plan, jobs)
+            _join(out, index, content, plan.source_sha256)
+        shutil.rmtree(out / WORK_NAME, ignore_errors=True)
     return ShardIndex.load(out)
 
 
