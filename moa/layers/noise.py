@@ -53,7 +53,7 @@ def images_and_tokens(x: Tensor, images: int | None) -> tuple[int, int]:
 
 
 def noise_keys(position: RoutingPosition, num_layers: int) -> Tensor:
-    """One key per layer, [num_layers, KEY_WORDS] int64, on the CPU."""
+    """One key per layer, or whatever else draws, [num_layers, KEY_WORDS] int64, on the CPU."""
     rows = []
     for layer in range(num_layers):
         text = f"routing noise/{position.seed}/{position.step}/{layer}".encode()

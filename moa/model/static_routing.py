@@ -10,10 +10,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from moa.layers.layer import moa_layers
 from moa.layers.noise import KEY_WORDS, RoutingPosition, noise_keys
 from moa.layers.router import Routing, TokenRouter
-from moa.model.routing import set_noise_keys
+from moa.model.routing import AdaptedLayers
 
 
 class StaticRouting:
@@ -24,9 +23,10 @@ class StaticRouting:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = [layer for _, layer in moa_layers(model)]
+        self.adapted = AdaptedLayers(model)
+        self.layers = self.adapted.layers
         device = next(model.parameters()).device
-        shape = (len(self.layers), KEY_WORDS)
+        shape = (self.adapted.drawing, KEY_WORDS)
         self._keys = torch.zeros(shape, dtype=torch.int64, device=device)
         self._left: list[Routing | None] = []
         self._balanced = [
@@ -37,15 +37,15 @@ class StaticRouting:
 
     def place(self, position: RoutingPosition) -> None:
         """Writes the keys; what the step's earlier micro-batches have counted stays."""
-        if self.layers:
-            self._keys.copy_(noise_keys(position, len(self.layers)), non_blocking=True)
+        if len(self._keys):
+            self._keys.copy_(noise_keys(position, len(self._keys)), non_blocking=True)
         counted = [layer.take_chosen() for layer in self._balanced]
         if counted and counted[0] is None:  # the balance has taken it: a new step
             torch._foreach_zero_(self._chosen)
 
     def begin(self, images: int) -> None:
         """Has a forward of so many images read the keys where they are."""
-        set_noise_keys(self.layers, self._keys, images)
+        self.adapted.set_keys(self._keys, images)
 
     def end(self) -> None:
         """Adds up what that forward has counted, and keeps what else it left."""

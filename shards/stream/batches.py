@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
+import numpy
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
@@ -42,6 +43,19 @@ class Batch(NamedTuple):
     mix: torch.Tensor | None = None
     """float32 [b, 8] of `shards.stream.mixup`, for `finish_images`: there may be more than b
     `images` and `colour`s then, the last of which are only mixed into others."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What a loader process sends: the images through shared memory, the rest as it is.
+
+        There every tensor costs a connection of its own, half a millisecond for a few numbers.
+        """
+        rest = [value.numpy() if isinstance(value, torch.Tensor) else value for value in self[1:]]
+        return _received, (self.images, *rest)
+
+
+def _received(images: torch.Tensor, *rest: Any) -> Batch:
+    tensors = [torch.from_numpy(x) if isinstance(x, numpy.ndarray) else x for x in rest]
+    return Batch(images, *tensors)
 
 
 class LoadedImage(NamedTuple):
@@ -139,7 +153,7 @@ class _Built:
             with undisturbed():
                 batch = self.build(number)
             if get_worker_info() is not None:
-                share(batch)
+                share(batch.images)
         except (DamagedDataError, DataConfigError, OutputError, OSError) as error:
             return error
         return batch

@@ -36,19 +36,17 @@ def check_shared_memory(batch_bytes: int, workers: int, processes: int) -> None:
         raise _no_room(workers, f"must hold {_mib(needed)} of batches in flight")
 
 
-def share(batch: tuple[Any, ...]) -> None:
-    """Moves the tensors of a batch to shared memory, in a loader process.
+def share(images: torch.Tensor) -> None:
+    """Moves the images of a batch to shared memory, in a loader process.
 
     Raises `DataConfigError`: there is no room.
     """
     workers = get_worker_info().num_workers  # type: ignore[union-attr]
-    tensors = [value for value in batch if isinstance(value, torch.Tensor) and value.numel()]
     try:
-        for tensor in tensors:
-            tensor.share_memory_()  # type: ignore[no-untyped-call]
+        images.share_memory_()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
-        size = sum(tensor.nbytes for tensor in tensors)
-        raise _no_room(workers, f"has no room for a batch of {_mib(size)} ({error})") from error
+        size = _mib(images.nbytes)
+        raise _no_room(workers, f"has no room for a batch of {size} ({error})") from error
 
 
 def told(batches: Callable[[], Iterator[Any]], workers: int) -> Iterator[Any]:

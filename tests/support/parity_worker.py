@@ -76,6 +76,7 @@ def run_config(
     precision: Literal["fp32", "bf16"] = "fp32",
     graph: Literal["off", "on"] = "off",
     head: Literal["linear", "cosine"] = "linear",
+    dropout: float = 0.0,
     objective: dict[str, Any] | None = None,
     held_out: str | None = None,
     batch_per_domain: int = 4,
@@ -84,7 +85,9 @@ def run_config(
     return RunConfig(
         data=DataConfig(held_out=held_out),
         objective=ObjectiveConfig(**objective or {}),
-        model=ModelConfig(grad_checkpointing=checkpointing, compile=compile, head=head),
+        model=ModelConfig(
+            grad_checkpointing=checkpointing, compile=compile, head=head, dropout=dropout
+        ),
         moa=MoAConfig(method=method, **adapters),  # type: ignore[arg-type]
         optim=OPTIM,
         average=AVERAGE,
@@ -231,6 +234,8 @@ class Slow:
         else:
             features = model.forward_head(model.forward_features(images), pre_logits=True)
             scores = model.head(features)
+            if self.parts.config.model.dropout:
+                features = model.head.dropout(features)
             loss, _, q = slow_objective(
                 self.config, scores.double(), features.double(), batch.labels, batch.domains,
                 step, self.q,

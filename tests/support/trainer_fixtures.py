@@ -5,13 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from tests.support import warm
 from tests.support.warm import ROOT, free_port
 
 RUN = str(ROOT / "trainer" / "run.py")
+KILLED = str(ROOT / "tests" / "support" / "killed_run.py")
 DEEPSPEED = str(Path(sys.executable).parent / "deepspeed")
 
 # Small, with everything switched on that could depend on the world size: routing noise, balance
@@ -61,15 +61,10 @@ def under_deepspeed(processes: int) -> tuple[str, ...]:
     return DEEPSPEED, "--num_gpus", str(processes), "--master_port", free_port(), RUN
 
 
-def kill_after_step(command: list[str], metrics: Path, step: int) -> None:
-    """Starts a plain run, and ends it and its children with SIGKILL once `step` is on record."""
-    log = metrics.parent.with_suffix(".killed.txt")
-    process = warm.Started((RUN, *command), log, log, environment())
-    while process.poll() is None:
-        if metrics.exists() and len(metrics.read_text().splitlines()) > step:
-            os.killpg(process.pid, signal.SIGKILL)
-        time.sleep(0.01)  # only between two looks at the file
-    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+def kill_after_step(command: list[str], step: int) -> None:
+    """Runs it until `step` is on record, where it and its children end by SIGKILL."""
+    result = warm.run(KILLED, str(step), *command, env=environment())
+    assert result.returncode == -signal.SIGKILL, result.stderr
 
 
 def rows(path: Path) -> list[dict[str, object]]:

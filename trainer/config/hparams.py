@@ -66,7 +66,7 @@ DRAWS = (
     Draw("moa.targets", "adapter_targets",
          _one_of(["attn.qkv"], ["attn.qkv", "attn.proj"]), ONE + SEVERAL),
 )  # fmt: skip
-"""All draws; of one setting the last that fits. Settings that do not exist are passed over."""
+"""All draws; of one setting the last that fits."""
 
 
 def drawn(number: int, *facts: str) -> dict[str, Any]:
@@ -75,11 +75,10 @@ def drawn(number: int, *facts: str) -> dict[str, Any]:
 
     from shards.stream.split import seed_hash
 
-    known = flat(RunConfig())
     return {
         draw.setting: draw.value(RandomState(seed_hash(number, draw.name)))
         for draw in DRAWS
-        if draw.setting in known and (not draw.only or {*draw.only} & {*facts})
+        if not draw.only or {*draw.only} & {*facts}
     }
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trainer.config.class_texts import read_class_names, read_templates
+from trainer.config.limits import SHARE, out_of_range
 from trainer.process.errors import noted
 
 MOST_PIXELS = 2**14
@@ -38,6 +39,8 @@ class ModelConfig:
     exactly if it is a cosine, else up to the confidence"""
     head_frozen: bool = False
     """keep a cosine head from text as it starts, CLIP's projection too"""
+    dropout: float = 0.0
+    """chance of each number of the features to be left out before the head, in training"""
     text_model: str | None = None
     """open_clip model of the texts: NAME:TAG, NAME:FILE, hf-hub:OWNER/REPOSITORY or
     local-dir:FOLDER; default: the model whose visual tower the backbone is"""
@@ -54,6 +57,7 @@ class ModelConfig:
             for name, size in (("image_size", self.image_size), ("patch_size", self.patch_size))
             if size is not None and not 1 <= size <= MOST_PIXELS
         ]
+        found += out_of_range("model", self, dropout=SHARE)
         if self.head_frozen and (self.head, self.head_init) != ("cosine", "text"):
             found.append(
                 "model.head_frozen: true keeps a head as it starts, which only one from text is "

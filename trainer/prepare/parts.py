@@ -9,7 +9,9 @@ from torch import nn
 
 import moa
 from moa.files.reading import AdapterInfo
+from moa.layers.dropout import drop_features
 from moa.model.heads import head_settings
+from moa.model.injection import classifier
 from shards import Decoder, DomainStream, ShardIndex, loader_transform, open_shards
 from shards.datasets import held_out_names
 from shards.stream.evaluation import Split, split_places
@@ -86,6 +88,8 @@ def build(config: RunConfig, world: World, problems: Sequence[str] = ()) -> Part
         if config.model.head_init == "text":
             texts = use_text_head(config, index, withheld, backbone)
         report = moa.inject(backbone.model, config.moa)
+    if config.model.dropout:
+        drop_features(classifier(backbone.model), config.model.dropout)
     head = head_settings(backbone.model) | texts
     _compiled(config, backbone.model)
     loader = loader_transform(

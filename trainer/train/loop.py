@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 
 import torch
 
-import moa
 from shards import Batch
 from trainer.checkpoint import checkpoint
 from trainer.checkpoint.run_folder import SPEED, RunFolder
@@ -193,7 +192,7 @@ class Trainer:
         self.rows.write()
         self._send(losses[0] if len(losses) == 1 else torch.stack(losses).mean(0))
         applied = self.engine.applied()
-        moa.update_balance(self.engine.module, lambda load: sum_over_ranks(load) * applied)
+        self.micro_step.adapted.update_balance(lambda load: sum_over_ranks(load) * applied)
         self.validation.averages.update(self.step, applied)
         return waited
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import moa
+from moa.model.routing import AdaptedLayers
 from trainer.engine.collectives import differentiable_sum
 from trainer.engine.engine import Engine
 from trainer.prepare.ahead import Ready
@@ -24,6 +25,7 @@ class MicroStep:
 
     def __init__(self, parts: Parts, engine: Engine) -> None:
         self.engine, self.seed = engine, parts.config.train.seed
+        self.adapted = AdaptedLayers(engine.module)
         self.margin = margin_of(parts.model, parts.config.objective.margin)
         self.smoothing = parts.config.objective.label_smoothing
         self.graphed = graphed_as_set(parts, engine, self.compute)
@@ -37,7 +39,7 @@ class MicroStep:
         position = moa.RoutingPosition(self.seed, step, batch.first_slot, len(batch.labels))
         inputs = (ready.images, ready.labels, *ready.mixed_in)
         if self.graphed is None or step == 0:  # in which gradients are checked, in Python
-            moa.set_routing_position(engine.module, position)
+            self.adapted.set_position(position)
             losses = self.compute(*inputs)
         else:
             losses = self.graphed(inputs, position)
@@ -59,7 +61,7 @@ class MicroStep:
             ce = self.mixed_losses(scores, labels, *mixed_in).mean()
         else:
             ce = self.losses(scores, labels)
-        aux = moa.aux_loss(engine.module, differentiable_sum)
+        aux = self.adapted.aux_loss(differentiable_sum)
         engine.differentiate(poisoned(ce + aux))  # averaged over ranks and micro-batches
         with torch.no_grad():
             return torch.stack([ce, aux.to(ce.dtype)])

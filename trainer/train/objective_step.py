@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 import moa
-from moa.layers.layer import moa_layers
 from moa.model.injection import classifier
 from trainer.engine.collectives import differentiable_sum, gathered
 from trainer.engine.engine import Engine
@@ -155,7 +154,7 @@ class ObjectiveStep(MicroStep):
             else:
                 outcome = self._outcome(scores, features, losses, piece, step)
                 loss = outcome.loss
-            aux = moa.aux_loss(self.engine.module, differentiable_sum)
+            aux = self.adapted.aux_loss(differentiable_sum)
             backward(poisoned(loss + aux))
             told = [losses.mean(), aux, outcome.loss, outcome.penalty]
             known = [value.detach().float() for value in told if value is not None]
@@ -185,9 +184,8 @@ class ObjectiveStep(MicroStep):
     def _forward(self, piece: _Piece, step: int) -> tuple[Tensor, Tensor | None]:
         """Scores [b, C] and, if the objective asks, features [b, F]; fp32."""
         self._features.clear()
-        model = self.engine.module
         position = moa.RoutingPosition(self.seed, step, piece.first, len(piece.images))
-        moa.set_routing_position(model, position)
+        self.adapted.set_position(position)
         scores = self.engine.model(piece.images).float()
         features = torch.cat(self._features, -1).float() if self._features else None
         self._features.clear()
@@ -210,7 +208,7 @@ class ObjectiveStep(MicroStep):
 
     def _forget_choices(self) -> None:
         """Of tokens for experts: what is balanced is the pass that trains."""
-        for _, layer in moa_layers(self.engine.module):
+        for layer in self.adapted.layers:
             layer.take_chosen()
 
 

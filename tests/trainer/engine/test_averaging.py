@@ -261,7 +261,7 @@ def test_killed_and_resumed_averages_are_those_of_one_run(
     settings |= {"optim__schedule": "linear", "optim__warmup": "0.25", "optim__head_lr": "3"}
     result = launch(*arguments(whole, **settings))
     assert result.returncode == 0, result.stderr
-    kill_after_step(arguments(output, **settings), output / "metrics.jsonl", 4)
+    kill_after_step(arguments(output, **settings), 4)
     result = launch(*arguments(output, **settings))
     assert result.returncode == 0, result.stderr
     for name in (*(f"adapter-{average}" for average in AVERAGES), "adapter-last"):

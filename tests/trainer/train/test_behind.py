@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import moa
 from moa import MoAConfig
 from tests.support.dispatched import Dispatched
 from trainer.checkpoint.run_folder import RunFolder
@@ -61,7 +60,8 @@ def steps(
         with monkeypatch.context() as patch:
             patch.setattr(torch.autograd, "backward", of_model)
             patch.setattr(F, "cross_entropy", seen.leaving_out(F.cross_entropy))
-            patch.setattr(moa, "aux_loss", seen.leaving_out(moa.aux_loss))
+            adapted = trainer.micro_step.adapted
+            patch.setattr(adapted, "aux_loss", seen.leaving_out(adapted.aux_loss))
             patch.setattr(micro_step, "poisoned", seen.leaving_out(micro_step.poisoned))
             patch.setattr(engine.module, "forward", seen.leaving_out(engine.module.forward))
             trainer.ahead.fetch(batches)  # a loader's work

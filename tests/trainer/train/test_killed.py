@@ -44,7 +44,7 @@ def test_killed_continued_and_extended_runs_equal_an_undisturbed_one(
     assert launch(*arguments(whole, **few)).returncode == 0
     short = arguments(output, **few, train__steps="11", checkpoint__background="true")
     # After step 9 the save of step 8 may be under way, and so that of step 4 must be complete.
-    kill_after_step(short, output / "metrics.jsonl", 9)
+    kill_after_step(short, 9)
     stray = output / "checkpoints" / "step-00000099.tmp"
     stray.mkdir(parents=True)
     result = launch(*short)
