@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.support.docs_blocks import ROOT
+from trainer.engine.collectives import OPERATORS, operators_folder
 from trainer.process import commands
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -59,8 +60,10 @@ def run(installed: Path, folder: Path, line: str) -> str:
     """A line of the shell, elsewhere than in the checkout; what it printed."""
     kept = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     path = f"{installed / 'bin'}{os.pathsep}{kept['PATH']}"
+    # Compiled for this environment, whose DeepSpeed it is: the other need not spend a minute.
+    operators = {OPERATORS: str(operators_folder())}
     result = subprocess.run(
-        shlex.split(line), cwd=folder, env={**kept, "PATH": path},
+        shlex.split(line), cwd=folder, env={**kept, **operators, "PATH": path},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, f"{line}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"

@@ -101,10 +101,8 @@ def prepare_operators(cpu: bool) -> None:
     # Where an environment that was not activated has ninja, PATH does not lead there.
     programs = str(Path(sys.executable).parent)
     os.environ["PATH"] = os.pathsep.join([programs, os.environ.get("PATH", "")])
-    environment = f"{sys.prefix} {sys.version} {torch.__version__}"
-    name = hashlib.sha256(environment.encode()).hexdigest()[:12]
-    own = os.path.expanduser(f"~/.cache/torch_extensions/moa-trainer-{name}")
-    folder = Path(os.environ.setdefault(OPERATORS, own))
+    folder = operators_folder()
+    os.environ[OPERATORS] = str(folder)
     if cpu and not any((folder / ON_CPU).glob("*.so")):
         try:
             if not folder.is_absolute():
@@ -117,6 +115,14 @@ def prepare_operators(cpu: bool) -> None:
                 f"operator is compiled once; set {OPERATORS} to a folder that can"
             ) from error
         log.info("compiling DeepSpeed's operator: about a minute, once per environment")
+
+
+def operators_folder() -> Path:
+    """Where DeepSpeed's operators lie that were compiled for this environment."""
+    environment = f"{sys.prefix} {sys.version} {torch.__version__}"
+    name = hashlib.sha256(environment.encode()).hexdigest()[:12]
+    own = os.path.expanduser(f"~/.cache/torch_extensions/moa-trainer-{name}")
+    return Path(os.environ.get(OPERATORS, own))
 
 
 def _import_muon() -> None:

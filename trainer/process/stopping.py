@@ -86,7 +86,7 @@ class Stopping:
         self.reason, self.limit = "", float("inf")
         self.longest: dict[Part, float] = dict.fromkeys(get_args(Part), 0.0)
         self._seen: set[str] = set()
-        self.begun = False
+        self.begun = self._handing_over = False
         self._sum: Callable[[Sequence[float]], list[float]] = list
         self._before: dict[signal.Signals, Any] = {}
 
@@ -141,6 +141,7 @@ class Stopping:
         self._hand_over(dict.fromkeys(self._before, lambda *_: os._exit(code)))
 
     def _hand_over(self, handlers: Mapping[signal.Signals, Any]) -> None:
+        self._handing_over = True
         if self._before:
             os.close(signal.set_wakeup_fd(-1))
         for number, handler in handlers.items():
@@ -156,6 +157,8 @@ class Stopping:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
+        if self._handing_over:  # half of that done, an exception would leave it so
+            return
         again = bool(self._seen)
         self._seen.add(name)
         if not self.begun:

@@ -38,11 +38,12 @@ from trainer.process.errors import (
     PEER_LOST,
     RESUBMIT,
     TRAINING_INVALID,
+    ConfigError,
     DamagedDataError,
     PeerLostError,
     exit_code,
 )
-from trainer.process.stopping import EvaluationBrokenOff, Stopping, seconds_of, shielded
+from trainer.process.stopping import SIGNALS, EvaluationBrokenOff, Stopping, seconds_of, shielded
 from trainer.process.watchdog import COMPUTING, LOADING, Watchdog
 from trainer.process.world import World
 
@@ -262,6 +263,31 @@ def test_signal_before_training_ends_at_once(capsys: pytest.CaptureFixture[str])
             signal.signal(number, before)
         signal.signal(signal.SIGINT, signal.default_int_handler)
     assert code == RESUBMIT
+
+
+def test_a_signal_amid_the_ending_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the second one of a launcher, which once found its pipe closed and no handler yet."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    real = signal.set_wakeup_fd
+
+    def interrupted(descriptor: int, **options: bool) -> int:
+        found = real(descriptor, **options)
+        if descriptor == -1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    def fail() -> None:
+        raise ConfigError("wrong")
+
+    stopping = Stopping(is_main=True)
+    stopping.listen()
+    monkeypatch.setattr(signal, "set_wakeup_fd", interrupted)
+    try:
+        assert conclude(fail, World(0, 1, 0, 1), stopping) == 2
+    finally:
+        stopping.release()
+        for number, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(number, handler)
 
 
 BLOCKED = """
