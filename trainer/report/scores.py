@@ -57,7 +57,8 @@ def label_of(run: Run, by: Sequence[str], kind: str) -> str:
     """The row of a run: its method, the values of the settings `by`, the kind of weights."""
     if missing := [name for name in by if name not in run.settings]:
         raise ConfigError(f"--by {missing[0]}: {run.folder} has no such setting")
-    values = [f"{name.rpartition('.')[2]}={run.settings[name]}" for name in by]
+    # `name` alone would tell nothing: objective.name=coral is objective=coral.
+    values = [f"{n.removesuffix('.name').rpartition('.')[2]}={run.settings[n]}" for n in by]
     return " ".join([run.method, *values, *([kind] if kind != LAST else [])])
 
 

@@ -184,6 +184,8 @@ def test_two_runs_for_one_cell_need_by_or_tune(tmp_path: Path, capsys: Capture) 
     assert (code, "note: data" in err, "differ" in err) == (0, True, False)
     assert "| `lora lr=0.001` | **40.0** |" in out
     assert "| `lora lr=0.002` | 30.0 |" in out
+    both = outcome(capsys, tmp_path, "--by=objective.name,optim.lr", "--format=markdown")
+    assert "| `lora objective=erm lr=0.002` | 30.0 |" in both[1]
     code, out, _ = outcome(capsys, tmp_path, "--tune", "--format=markdown")
     assert (code, "| `lora` | 30.0 |" in out) == (0, True), "chosen by validation, not by target"
     code, _, err = outcome(capsys, tmp_path, "--by=optim.lrr")
