@@ -21,6 +21,8 @@ from trainer.evaluate.members import Member, read_members
 from trainer.export.__main__ import main as export
 from trainer.prepare.backbone import create_backbone
 
+pytestmark = pytest.mark.usefixtures("few_embedded")
+
 
 @cache
 def fresh(head: Literal["linear", "cosine"]) -> nn.Module:

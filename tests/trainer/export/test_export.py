@@ -25,6 +25,7 @@ from trainer.export.__main__ import main
 from trainer.prepare.parts import build
 from trainer.process.world import World
 
+pytestmark = pytest.mark.usefixtures("few_embedded")
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 LOAD = """
 import sys, timm, torch, moa, trainer.prepare.vit_embedded

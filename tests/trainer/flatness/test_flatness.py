@@ -29,6 +29,8 @@ from trainer.flatness.surface import (
 )
 from trainer.prepare.backbone import create_backbone
 
+pytestmark = pytest.mark.usefixtures("few_embedded")
+
 
 def surface_of(method: str, **changes: object) -> Surface:
     model = tiny_vit(depth=2).double()
@@ -223,7 +225,7 @@ def test_data_are_given_as_to_an_evaluation(
 ) -> None:
     """A remote set, a list of what to leave out, a domain named twice."""
     index, list_file = open_shards(DataConfig()), tmp_path / "plain.txt"
-    list_file.write_text("".join(f"{index.key(0, rank)}\n" for rank in range(300)))
+    list_file.write_text("".join(f"{index.key(0, rank)}\n" for rank in range(index.num_samples(0))))
     command = ["--adapter", str(adapter), "--domains", "plain", "inverted", "plain"]
     with Server(index.root) as server:
         command += ["--data.root", server.url, "--data.exclude_list", str(list_file)]

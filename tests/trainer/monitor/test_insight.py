@@ -24,6 +24,7 @@ from trainer.monitor.pages import Pages
 from trainer.process.stopping import EvaluationBrokenOff
 from trainer.process.world import World
 
+pytestmark = pytest.mark.usefixtures("few_embedded")
 HELD_OUT, LAST = 5, 8
 RANKS = (1, 2, 4)
 
