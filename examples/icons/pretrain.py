@@ -162,7 +162,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of backbone.safetensors")
     parser.add_argument("--themes", type=Path, default=THEMES, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=1000, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=5000, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     check_themes(parser, args.themes, [*DOMAINS.values(), *OTHERS], PACKAGES)
