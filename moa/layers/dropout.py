@@ -37,7 +37,8 @@ def dropouts(model: nn.Module) -> list[FeatureDropout]:
 
 def apply_first(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
     """A hook that gives a classifier what its own `dropout` leaves of the features."""
-    left: Tensor = module.dropout(inputs[0])
+    (dropout,) = dropouts(module)
+    left: Tensor = dropout(inputs[0])
     return left
 
 

@@ -54,7 +54,7 @@ class Batch(NamedTuple):
 
 
 def _received(images: torch.Tensor, *rest: Any) -> Batch:
-    tensors = [torch.from_numpy(x) if isinstance(x, numpy.ndarray) else x for x in rest]
+    tensors: Any = [torch.from_numpy(x) if isinstance(x, numpy.ndarray) else x for x in rest]
     return Batch(images, *tensors)
 
 
