@@ -32,6 +32,11 @@ def test_every_console_command_is_a_module_of_ours() -> None:
         assert import_module(started if started != "trainer.run" else "trainer.train.session")
 
 
+def outside() -> dict[str, str]:
+    """The environment without a way to this checkout, which pip would take for installed."""
+    return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An environment of its own with the wheel in it, which sees only others' packages of this."""
@@ -45,12 +50,13 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), str(source)]
-    subprocess.run([*pip, *build], check=True)
+    subprocess.run([*pip, *build], check=True, env=outside())
     (wheel,) = wheels.glob("*.whl")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
     python = environment / "bin" / "python"
     install = ["install", "--no-deps", "--no-index", str(wheel)]
-    subprocess.run([*pip[:3], "--python", str(python), *pip[3:], *install], check=True)
+    into = ["--python", str(python)]
+    subprocess.run([*pip[:3], *into, *pip[3:], *install], check=True, env=outside())
     (site,) = (environment / "lib").glob("python*/site-packages")
     (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return environment
@@ -58,7 +64,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(installed: Path, folder: Path, line: str) -> str:
     """A line of the shell, elsewhere than in the checkout; what it printed."""
-    kept = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    kept = outside()
     path = f"{installed / 'bin'}{os.pathsep}{kept['PATH']}"
     # Compiled for this environment, whose DeepSpeed it is: the other need not spend a minute.
     operators = {OPERATORS: str(operators_folder())}
