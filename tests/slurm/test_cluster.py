@@ -45,7 +45,7 @@ TWO_NODES = ["--nodes=2", "--ntasks-per-node=1"]
 TASK = ROOT / "tests" / "support" / "slurm_task.py"
 LOSSES = ("loss", "ce", "aux_loss", "grad_norm")
 FORKING = Lock()
-"""Held while a command is forked, which changes the environment of this process."""
+"""Held while a command runs: of two threads that ask for the end of a fork, one may be misled."""
 
 absent = missing()
 if absent and os.environ.get("MOA_NO_SKIPS"):  # where nothing may be skipped, this is an error
@@ -94,6 +94,7 @@ def under_way(
     root = tmp_path_factory.mktemp("slurm")
     make_own_images(root / "images")
     write_shards(root / "images", root / "shards", dataset_spec("folder", "--dataset"))
+    warm.serve()
     with ThreadPoolExecutor(4) as pool:  # more would be in the way of the longest
         reference = pool.submit(train_without_slurm, root / "reference", root / "shards")
         begun = {}

@@ -14,6 +14,8 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -38,6 +40,21 @@ _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(IMPORTED)
 
 
+@cache
+def serve() -> None:
+    """Starts the process that forks, once; before threads that look at the environment meanwhile.
+
+    Of Python 3.11 it is not told the parent's search path.
+    """
+    given = dict(os.environ)
+    os.environ.update(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(ROOT), *sys.path]))
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(given)
+
+
 class Started:
     """A command under way, to be handled as a `subprocess.Popen`."""
 
@@ -49,16 +66,10 @@ class Started:
         env: Mapping[str, str],
         cwd: Path = ROOT,
     ) -> None:
-        given = dict(os.environ)
-        # For the process that forks; of Python 3.11 it is not told the parent's search path.
-        os.environ.update(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(ROOT), *sys.path]))
-        try:
-            arguments = (command, output, errors, dict(env), cwd)
-            self._process = _FORKS.Process(target=_become, args=arguments)
-            self._process.start()
-        finally:
-            os.environ.clear()
-            os.environ.update(given)
+        serve()
+        arguments = (command, output, errors, dict(env), cwd)
+        self._process = _FORKS.Process(target=_become, args=arguments)
+        self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
 
