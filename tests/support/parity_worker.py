@@ -4,6 +4,7 @@ Started by tests/trainer/engine/test_parity.py. Writes what
 the main rank saw to the file given.
 """
 
+import gc
 import json
 import math
 import os
@@ -400,6 +401,8 @@ def main(target: Path, cases: list[dict[str, Any]]) -> None:
     if world.size > 1 or not all(case.get("reference") for case in cases):
         collectives.start(world, DEADLINE)
     for case in cases:
+        gc.collect()
+        gc.freeze()  # DeepSpeed looks for garbage at every engine, among what was left by all before
         config = run_config(**case["config"])
         if case.get("reference"):
             results[case["name"]] = reference(config)

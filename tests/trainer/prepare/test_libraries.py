@@ -1,5 +1,6 @@
 """timm and DeepSpeed are imported without trackers, which can be imported afterwards."""
 
+import gc
 import importlib
 import sys
 from pathlib import Path
@@ -19,3 +20,22 @@ def test_trackers_are_not_found_meanwhile(tmp_path: Path, monkeypatch: pytest.Mo
     importlib.reload(libraries)
     assert sys.modules["timm"].alone
     assert importlib.import_module("mlflow").__file__ == str(tmp_path / "mlflow.py")
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_garbage_is_not_looked_for_meanwhile(
+    found: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm", sys)
+    monkeypatch.delitem(sys.modules, "timm")
+    (tmp_path / "timm.py").write_text("import gc\nlooked = gc.isenabled()\nmade = [gc]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (gc.enable if found else gc.disable)()
+    try:
+        importlib.reload(libraries)
+        assert gc.isenabled() == found
+    finally:
+        gc.enable()
+    assert not sys.modules["timm"].looked
+    made = sys.modules["timm"].made
+    assert not any(made is one for one in gc.get_objects()), "no later collection looks at it"
