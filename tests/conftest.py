@@ -29,6 +29,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
 
 
+def pytest_collection() -> None:
+    """Imports make objects by the hundred thousand and little garbage: nobody looks for it."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """Nobody looks for garbage among a million objects that stay: no engine, and no fork either.
 
@@ -36,6 +41,7 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -402,7 +402,7 @@ def main(target: Path, cases: list[dict[str, Any]]) -> None:
         collectives.start(world, DEADLINE)
     for case in cases:
         gc.collect()
-        gc.freeze()  # DeepSpeed looks for garbage at every engine, among what was left by all before
+        gc.freeze()  # what earlier cases left, DeepSpeed would look through for every engine
         config = run_config(**case["config"])
         if case.get("reference"):
             results[case["name"]] = reference(config)
