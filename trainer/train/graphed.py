@@ -5,6 +5,7 @@ On a CPU the same path runs without a graph, operation by operation.
 
 import gc
 import logging
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 
 WARM_UPS = 3
 """Runs before a capture, in which libraries and compilers set up what they make at first use."""
+OFF = 0.03
+"""Share of their norm by which a replay's numbers may be others: sums in bf16, in any order."""
 Launch = Callable[[], object]
 
 
@@ -56,13 +59,20 @@ class Graphed:
         compute: from tensors on the model's device, of which the first counts its images, to one
             without graph; looks at no number of a tensor, and depends on no number in Python that
             changes. What else it leaves lies in tensors that stay.
-        falls_back: whether it may run without a graph if it turns out that it cannot be captured.
+        gradients: those of these tensors that a first replay is held against, beside the result.
+        falls_back: whether it may run without a graph if it turns out that it cannot be captured,
+            or that a replay does not do what it should.
     """
 
     def __init__(
-        self, model: nn.Module, compute: Callable[..., Tensor], falls_back: bool = False
+        self,
+        model: nn.Module,
+        compute: Callable[..., Tensor],
+        gradients: Callable[[], Sequence[Tensor]] = tuple,
+        falls_back: bool = False,
     ) -> None:
-        self.model, self.compute, self.falls_back = model, compute, falls_back
+        self.model, self.compute, self.gradients = model, compute, gradients
+        self.falls_back = falls_back
         self.routing = StaticRouting(model)
         self._inputs: list[Tensor] = []
         self._result: Tensor
@@ -95,7 +105,12 @@ class Graphed:
         device = self._inputs[0].device
         try:
             with self.routing.not_counting():
-                return captured(self._run, device)
+                self._run()
+                expected = [tensor.clone() for tensor in (self._result, *self.gradients())]
+                launch = captured(self._run, device)
+                launch()
+                _check_close((self._result, *self.gradients()), expected)
+                return launch
         except RuntimeError as error:
             torch.get_device_module(device).synchronize()
             self.model.zero_grad()
@@ -111,6 +126,14 @@ class Graphed:
             ) from error
 
 
+def _check_close(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Raises `RuntimeError` unless a replay gave what the step as written did, where finite."""
+    for given, wanted in zip(found, expected, strict=True):
+        off, norm = (float(t.double().norm()) for t in (given - wanted, wanted))
+        if math.isfinite(norm) and not off <= OFF * norm:
+            raise RuntimeError(f"a replay is off by {off:.2g}, from numbers of norm {norm:.2g}")
+
+
 def _layout(tensors: Sequence[Tensor]) -> list[object]:
     return [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
 
@@ -123,7 +146,10 @@ def graphed_as_set(parts: Parts, engine: Engine, compute: Callable[..., Tensor])
         where = "one CUDA graph" if on_gpu else "in static buffers, without a graph on a CPU,"
         first = "; the first step, which checks gradients, not yet"
         log.info("train.graph: forward and backward are %s%s", where, first)
-        return Graphed(engine.module, compute, falls_back=config.train.graph == "auto")
+        falls_back = config.train.graph == "auto"
+        return Graphed(
+            engine.module, compute, lambda: [flat.gradient for flat in engine.flats], falls_back
+        )
     found = obstacle(config, sharded)
     if found and on_gpu and config.train.graph == "auto":
         log.info("train.graph: no CUDA graph, since there is %s", found[0])

@@ -155,3 +155,37 @@ def test_other_shapes_are_captured_anew_and_what_cannot_be_is_run_as_written(
         ConfigError, match=r"train\.graph: on, .* permitted\); use --train\.graph auto"
     ):
         step([x], position)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"), [(7.0, "off by "), (torch.nan, "off by nan"), (None, "off by 1.7")]
+)
+def test_a_replay_that_does_something_else_is_found(
+    wrong: float | None,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Another result; or, with None, a gradient that is left as it was."""
+    model, position = nn.Linear(2, 1, bias=False), moa.RoutingPosition(0, 0, 0)
+    gradient = torch.zeros(1, 2)
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        gradient.copy_(x.sum(0, keepdim=True))
+        return model(x).sum().detach()
+
+    def misled(work: Callable[[], object], _: torch.device) -> Callable[[], object]:
+        work()
+        return lambda: gradient.zero_() if wrong is None else step._result.fill_(wrong)
+
+    monkeypatch.setattr(graphed, "captured", misled)
+    step = graphed.Graphed(model, compute, lambda: [gradient], falls_back=True)
+    x = torch.tensor([[1.0, 1.0], [0.0, 0.4]])
+    for given in (x, 2 * x):
+        assert step([given], position) == compute(given)
+    (line,) = caplog.messages
+    assert line.startswith("no CUDA graph, since the step cannot be captured (a replay is ")
+    assert told in line
+    step = graphed.Graphed(model, compute, lambda: [gradient])
+    with pytest.raises(ConfigError, match=r"a replay is off by .* use --train\.graph auto or off"):
+        step([x], position)
