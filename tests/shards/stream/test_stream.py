@@ -165,6 +165,8 @@ def test_batches_travel_as_bytes_in_shared_memory(index: ShardIndex) -> None:
     for expected, batch in zip(whole, levels.loader(0, 3, workers=1), strict=True):
         assert batch.images.nbytes == len(batch.labels) * 3 * 24 * 24
         assert batch.images.is_shared()
+        for tensor in (batch.labels, batch.domains):
+            assert not tensor.is_shared(), "each would cost a connection of its own"
         images = finish_images(batch, torch.device("cpu"), DATA_CONFIG)
         assert torch.equal(images, expected[0]), "bit for bit"
 
