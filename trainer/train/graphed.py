@@ -103,35 +103,40 @@ class Graphed:
 
     def _captured(self) -> Launch:
         device = self._inputs[0].device
-        try:
-            with self.routing.not_counting():
-                self._run()
-                expected = [tensor.clone() for tensor in (self._result, *self.gradients())]
+        with self.routing.not_counting():
+            self._run()
+            expected = [tensor.clone() for tensor in (self._result, *self.gradients())]
+            launch: Launch = self._run
+            failure: RuntimeError | None = None
+            try:
                 launch = captured(self._run, device)
-                launch()
-                _check_close((self._result, *self.gradients()), expected)
-                return launch
-        except RuntimeError as error:
-            torch.get_device_module(device).synchronize()
-            self.model.zero_grad()
-            reason = str(error).partition("\n")[0]
-            if self.falls_back:
-                log.warning("no CUDA graph, since the step cannot be captured (%s)", reason)
-                return self._run
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise ConfigError(
-                f"train.graph: on, but this step cannot be captured ({reason}); use --train.graph "
-                "auto or off"
-            ) from error
+            except RuntimeError as error:
+                failure = error
+                torch.get_device_module(device).synchronize()
+                self.model.zero_grad()
+            launch()  # also after a failure: ranks that had none wait for this one's sums
+            failure = failure or _difference((self._result, *self.gradients()), expected)
+        if failure is None:
+            return launch
+        reason = str(failure).partition("\n")[0]
+        if self.falls_back:
+            log.warning("no CUDA graph, since the step cannot be captured (%s)", reason)
+            return self._run
+        if isinstance(failure, torch.OutOfMemoryError):
+            raise failure
+        raise ConfigError(
+            f"train.graph: on, but this step cannot be captured ({reason}); use --train.graph auto "
+            "or off"
+        ) from failure
 
 
-def _check_close(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """Raises `RuntimeError` unless a replay gave what the step as written did, where finite."""
+def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> RuntimeError | None:
+    """What is wrong if a replay gave other numbers than the step as written, where finite."""
     for given, wanted in zip(found, expected, strict=True):
         off, norm = (float(t.double().norm()) for t in (given - wanted, wanted))
         if math.isfinite(norm) and not off <= OFF * norm:
-            raise RuntimeError(f"a replay is off by {off:.2g}, from numbers of norm {norm:.2g}")
+            return RuntimeError(f"a replay is off by {off:.2g}, from numbers of norm {norm:.2g}")
+    return None
 
 
 def _layout(tensors: Sequence[Tensor]) -> list[object]:

@@ -133,20 +133,24 @@ def test_other_shapes_are_captured_anew_and_what_cannot_be_is_run_as_written(
 ) -> None:
     model, position = nn.Linear(2, 1), moa.RoutingPosition(0, 0, 0)
     shapes: list[int] = []
+    runs: list[torch.Tensor] = []
 
     def refused(work: Callable[[], object], _: torch.device) -> Callable[[], object]:
         shapes.append(len(step._inputs[0]))
         raise RuntimeError("operation not permitted\nCUDA kernel errors might be")
 
     def compute(x: torch.Tensor) -> torch.Tensor:
+        runs.append(x)
         return model(x).sum().detach()
 
     monkeypatch.setattr(graphed, "captured", refused)
     step = graphed.Graphed(model, compute, falls_back=True)
     for images in (3, 3, 4):
         x = torch.randn(images, 2)
-        assert step([x], position) == compute(x)
+        assert step([x], position) == model(x).sum()
     assert shapes == [3, 4]
+    # Of each shape as often as where it was captured: what is summed over ranks is there each time.
+    assert [len(x) for x in runs] == [3, 3, 3, 3, 4, 4, 4]
     assert [record.getMessage() for record in caplog.records] == [
         "no CUDA graph, since the step cannot be captured (operation not permitted)"
     ] * 2
