@@ -149,7 +149,7 @@ def test_other_shapes_are_captured_anew_and_what_cannot_be_is_run_as_written(
         x = torch.randn(images, 2)
         assert step([x], position) == model(x).sum()
     assert shapes == [3, 4]
-    # Of each shape as often as where it was captured: what is summed over ranks is there each time.
+    # As often as where it is captured, beside the warm-ups: sums over ranks have all their parts.
     assert [len(x) for x in runs] == [3, 3, 3, 3, 4, 4, 4]
     assert [record.getMessage() for record in caplog.records] == [
         "no CUDA graph, since the step cannot be captured (operation not permitted)"
