@@ -59,7 +59,8 @@ class Graphed:
         compute: from tensors on the model's device, of which the first counts its images, to one
             without graph; looks at no number of a tensor, and depends on no number in Python that
             changes. What else it leaves lies in tensors that stay.
-        gradients: those of these tensors that a first replay is held against, beside the result.
+        gradients: those of these tensors by which, with the result, a first replay is held against
+            the step as written; None where a step changes what the next one starts from.
         falls_back: whether it may run without a graph if it turns out that it cannot be captured,
             or that a replay does not do what it should.
     """
@@ -68,7 +69,7 @@ class Graphed:
         self,
         model: nn.Module,
         compute: Callable[..., Tensor],
-        gradients: Callable[[], Sequence[Tensor]] = tuple,
+        gradients: Callable[[], Sequence[Tensor]] | None = None,
         falls_back: bool = False,
     ) -> None:
         self.model, self.compute, self.gradients = model, compute, gradients
@@ -103,19 +104,19 @@ class Graphed:
 
     def _captured(self) -> Launch:
         device = self._inputs[0].device
+        launch: Launch = self._run
+        failure: RuntimeError | None = None
         with self.routing.not_counting():
-            self._run()
-            expected = [tensor.clone() for tensor in (self._result, *self.gradients())]
-            launch: Launch = self._run
-            failure: RuntimeError | None = None
+            written = self._outcome(self._run)
             try:
                 launch = captured(self._run, device)
             except RuntimeError as error:
                 failure = error
                 torch.get_device_module(device).synchronize()
                 self.model.zero_grad()
-            launch()  # also after a failure: ranks that had none wait for this one's sums
-            failure = failure or _difference((self._result, *self.gradients()), expected)
+            # Also after a failure: ranks that had none wait for this one's sums.
+            replayed = self._outcome(launch)
+        failure = failure or _difference(replayed, written)
         if failure is None:
             return launch
         reason = str(failure).partition("\n")[0]
@@ -128,6 +129,13 @@ class Graphed:
             f"train.graph: on, but this step cannot be captured ({reason}); use --train.graph auto "
             "or off"
         ) from failure
+
+    def _outcome(self, launch: Launch) -> list[Tensor]:
+        """What it leaves, for comparison."""
+        if self.gradients is None:
+            return []
+        launch()
+        return [tensor.clone() for tensor in (self._result, *self.gradients())]
 
 
 def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> RuntimeError | None:

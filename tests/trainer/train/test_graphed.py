@@ -144,7 +144,7 @@ def test_other_shapes_are_captured_anew_and_what_cannot_be_is_run_as_written(
         return model(x).sum().detach()
 
     monkeypatch.setattr(graphed, "captured", refused)
-    step = graphed.Graphed(model, compute, falls_back=True)
+    step = graphed.Graphed(model, compute, tuple, falls_back=True)
     for images in (3, 3, 4):
         x = torch.randn(images, 2)
         assert step([x], position) == model(x).sum()
