@@ -103,9 +103,9 @@ def test_wrong_commands_are_found() -> None:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In the place of the embedded data a sixth of it."""
+    """In the place of the embedded data a tenth of it."""
     folder = tmp_path_factory.mktemp("cache")
-    index = few_digits(folder, per_class=5)
+    index = few_digits(folder, per_class=3)
     index.root.rename(folder / embedded_shards().name)
     index.close()
     return folder

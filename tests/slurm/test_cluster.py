@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from threading import Lock
 
@@ -43,6 +44,8 @@ SETTINGS = {
 ONE_NODE = ["--nodes=1", "--ntasks-per-node=2"]
 TWO_NODES = ["--nodes=2", "--ntasks-per-node=1"]
 TASK = ROOT / "tests" / "support" / "slurm_task.py"
+SELDOM = 5
+"""Looks at a file for each question to SLURM, which costs more than all of them."""
 LOSSES = ("loss", "ce", "aux_loss", "grad_norm")
 FORKING = Lock()
 """Held while a command runs: of two threads that ask for the end of a fork, one may be misled."""
@@ -161,14 +164,17 @@ class Job:
 
     def wait_for_text(self, words: str, times: int = 1) -> None:
         ended = 0  # looks in a row: a job that is requeued has ended for a moment
+        looks = count()
 
         def there() -> bool:
             nonlocal ended
-            over = self.state() in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
-            ended = ended + 1 if over and not self.is_left() else 0
-            enough = self.text().count(words) >= times
-            assert enough or ended < 30, f"no {words!r}, {self.facts()}: {self.text()}"
-            return enough
+            if self.text().count(words) >= times:
+                return True
+            if next(looks) % SELDOM == 0:
+                over = self.state() in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+                ended = ended + 1 if over and not self.is_left() else 0
+            assert ended < 6, f"no {words!r}, {self.facts()}: {self.text()}"
+            return False
 
         self.cluster.wait_until(there, lambda: f"{words!r} in {self.facts()}: {self.text()}")
 
@@ -176,11 +182,13 @@ class Job:
         """Waits until a start has trained some steps beyond the newest checkpoint."""
         metrics, latest = folder / "metrics.jsonl", folder / "checkpoints" / "latest"
         step = more + (int(latest.read_text().removeprefix("step-")) if latest.exists() else 0)
+        looks = count()
 
         def there() -> bool:
             if metrics.exists() and len(metrics.read_text().splitlines()) > step:
                 return True
-            assert self.state() in ("PENDING", "RUNNING"), f"{self.state()}: {self.text()}"
+            if next(looks) % SELDOM == 0:
+                assert self.state() in ("PENDING", "RUNNING"), f"{self.state()}: {self.text()}"
             return False
 
         self.cluster.wait_until(there, lambda: f"step {step}: {self.facts()}: {self.text()}")
