@@ -20,6 +20,7 @@ LONGEST = (
     "trainer/train/test_killed.py",
     "trainer/engine/test_averaging.py",
     "trainer/engine/test_topologies.py",
+    "trainer/train/test_eval_mode.py",
 )
 """Files to begin with, so that no process is left with one of them when the others are done."""
 
