@@ -42,6 +42,8 @@ SHELL = set(
 ASSIGNMENT = re.compile(r"[A-Z_]+=")
 SOONER = {"-m trainer.flatness": ("--samples=4", "--points=5", "--steps=3")}
 """Flags for what would compute for a minute as it stands."""
+FEWER = ("--held_out plain,inverted", "--held_out plain")
+"""What a sweep that computes for half a minute is given in place of what stands there."""
 TIES = re.compile(r"[|&;<>$]")
 """What makes lines of a shell more than one command each."""
 
@@ -123,7 +125,7 @@ def demo(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_line(line: str, folder: Path, env: dict[str, str]) -> "subprocess.CompletedProcess[str]":
     """Runs a command without a shell where it is Python's."""
-    first, *rest = shlex.split(line, comments=True)
+    first, *rest = shlex.split(line.replace(*FEWER), comments=True)
     words = list(chain(*(sorted(glob(word, root_dir=folder)) or [word] for word in rest)))
     if first == "python":
         return warm.run(*words, *SOONER.get(" ".join(words[:2]), ()), env=env, cwd=folder)
