@@ -67,6 +67,12 @@ SPARED = (
     "pos_embed",
 )
 AVERAGE = AverageConfig(beta=0.5, uniform=2)
+SEEN = {"aux_weight": 1.0}
+"""With the default's hundredth, a quarter of the balance's gradient passes for all of it.
+
+Not with accumulation: a piece of two ranks are other images than one of a single process, which is
+another balance, as it is no sum over images.
+"""
 
 
 def run_config(
@@ -83,13 +89,14 @@ def run_config(
     batch_per_domain: int = 4,
     **adapters: Any,
 ) -> RunConfig:
+    shown: dict[str, Any] = SEEN if accumulation == 1 else {}
     return RunConfig(
         data=DataConfig(held_out=held_out),
         objective=ObjectiveConfig(**objective or {}),
         model=ModelConfig(
             grad_checkpointing=checkpointing, compile=compile, head=head, dropout=dropout
         ),
-        moa=MoAConfig(method=method, **adapters),  # type: ignore[arg-type]
+        moa=MoAConfig(method=method, **(shown | adapters)),  # type: ignore[arg-type]
         optim=OPTIM,
         average=AVERAGE,
         train=TrainConfig(
