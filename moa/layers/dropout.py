@@ -37,8 +37,7 @@ def dropouts(model: nn.Module) -> list[FeatureDropout]:
 
 def apply_first(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
     """A hook that gives a classifier what its own `dropout` leaves of the features."""
-    (dropout,) = dropouts(module)
-    left: Tensor = dropout(inputs[0])
+    left: Tensor = module.get_submodule("dropout")(inputs[0])
     return left
 
 

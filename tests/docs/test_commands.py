@@ -40,10 +40,11 @@ SHELL = set(
     "salloc torchrun export apptainer bash jq for done kill wandb apt-get".split()
 )
 ASSIGNMENT = re.compile(r"[A-Z_]+=")
-SOONER = {"-m trainer.flatness": ("--samples=4", "--points=5", "--steps=3")}
-"""Flags for what would compute for a minute as it stands."""
-FEWER = ("--held_out plain,inverted", "--held_out plain")
-"""What a sweep that computes for half a minute is given in place of what stands there."""
+SOONER = {
+    "-m trainer.flatness": "-m trainer.flatness --samples=4 --points=5 --steps=3",
+    "--held_out plain,inverted": "--held_out plain",
+}
+"""What stands in for words that would compute for half a minute or more."""
 TIES = re.compile(r"[|&;<>$]")
 """What makes lines of a shell more than one command each."""
 
@@ -125,10 +126,12 @@ def demo(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_line(line: str, folder: Path, env: dict[str, str]) -> "subprocess.CompletedProcess[str]":
     """Runs a command without a shell where it is Python's."""
-    first, *rest = shlex.split(line.replace(*FEWER), comments=True)
+    for words_there, instead in SOONER.items():
+        line = line.replace(words_there, instead)
+    first, *rest = shlex.split(line, comments=True)
     words = list(chain(*(sorted(glob(word, root_dir=folder)) or [word] for word in rest)))
     if first == "python":
-        return warm.run(*words, *SOONER.get(" ".join(words[:2]), ()), env=env, cwd=folder)
+        return warm.run(*words, env=env, cwd=folder)
     if first == "deepspeed" and words[0] == "--num_gpus":  # that flag is tested with the run
         return warm.run(*words[2:], processes=int(words[1]), env=env, cwd=folder)
     if first == "deepspeed":

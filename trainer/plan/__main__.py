@@ -4,7 +4,6 @@ Takes the flags of `trainer/run.py` and a few of its own; needs no GPU, no weigh
 """
 
 import argparse
-import gc
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,6 +16,7 @@ from trainer.plan.data import Request
 from trainer.plan.measured import read_measured
 from trainer.process.ending import conclude
 from trainer.process.errors import ConfigError, noted
+from trainer.process.importing import many_imports
 from trainer.process.world import ALONE
 
 
@@ -98,15 +98,10 @@ def _number(text: str | None, flag: str, kind: type, least: int, problems: list[
 def plan_command(argv: Sequence[str]) -> None:
     """Reads the command line, plans and prints."""
     config, request = read_command_line(argv)
-    # Heavy imports come after the command line has proved legal. They make objects by the hundred
-    # thousand and no garbage: a collector that looks for some takes a fifth of their time.
-    gc.disable()
-    from trainer.plan.planning import make_plan
-    from trainer.plan.table import show, show_table
-    from trainer.plan.whole_table import plan_table
-
-    gc.freeze()
-    gc.enable()
+    with many_imports():  # heavy ones, after the command line has proved legal
+        from trainer.plan.planning import make_plan
+        from trainer.plan.table import show, show_table
+        from trainer.plan.whole_table import plan_table
     if request.methods:
         show_table(plan_table(config, request), request)
     else:

@@ -69,7 +69,7 @@ class Graphed:
         self,
         model: nn.Module,
         compute: Callable[..., Tensor],
-        gradients: Callable[[], Sequence[Tensor]] | None = None,
+        gradients: Sequence[Tensor] | None = None,
         falls_back: bool = False,
     ) -> None:
         self.model, self.compute, self.gradients = model, compute, gradients
@@ -135,7 +135,7 @@ class Graphed:
         if self.gradients is None:
             return []
         launch()
-        return [tensor.clone() for tensor in (self._result, *self.gradients())]
+        return [tensor.clone() for tensor in (self._result, *self.gradients)]
 
 
 def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> RuntimeError | None:
@@ -159,10 +159,8 @@ def graphed_as_set(parts: Parts, engine: Engine, compute: Callable[..., Tensor])
         where = "one CUDA graph" if on_gpu else "in static buffers, without a graph on a CPU,"
         first = "; the first step, which checks gradients, not yet"
         log.info("train.graph: forward and backward are %s%s", where, first)
-        falls_back = config.train.graph == "auto"
-        return Graphed(
-            engine.module, compute, lambda: [flat.gradient for flat in engine.flats], falls_back
-        )
+        gradients = [flat.gradient for flat in engine.flats]
+        return Graphed(engine.module, compute, gradients, falls_back=config.train.graph == "auto")
     found = obstacle(config, sharded)
     if found and on_gpu and config.train.graph == "auto":
         log.info("train.graph: no CUDA graph, since there is %s", found[0])

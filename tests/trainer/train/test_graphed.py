@@ -144,7 +144,7 @@ def test_other_shapes_are_captured_anew_and_what_cannot_be_is_run_as_written(
         return model(x).sum().detach()
 
     monkeypatch.setattr(graphed, "captured", refused)
-    step = graphed.Graphed(model, compute, tuple, falls_back=True)
+    step = graphed.Graphed(model, compute, (), falls_back=True)
     for images in (3, 3, 4):
         x = torch.randn(images, 2)
         assert step([x], position) == model(x).sum()
@@ -183,13 +183,13 @@ def test_a_replay_that_does_something_else_is_found(
         return lambda: gradient.zero_() if wrong is None else step._result.fill_(wrong)
 
     monkeypatch.setattr(graphed, "captured", misled)
-    step = graphed.Graphed(model, compute, lambda: [gradient], falls_back=True)
+    step = graphed.Graphed(model, compute, [gradient], falls_back=True)
     x = torch.tensor([[1.0, 1.0], [0.0, 0.4]])
     for given in (x, 2 * x):
         assert step([given], position) == compute(given)
     (line,) = caplog.messages
     assert line.startswith("no CUDA graph, since the step cannot be captured (a replay is ")
     assert told in line
-    step = graphed.Graphed(model, compute, lambda: [gradient])
+    step = graphed.Graphed(model, compute, [gradient])
     with pytest.raises(ConfigError, match=r"a replay is off by .* use --train\.graph auto or off"):
         step([x], position)
